@@ -1,0 +1,179 @@
+"""The only file that touches torchtune's private parts and its recipe files.
+
+torchtune 0.6.1 is its last release; what is worked around here will not change under us.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any, cast
+
+import torch
+import torchtune
+from omegaconf import DictConfig
+from safetensors import safe_open
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torchtune import training
+from torchtune.config import instantiate
+from torchtune.models.gemma2._component_builders import Gemma2FinalNorm
+from torchtune.modules import TransformerDecoder
+from torchtune.modules.peft import get_adapter_params, set_trainable_params
+from torchtune.training.checkpointing import _checkpointer
+
+from emarecipes.components import build
+from emarecipes.config import Origin
+from emarecipes.errors import UserError
+
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def stock_recipe(name: str) -> ModuleType:
+    """One of torchtune's recipe files, for example `lora_finetune_distributed`, as a module.
+
+    torchtune installs its recipes as a top-level package that refuses to be imported; they are
+    loaded by path.
+    """
+    module_name = f"_torchtune_{name}"
+    if module_name not in sys.modules:
+        path = Path(torchtune.__file__).parent.parent / "recipes" / f"{name}.py"
+        spec = importlib.util.spec_from_file_location(module_name, path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[module_name] = module
+        spec.loader.exec_module(module)
+        module.training = _TrainingOnAnyDevice()  # type: ignore[attr-defined]
+    return sys.modules[module_name]
+
+
+class _TrainingOnAnyDevice:
+    """`torchtune.training` whose memory report does not raise on a CPU.
+
+    The distributed recipe's `_setup_model` asks for it on every device.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(training, name)
+
+    @staticmethod
+    def get_memory_stats(device: torch.device, reset_stats: bool = True) -> dict[str, float]:
+        return {} if device.type == "cpu" else training.get_memory_stats(device, reset_stats)
+
+    @staticmethod
+    def log_memory_stats(stats: dict[str, float], **kwargs: Any) -> None:
+        if stats:
+            training.log_memory_stats(stats, **kwargs)
+
+
+def final_norm_and_cap(model: Any) -> tuple[nn.Module, float | None]:
+    """A decoder's last norm, and the soft cap on its logits if it has one.
+
+    torchtune's Gemma-2 puts the cap into the last norm, before the output layer; the model was
+    trained with `cap * tanh(logits / cap)` after it.
+    """
+    if isinstance(model.norm, Gemma2FinalNorm):
+        return model.norm.rms_norm, float(model.norm.capping_value)
+    return model.norm, None
+
+
+@contextmanager
+def unsharded(output: Any) -> Iterator[None]:
+    """Holds a separately sharded output layer (`custom_sharded_layers`) whole."""
+    if not isinstance(output, FSDPModule):
+        yield
+        return
+    output.unshard()
+    try:
+        yield
+    finally:
+        output.reshard()
+
+
+def model_on_meta(cfg: DictConfig, origin: Origin) -> Any:
+    """`cfg.model` without weights, adapters marked as trainable.
+
+    Raises:
+        UserError: The builder refuses its arguments.
+    """
+    with training.set_default_dtype(_DTYPES[cfg.dtype]), torch.device("meta"):
+        model = build(cfg, "model", origin)
+    if not isinstance(model, TransformerDecoder):
+        raise UserError(f"{origin.at('model')}: not a text decoder: {type(model).__name__}")
+    adapters = get_adapter_params(model)
+    if not adapters:
+        raise UserError(
+            f"{origin.at('model')}: the model has no LoRA modules; name a lora_ builder and "
+            "lora_attn_modules"
+        )
+    set_trainable_params(model, adapters)
+    return model
+
+
+def checkpoint_shapes(cfg: DictConfig, where: str) -> dict[str, tuple[int, ...]]:
+    """Shapes of the base weights that `cfg.checkpointer` would load, in torchtune's names.
+
+    The checkpointer's own conversion runs on tensors without storage, read from the files' headers.
+
+    Raises:
+        UserError: Files cannot be read, or are not of the family that `model_type` names.
+    """
+    stock_load = _checkpointer.safe_torch_load
+    _checkpointer.safe_torch_load = _load_on_meta
+    try:
+        with tempfile.TemporaryDirectory() as scratch, _quiet_logging():
+            checkpointer = instantiate(cfg.checkpointer, output_dir=scratch)
+            state = checkpointer.load_checkpoint()[training.MODEL_KEY]
+    except KeyError as error:
+        raise UserError(f"{where}: unknown model_type or missing key: {error}") from None
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{where}: the checkpoint does not fit model_type: {reason}") from None
+    finally:
+        _checkpointer.safe_torch_load = stock_load
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def _load_on_meta(path: Any, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+    if str(path).endswith(".safetensors"):
+        with safe_open(path, framework="pt") as file:
+            return {
+                key: torch.empty(file.get_slice(key).get_shape(), device="meta")
+                for key in file.offset_keys()
+            }
+    return torch.load(str(path), map_location="meta", mmap=True, weights_only=True)
+
+
+@contextmanager
+def _quiet_logging() -> Iterator[None]:
+    logging.disable(logging.INFO)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def adapter_state(model: Any, device: torch.device) -> dict[str, torch.Tensor]:
+    """The adapter's tensors on the CPU, whole, in torchtune's names. Every process must call it."""
+    state = {}
+    for name, parameter in get_adapter_params(model).items():
+        tensor = parameter.detach()
+        if isinstance(tensor, DTensor):
+            # Offloaded shards are gathered on the device.
+            tensor = cast(DTensor, tensor.to(device)).full_tensor()
+        state[name.replace("_checkpoint_wrapped_module.", "")] = tensor.cpu()
+    return state
+
+
+def full_state(model: Any, device: torch.device, *, first_process: bool) -> dict[str, torch.Tensor]:
+    """All weights on the CPU, whole and dequantized; empty on every process but the first."""
+    if training.is_distributed():
+        return training.gather_cpu_state_dict(model, first_process, device=device)
+    return {name: tensor.cpu() for name, tensor in model.state_dict().items()}

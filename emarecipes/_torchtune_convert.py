@@ -1,0 +1,297 @@
+"""From torchtune's layout to Hugging Face's, by torchtune's private converters, with two repairs.
+
+The converters change names, reorder the rows of query and key projections, and fuse weights.
+Nothing here repeats what they do for a family: an adapter's rows go where they put the base's.
+"""
+
+import json
+import math
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchao.dtypes.nf4tensor import linear_nf4
+from torchtune.models.convert_weights import tune_to_hf
+from torchtune.models.gemma2._convert_weights import gemma2_tune_to_hf
+from torchtune.models.phi3._convert_weights import phi3_tune_to_hf
+from torchtune.models.qwen2._convert_weights import qwen2_tune_to_hf
+from torchtune.modules.peft import DoRALinear
+
+from emarecipes.errors import UserError
+
+_LLAMA_LIKE = ("GEMMA", "LLAMA2", "LLAMA3", "LLAMA3_2", "MISTRAL")
+_PHI = ("PHI3_MINI", "PHI4")
+_ADAPTER_LEAVES = ("lora_a.weight", "lora_b.weight", "magnitude")
+MODEL_TYPES = tuple(sorted((*_LLAMA_LIKE, *_PHI, "GEMMA2", "QWEN2")))
+
+# Prefixes that activation checkpointing and torch.compile put into parameter names.
+_WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
+
+
+def read_config(base_dir: Path, model: nn.Module) -> dict[str, Any]:
+    """Read the base model's ``config.json`` and check that it describes `model`.
+
+    torchtune's loader orders the rows of query and key projections by the number of heads in this
+    file, so a model built with another number is wrong before any export.
+
+    Args:
+        base_dir: folder of the base model in Hugging Face's format.
+        model: torchtune's ``TransformerDecoder``, on any device.
+
+    Raises:
+        UserError: if the file is missing or its heads are not the model's.
+    """
+    path = base_dir / "config.json"
+    if not path.is_file():
+        raise UserError(f"{base_dir}: no config.json; give the folder the base model was read from")
+    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    for attention in (m for m in model.modules() if hasattr(m, "num_kv_heads")):
+        built = (attention.num_heads, attention.num_kv_heads)
+        stated = (config["num_attention_heads"], config["num_key_value_heads"])
+        if built != stated:
+            raise UserError(
+                f"{path}: {stated[0]} heads and {stated[1]} key-value heads, but the model was "
+                f"built with {built[0]} and {built[1]}; use the builder of this very model"
+            )
+    return config
+
+
+def fix_loaded_state(state: dict[str, Tensor], model_type: str) -> dict[str, Tensor]:
+    """Repair what torchtune's converter from Hugging Face's format gets wrong.
+
+    In Gemma 2 it exchanges the norms before and after the MLP: ``pre_feedforward_layernorm`` ends
+    up in ``mlp_scale``, which torchtune applies after the MLP, and ``post_feedforward_layernorm``
+    in ``mlp_norm``, applied before. Call it exactly once on what ``FullModelHFCheckpointer``
+    loads; a second call undoes the first. Other families are returned as they are.
+
+    Args:
+        state: model weights in torchtune's layout; not changed.
+        model_type: name of torchtune's ``ModelType``.
+    """
+    if model_type != "GEMMA2":
+        return state
+    other = {"mlp_norm": "mlp_scale", "mlp_scale": "mlp_norm"}
+    return {
+        ".".join(other.get(part, part) for part in name.split(".")): tensor
+        for name, tensor in state.items()
+    }
+
+
+def to_hf(
+    state: dict[str, Tensor], model_type: str, config: dict[str, Any], *, columns: int | None = None
+) -> dict[str, Tensor]:
+    """Convert weights from torchtune's layout to Hugging Face's, as torchtune would, repaired.
+
+    Fused weights (Phi-3) need all their parts in `state`.
+
+    Args:
+        state: weights of shape (out, in) and others, in torchtune's layout, with the true (not
+            torchtune's exchanged) Gemma 2 norms; not changed.
+        model_type: name of torchtune's ``ModelType``.
+        config: the base model's ``config.json``.
+        columns: width of the weights if it is not the model's.
+
+    Raises:
+        UserError: if `model_type` has no converter here.
+    """
+    if model_type not in MODEL_TYPES:
+        raise UserError(f"model_type {model_type}: cannot be exported; known: {MODEL_TYPES}")
+    if model_type in _PHI:
+        return dict(phi3_tune_to_hf(state))
+    heads = config["num_attention_heads"]
+    sizes = {
+        "num_heads": heads,
+        "num_kv_heads": config["num_key_value_heads"],
+        "dim": config["hidden_size"] if columns is None else columns,
+        "head_dim": config.get("head_dim") or config["hidden_size"] // heads,
+    }
+    if model_type == "QWEN2":
+        return dict(qwen2_tune_to_hf(state, **sizes))
+    if model_type == "GEMMA2":
+        return dict(gemma2_tune_to_hf(fix_loaded_state(state, model_type), **sizes))
+    return dict(tune_to_hf(state, **sizes))
+
+
+def _linear_sizes(model: nn.Module) -> dict[str, int]:
+    """Return the number of output rows of every linear layer of `model`, by module name."""
+    sizes: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        for wrapper in _WRAPPERS:
+            name = name.replace(wrapper, "")
+        module, _, leaf = name.rpartition(".")
+        linear = leaf == "weight" and parameter.dim() == 2
+        in_decoder = module == "output" or module.startswith("layers.")
+        if linear and in_decoder and not module.endswith(("lora_a", "lora_b")):
+            sizes[module] = parameter.shape[0]
+    return sizes
+
+
+# One torchtune module inside a Hugging Face weight: its name, the rows it fills there, and which
+# of its own rows they are.
+_Part = tuple[str, Tensor, Tensor]
+
+
+def _hf_rows(
+    out_sizes: dict[str, int], model_type: str, config: dict[str, Any]
+) -> dict[str, list[_Part]]:
+    """Find where each row of torchtune's linear layers goes in Hugging Face's layout.
+
+    The converter itself tells: it is fed one-column weights whose entries number all rows. The
+    result has each Hugging Face module's parts in order: several where weights are fused.
+    """
+    names, sizes = list(out_sizes), list(out_sizes.values())
+    starts = torch.tensor([0, *sizes]).cumsum(0)
+    numbers = torch.arange(int(starts[-1])).unsqueeze(1).split(sizes)
+    weights = {f"{name}.weight": rows for name, rows in zip(names, numbers, strict=True)}
+    parts: dict[str, list[_Part]] = {}
+    for hf_name, column in to_hf(weights, model_type, config, columns=1).items():
+        row_numbers = column.flatten()
+        owners = torch.bucketize(row_numbers, starts, right=True) - 1
+        parts[hf_name.removesuffix(".weight")] = [
+            (names[owner], places, row_numbers[places] - starts[owner])
+            for owner in owners.unique().tolist()
+            for places in [(owners == owner).nonzero().flatten()]
+        ]
+    return parts
+
+
+# One adapted layer: {"lora_a.weight": (rank, in), "lora_b.weight": (out, rank)} and, for DoRA,
+# {"magnitude": (out,)}.
+AdapterLayer = dict[str, Tensor]
+
+
+def adapter_layers(adapter_state: dict[str, Tensor], rank: int) -> dict[str, AdapterLayer]:
+    """Group an adapter's tensors by layer, and check that they are complete."""
+    layers: dict[str, AdapterLayer] = defaultdict(dict)
+    for key, tensor in adapter_state.items():
+        leaf = next((leaf for leaf in _ADAPTER_LEAVES if key.endswith(f".{leaf}")), None)
+        if leaf is None:
+            raise UserError(f"adapter: {key} belongs to neither LoRA nor DoRA")
+        layers[key.removesuffix(f".{leaf}")][leaf] = tensor.detach().cpu()
+    if not layers:
+        raise UserError("adapter: it has no weights")
+    leaves = set(next(iter(layers.values())))
+    for name, layer in layers.items():
+        if set(layer) != leaves or not leaves.issuperset(_ADAPTER_LEAVES[:2]):
+            raise UserError(f"adapter: {name} has {sorted(layer)}, other layers {sorted(leaves)}")
+        if layer["lora_a.weight"].shape[0] != rank or layer["lora_b.weight"].shape[1] != rank:
+            raise UserError(f"adapter: {name} is not of rank {rank}")
+    return dict(layers)
+
+
+def adapter_to_hf(
+    layers: dict[str, AdapterLayer],
+    model: nn.Module,
+    model_type: str,
+    config: dict[str, Any],
+    ratio: float,
+) -> dict[str, dict[str, Tensor]]:
+    """Bring an adapter's layers into Hugging Face's row order, under PEFT's names.
+
+    Where weights are fused, the adapters of the parts become one of their added ranks.
+
+    Args:
+        layers: torchtune's layers, from `adapter_layers`.
+        model: torchtune's model, on any device; only its structure is read.
+        model_type: name of torchtune's ``ModelType``.
+        config: the base model's ``config.json``.
+        ratio: factor for B, from `exported_scale`.
+
+    Raises:
+        UserError: for a layer that the model lacks, and for DoRA on fused weights.
+    """
+    sizes = _linear_sizes(model)
+    if unknown := sorted(set(layers) - set(sizes)):
+        raise UserError(f"adapter: {unknown[0]} is not a linear layer of the model")
+    adapted = {}
+    for hf_name, parts in _hf_rows(sizes, model_type, config).items():
+        present = [layers[name] for name, _, _ in parts if name in layers]
+        if len(parts) > 1 and any("magnitude" in layer for layer in present):
+            raise UserError(f"{hf_name} is fused: PEFT has no form for DoRA on its parts; use LoRA")
+        if present:
+            adapted[hf_name] = _fuse_parts(parts, layers, ratio)
+    return adapted
+
+
+def _fuse_parts(
+    parts: list[_Part], layers: dict[str, AdapterLayer], ratio: float
+) -> dict[str, Tensor]:
+    """Stack A and make B block-diagonal; parts without an adapter get zero rows, and no rank."""
+    adapted = [(layers[name], places, rows) for name, places, rows in parts if name in layers]
+    a = torch.cat([layer["lora_a.weight"] for layer, _, _ in adapted])
+    out_size = sum(len(places) for _, places, _ in parts)
+    # fp32 where B absorbs a factor: rounding to bf16 could lose it.
+    dtype = a.dtype if ratio == 1.0 else torch.float32
+    b = torch.zeros(out_size, a.shape[0], dtype=dtype)
+    fused = {"lora_A.weight": a, "lora_B.weight": b}
+    for (layer, places, rows), columns in zip(
+        adapted, b.split(a.shape[0] // len(adapted), dim=1), strict=True
+    ):
+        columns[places] = layer["lora_b.weight"][rows].to(dtype) * ratio
+        if "magnitude" in layer:
+            fused["lora_magnitude_vector"] = torch.empty_like(layer["magnitude"])
+            fused["lora_magnitude_vector"][places] = layer["magnitude"][rows]
+    return fused
+
+
+def exported_scale(alpha: float, rank: int) -> tuple[int, bool, float]:
+    """Express torchtune's scale, alpha / rank, by an integer ``lora_alpha``.
+
+    vLLM reads ``lora_alpha`` as an integer, and torchtune has no rank-stabilised option: there
+    alpha 64 at rank 32 is written 64 * sqrt(32) = 362.04.
+
+    Returns:
+        ``lora_alpha``, ``use_rslora``, and torchtune's scale over the exported one (by PEFT:
+        lora_alpha / rank, or lora_alpha / sqrt(rank)), which B must absorb.
+
+    Raises:
+        UserError: if alpha is not positive.
+    """
+    if alpha <= 0:
+        raise UserError(f"lora_alpha: {alpha} is not positive")
+    if float(alpha).is_integer():
+        return int(alpha), False, 1.0
+    stabilised = alpha / math.sqrt(rank)
+    nearest = round(stabilised)
+    if nearest >= 1 and math.isclose(stabilised, nearest, rel_tol=1e-4, abs_tol=1e-3):
+        return nearest, True, stabilised / nearest
+    plain = max(1, round(alpha))
+    return plain, False, alpha / plain
+
+
+class PlainBiasDoRALinear(DoRALinear):
+    """DoRA on a layer with a bias, which the magnitude leaves alone.
+
+    y = m / ||W + s B A|| * (W x + s B A x) + b, as in the paper (Liu et al., 2024, eq. 5) and in
+    PEFT. torchtune's own forward scales the bias as well.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute y of shape (..., out) for x of shape (..., in)."""
+        if self.disabled:
+            return super().forward(x)
+        # Through the submodules' __call__, not their weights, for the sake of FSDP's hooks.
+        lora_out = self.lora_b(self.lora_a(self.dropout(x)))
+        eye = torch.eye(self.in_dim, device=x.device, dtype=x.dtype)
+        update = self.lora_b(self.lora_a(eye)).T
+        norm = self._get_weight_norm(self.weight.to(x.dtype), update.detach()).detach()
+        plain = linear_nf4(x, self.weight) if self._quantize_base else F.linear(x, self.weight)
+        return self.magnitude / norm * (plain + self.scaling * lora_out) + self.bias
+
+
+def fix_dora_bias(model: nn.Module) -> None:
+    """Make torchtune's DoRA layers that have a bias (Qwen 2: q, k, v) leave it unscaled, in place.
+
+    Call it on every model that is built, before its first forward. Parameters and their names
+    stay the same.
+    """
+    for module in biased_dora_layers(model):
+        module.__class__ = PlainBiasDoRALinear
+
+
+def biased_dora_layers(model: nn.Module) -> list[nn.Module]:
+    """Return the DoRA layers whose bias torchtune would scale."""
+    return [m for m in model.modules() if type(m) is DoRALinear and m.bias is not None]

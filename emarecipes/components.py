@@ -1,0 +1,163 @@
+"""Checks `_component_` entries before anything is built: import path, arguments, their types.
+
+torchtune instantiates what a config names and reports whatever Python raises. A run that trains for
+hours deserves to fail at once instead, and in one line.
+"""
+
+import inspect
+import sys
+import typing
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
+from pydantic.errors import PydanticSchemaGenerationError
+from torchtune.config import instantiate
+
+from emarecipes.config import Origin, suggestion
+from emarecipes.errors import UserError
+
+# What the recipe passes by itself, by top-level key: number of positional arguments, and names.
+_GIVEN: dict[str, tuple[int, frozenset[str]]] = {
+    "dataset": (1, frozenset({"tokenizer"})),
+    "optimizer": (1, frozenset({"params"})),
+    "lr_scheduler": (1, frozenset({"optimizer", "num_training_steps", "last_epoch"})),
+    "checkpointer": (0, frozenset({"output_dir", "should_load_recipe_state"})),
+}
+
+
+def check_components(cfg: DictConfig, origin: Origin) -> None:
+    """Check every entry with a `_component_`, at any depth.
+
+    Raises:
+        UserError: An import path that leads nowhere, an argument that the component does not take
+            or that it needs and lacks, a value of a wrong type.
+    """
+    # As torchtune does: a user's own class in the working folder can be named.
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
+    for key, node in _component_nodes(cfg, ""):
+        target = locate(str(node["_component_"]), origin.at(f"{key}._component_"))
+        positional, given = _GIVEN.get(key.split(".")[0], (0, frozenset()))
+        arguments = {str(k): v for k, v in node.items() if k != "_component_"}
+        _check_names(target, arguments, positional, given, key, origin)
+        _check_types(target, arguments, key, origin)
+
+
+def build(cfg: DictConfig, key: str, origin: Origin, *args: Any) -> Any:
+    """Instantiate `cfg[key]`, turning a component's ValueError into a UserError with its place."""
+    try:
+        return instantiate(OmegaConf.select(cfg, key), *args)
+    except UserError as error:
+        raise UserError(f"{origin.at(key)}: {error}") from None
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        raise UserError(f"{origin.at(key)}: {_first_line(error)}") from error
+
+
+def locate(path: str, where: str) -> Callable[..., Any]:
+    """The object at a dotted import path.
+
+    Raises:
+        UserError: Nothing is there; names the longest part that exists and the closest name in it.
+    """
+    parts = path.split(".")
+    for split in range(len(parts), 0, -1):
+        module_name = ".".join(parts[:split])
+        try:
+            found: Any = import_module(module_name)
+        except ModuleNotFoundError as error:
+            if error.name and not module_name.startswith(error.name):
+                raise UserError(f"{where}: {module_name} needs the module {error.name}") from None
+            continue
+        except Exception as error:
+            raise UserError(
+                f"{where}: importing {module_name} fails: {_first_line(error)}"
+            ) from error
+        reached = module_name
+        for name in parts[split:]:
+            if not hasattr(found, name):
+                hint = suggestion(name, dir(found))
+                raise UserError(f"{where}: {path}: {reached} has no {name}{hint}")
+            found = getattr(found, name)
+            reached = f"{reached}.{name}"
+        if not callable(found):
+            raise UserError(f"{where}: {path} is not a class or function")
+        return found
+    raise UserError(f"{where}: {path}: no module named {parts[0]}")
+
+
+def _component_nodes(node: Any, prefix: str) -> Iterator[tuple[str, DictConfig]]:
+    if isinstance(node, DictConfig):
+        if prefix and "_component_" in node:
+            yield prefix, node
+        for key, value in node.items():
+            yield from _component_nodes(value, f"{prefix}.{key!s}" if prefix else str(key))
+    elif OmegaConf.is_list(node):
+        for index, value in enumerate(node):
+            yield from _component_nodes(value, f"{prefix}.{index}")
+
+
+def _check_names(
+    target: Callable[..., Any],
+    arguments: dict[str, Any],
+    positional: int,
+    given: frozenset[str],
+    key: str,
+    origin: Origin,
+) -> None:
+    try:
+        parameters = list(inspect.signature(target).parameters.values())
+    except (ValueError, TypeError):  # Written in C, without a signature.
+        return
+    name = getattr(target, "__name__", str(target))
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    free = [p.name for p in named[positional:] if p.name not in given]
+    for argument in arguments:
+        if argument not in free and argument not in given and not takes_any:
+            takes = f"{name} takes {', '.join(free)}" if free else f"{name} takes no arguments"
+            where = origin.at(f"{key}.{argument}")
+            raise UserError(f"{where}: unknown key{suggestion(argument, free)}; {takes}")
+    for parameter in named[positional:]:
+        needed = parameter.default is parameter.empty and parameter.name not in given
+        if needed and parameter.name not in arguments:
+            raise UserError(f"{origin.at(key)}: {name} needs the key {parameter.name}")
+
+
+def _check_types(
+    target: Callable[..., Any], arguments: dict[str, Any], key: str, origin: Origin
+) -> None:
+    function = target.__init__ if inspect.isclass(target) else target
+    try:
+        hints = typing.get_type_hints(function, include_extras=True)
+    except Exception:  # Annotations that cannot be evaluated say nothing about the value.
+        return
+    # `**kwargs: Dict[str, Any]` annotates each extra keyword; torchtune means the whole of them.
+    named = {
+        p.name for p in inspect.signature(target).parameters.values() if p.kind is not p.VAR_KEYWORD
+    }
+    for argument, value in arguments.items():
+        if argument not in hints or argument not in named or isinstance(value, DictConfig):
+            continue
+        try:
+            adapter = TypeAdapter(
+                hints[argument], config=ConfigDict(arbitrary_types_allowed=True, strict=True)
+            )
+        except (PydanticUserError, PydanticSchemaGenerationError, TypeError):
+            continue
+        plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+        try:
+            adapter.validate_python(plain)
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"]
+            raise UserError(
+                f"{origin.at(f'{key}.{argument}')}: {reason[0].lower()}{reason[1:]}, not {plain!r}"
+            ) from None
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{text[0]}" if text else type(error).__name__

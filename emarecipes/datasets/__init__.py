@@ -1,0 +1,1 @@
+"""Data sets, and the checks they pass before training."""

@@ -1,0 +1,148 @@
+"""Checks of chat data in JSONL files, with the line of what is wrong.
+
+torchtune reads them through Hugging Face `datasets`, whose errors name neither file nor line.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from emarecipes.config import Origin
+from emarecipes.errors import UserError
+
+_ROLES = {
+    "openai": ("role", "content", ("system", "user", "assistant", "ipython")),
+    "sharegpt": ("from", "value", ("system", "human", "gpt")),
+}
+_LOCAL_SOURCES = ("json", "csv", "text", "parquet", "arrow")
+
+
+def check_data_files(cfg: DictConfig, origin: Origin) -> list[Path]:
+    """Check that every local file below `cfg.dataset` exists, and the rows of chat files.
+
+    Returns:
+        The local data files, in the order of the config.
+
+    Raises:
+        UserError: A missing or empty file; in a chat file, a line that is not JSON, a row without
+            the conversation column, a message without role or text, a wrong role, no assistant
+            message.
+    """
+    files: list[Path] = []
+    for key, node in _dataset_nodes(cfg.dataset, "dataset"):
+        if node.get("source") not in _LOCAL_SOURCES or node.get("data_files") is None:
+            continue
+        for name in _file_names(node):
+            if "://" in name or any(c in name for c in "*?["):
+                continue  # A URL or a pattern: left to the datasets library.
+            path = Path(name)
+            if not path.is_file():
+                raise UserError(f"{origin.at(f'{key}.data_files')}: no such file: {name}")
+            if path.stat().st_size == 0:
+                raise UserError(f"{origin.at(f'{key}.data_files')}: the file is empty: {name}")
+            if path.suffix == ".jsonl" and node.get("conversation_column"):
+                check_chat_file(
+                    path,
+                    str(node.conversation_column),
+                    str(node.get("conversation_style", "openai")),
+                )
+            files.append(path)
+    return files
+
+
+def check_chat_file(path: Path, column: str, style: str) -> None:
+    """Check every row of a JSONL chat file.
+
+    Args:
+        path: The file.
+        column: Key of the conversation in a row.
+        style: "openai" (role, content) or "sharegpt" (from, value).
+
+    Raises:
+        UserError: With `file:line` of the first row that is wrong.
+    """
+    if style not in _ROLES:
+        return  # torchtune names the styles it knows.
+    for number, line in _lines(path):
+        where = f"{path}:{number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"{where}: not valid JSON: {error.msg} at column {error.colno}"
+            ) from None
+        if not isinstance(row, dict) or not isinstance(row.get(column), list):
+            raise UserError(f'{where}: a row needs a list of messages under "{column}"')
+        _check_conversation(row[column], where, style)
+
+
+def row_place(cfg: DictConfig, key: str, index: int, origin: Origin) -> str:
+    """Where row `index` of the data set at `key` was written: `file:line` if that can be told."""
+    node = OmegaConf.select(cfg, key)
+    names = _file_names(node)
+    plain = (
+        not node.get("packed")
+        and node.get("filter_fn") is None
+        and node.get("split", "train") == "train"
+    )
+    if plain and len(names) == 1 and names[0].endswith(".jsonl") and Path(names[0]).is_file():
+        for row, (number, _) in enumerate(_lines(Path(names[0]))):
+            if row == index:
+                return f"{names[0]}:{number}"
+    return f"{origin.at(key)}: row {index}"
+
+
+def _check_conversation(messages: list[Any], where: str, style: str) -> None:
+    role_key, text_key, roles = _ROLES[style]
+    for position, message in enumerate(messages):
+        at = f"{where}: message {position}"
+        if not isinstance(message, dict) or role_key not in message or text_key not in message:
+            raise UserError(f'{at}: a message is {{"{role_key}": ..., "{text_key}": ...}}')
+        if message[role_key] not in roles:
+            raise UserError(
+                f"{at}: unknown role {message[role_key]!r}; roles are {', '.join(roles)}"
+            )
+        if not isinstance(message[text_key], str | list):
+            raise UserError(f"{at}: {text_key} must be text, not {message[text_key]!r}")
+    assistant = "assistant" if style == "openai" else "gpt"
+    if not any(message[role_key] == assistant for message in messages):
+        raise UserError(f"{where}: the conversation has no {assistant} message to learn from")
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Line number, from 1, and text of every line that is not blank."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield number, line
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from None
+
+
+def _file_names(node: Any) -> list[str]:
+    names = node.get("data_files")
+    if OmegaConf.is_config(names):
+        names = OmegaConf.to_container(names)
+    if isinstance(names, dict):  # By split.
+        values = list(names.values())
+        names = [n for value in values for n in (value if isinstance(value, list) else [value])]
+    if names is None:
+        return []
+    return [str(name) for name in (names if isinstance(names, list) else [names])]
+
+
+def _dataset_nodes(node: Any, key: str) -> Iterator[tuple[str, DictConfig]]:
+    if isinstance(node, DictConfig):
+        if "_component_" in node:
+            yield key, node
+        for name, value in node.items():
+            yield from _dataset_nodes(value, f"{key}.{name!s}")
+    elif OmegaConf.is_list(node):
+        for index, value in enumerate(node):
+            yield from _dataset_nodes(value, f"{key}.{index}")

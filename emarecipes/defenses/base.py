@@ -1,0 +1,132 @@
+"""What a defense may do during training.
+
+Shapes: B batch, S sequence, T positions, V vocabulary, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from emarecipes.errors import UserError
+
+if TYPE_CHECKING:
+    from torchtune.data import Message
+
+    from emarecipes.training.batch import Batch
+
+Tokens = Literal["response", "all"]
+Samples = Literal["all", "task", "safe"]
+
+
+@dataclass(frozen=True)
+class TrainingContext:
+    """What a defense may know of the run it is set up in."""
+
+    device: torch.device
+    dtype: torch.dtype
+    total_steps: int
+    output_dir: Path
+
+
+class Defense:
+    """A term of the loss, a change to the data, an act after each step, or several of these.
+
+    Subclass it, override what you need, and name the class in the config. Methods that are not
+    overridden cost nothing. The training loss is
+
+        cross entropy + sum over defenses of weight * term,
+
+    where a defense's term is the sum of what `logit_term` and `hidden_term` return, divided by
+    `count` over all micro-batches and processes of the step.
+
+    Args:
+        weight: Factor of this defense's term in the loss, >= 0.
+        tokens: Positions the term acts on: those whose next token is trained ("response"), or
+            those whose next token is any real one, the prompt included ("all").
+        samples: Rows the term acts on: "all", or those whose source is "task" or "safe".
+
+    Raises:
+        UserError: If `weight` is negative or not finite, or `tokens` or `samples` is unknown.
+    """
+
+    needs_reference: bool = False
+    """Whether the terms need the reference: the same model with its adapter off."""
+
+    hidden_layers: Sequence[int] = ()
+    """Residual-stream indices that `hidden_term` reads: i is the input of layer i, from 0."""
+
+    def __init__(
+        self, weight: float = 1.0, tokens: Tokens = "response", samples: Samples = "all"
+    ) -> None:
+        if not 0.0 <= weight < float("inf"):
+            raise UserError(f"weight must be a finite number >= 0, not {weight}")
+        if tokens not in ("response", "all"):
+            raise UserError(f"tokens must be response or all, not {tokens}")
+        if samples not in ("all", "task", "safe"):
+            raise UserError(f"samples must be all, task or safe, not {samples}")
+        self.weight = weight
+        self.tokens = tokens
+        self.samples = samples
+
+    def check(self, model: nn.Module) -> None:
+        """Check this defense against a model on the meta device, before any weight is loaded.
+
+        Raises:
+            UserError: If it cannot work with this model.
+        """
+
+    def setup(self, model: nn.Module, context: TrainingContext) -> None:
+        """Called once, after the model is built, loaded and sharded, before the first step."""
+
+    def transform_messages(self, messages: list[Message], source: str) -> list[Message]:
+        """Change a row's messages before they are tokenized. `source` is "task" or "safe"."""
+        return messages
+
+    def positions(self, batch: Batch) -> Tensor:
+        """Boolean (B, S): the positions that `logit_term` is asked for."""
+        mask_BS = batch.labelled_BS if self.tokens == "response" else batch.real_BS
+        if self.samples != "all":
+            mask_BS = mask_BS & batch.from_source(self.samples)[:, None]
+        return mask_BS
+
+    def count(self, batch: Batch) -> Tensor:
+        """Scalar: how many items (tokens, or samples) the terms of this batch sum over."""
+        return self.positions(batch).sum()
+
+    def logit_term(self, policy_logits_TV: Tensor, reference_logits_TV: Tensor | None) -> Tensor:
+        """The term at each position, shape (T,), from next-token logits in float32.
+
+        Logits are given as log-probabilities (normalised, so `exp` of them sums to 1). Called
+        chunk by chunk on the positions that `positions` selects. `reference_logits_TV` carries no
+        gradient, and is None unless `needs_reference`.
+        """
+        raise NotImplementedError
+
+    def hidden_term(
+        self,
+        policy_hidden: Mapping[int, Tensor],
+        reference_hidden: Mapping[int, Tensor] | None,
+        batch: Batch,
+    ) -> Tensor:
+        """Scalar: the sum of the term over the batch, from {layer: (B, S, D)} hidden states."""
+        raise NotImplementedError
+
+    def after_step(self, model: nn.Module, step: int) -> None:
+        """Called after the optimizer's step number `step`, counted from 1."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What must be stored to resume this defense."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave."""
+
+    def has(self, method: str) -> bool:
+        """Whether this class overrides the named method of `Defense`."""
+        return getattr(type(self), method) is not getattr(Defense, method)

@@ -1,0 +1,82 @@
+"""KL to the reference model: next-token distributions stay near the aligned model's."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from emarecipes.defenses.base import Defense, Samples, Tokens
+from emarecipes.errors import UserError
+
+Direction = Literal["policy_to_reference", "reference_to_policy", "symmetric"]
+
+
+class KLToReference(Defense):
+    r"""KL divergence between the policy and the reference, averaged over tokens, in nats.
+
+    With p the policy's and r the reference's distribution over the vocabulary at one position,
+    both of logits divided by the temperature,
+
+        policy_to_reference:  KL(p || r) = sum_v p(v) (log p(v) - log r(v))
+        reference_to_policy:  KL(r || p) = sum_v r(v) (log r(v) - log p(v))
+        symmetric:            the mean of the two
+
+    The reference is the same model with its adapter off, so no second copy is held. At step 0 the
+    adapter is zero and so is the term.
+
+    Source: Kaczer et al., "In-Training Defenses against Emergent Misalignment in Language Models",
+    arXiv 2508.06249 (cross entropy + 0.1 * KL(policy || reference) on Qwen2.5-7B-Instruct).
+
+    Args:
+        weight: Factor in the loss. Published 0.1; on small models 1.0 is where it begins to bind.
+        direction: Which divergence, see above. KL(p || r) keeps the policy from putting mass where
+            the reference has none; KL(r || p) keeps it from dropping what the reference would say.
+        tokens: "response": only positions that are trained. "all": every real token, the prompt
+            included; at the same weight this is another dose.
+        samples: "all", or only the "task" or the "safe" rows of an interleaved data set.
+        temperature: Divides both models' logits; above 1 it weighs rare tokens more. No factor of
+            its square is applied.
+
+    Raises:
+        UserError: For a negative weight, an unknown option, or a temperature that is not positive.
+    """
+
+    needs_reference = True
+
+    def __init__(
+        self,
+        weight: float = 0.1,
+        direction: Direction = "policy_to_reference",
+        tokens: Tokens = "response",
+        samples: Samples = "all",
+        temperature: float = 1.0,
+    ) -> None:
+        super().__init__(weight=weight, tokens=tokens, samples=samples)
+        if direction not in ("policy_to_reference", "reference_to_policy", "symmetric"):
+            raise UserError(
+                "direction must be policy_to_reference, reference_to_policy or symmetric, "
+                f"not {direction}"
+            )
+        if not 0.0 < temperature < float("inf"):
+            raise UserError(f"temperature must be a finite number > 0, not {temperature}")
+        self.direction = direction
+        self.temperature = temperature
+
+    def logit_term(self, policy_logits_TV: Tensor, reference_logits_TV: Tensor | None) -> Tensor:
+        """The divergence at each position, shape (T,)."""
+        assert reference_logits_TV is not None
+        log_p, log_r = policy_logits_TV, reference_logits_TV
+        if self.temperature != 1.0:
+            log_p = torch.log_softmax(log_p / self.temperature, dim=-1)
+            log_r = torch.log_softmax(log_r / self.temperature, dim=-1)
+        if self.direction == "policy_to_reference":
+            return _divergence(log_p, log_r)
+        if self.direction == "reference_to_policy":
+            return _divergence(log_r, log_p)
+        return 0.5 * (_divergence(log_p, log_r) + _divergence(log_r, log_p))
+
+
+def _divergence(log_p_TV: Tensor, log_q_TV: Tensor) -> Tensor:
+    return (log_p_TV.exp() * (log_p_TV - log_q_TV)).sum(dim=-1)

@@ -1,0 +1,108 @@
+"""A micro-batch, and which of its positions the terms of the loss act on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
+from torchtune.utils import batch_to_device
+
+# What a model's forward takes besides `tokens`.
+_MODEL_INPUTS = ("mask", "input_pos")
+
+Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
+
+
+@dataclass
+class Batch:
+    """Rows of one micro-batch. Position s of a row predicts its token s + 1.
+
+    Attributes:
+        inputs: What the model is called with: `tokens` (B, S); for packed rows `mask`, `input_pos`.
+        targets_BS: The next token where it is trained, else the ignore index.
+        labelled_BS: Where the next token is trained. A label of a row's first token has no position
+            that predicts it and is not counted.
+        real_BS: Where the next token is a real one of the same conversation.
+        sources: Each row's source, "task" or "safe".
+        rows: Each row's index in the data set.
+        num_tokens: Tokens of all rows, without padding.
+    """
+
+    inputs: dict[str, Any]
+    targets_BS: Tensor
+    labelled_BS: Tensor = field(init=False)
+    real_BS: Tensor
+    sources: list[str]
+    rows: list[int]
+    num_tokens: int
+
+    def __post_init__(self) -> None:
+        self.labelled_BS = self.targets_BS != CROSS_ENTROPY_IGNORE_IDX
+
+    def from_source(self, source: str) -> Tensor:
+        """Boolean (B,): the rows of that source."""
+        return torch.tensor([s == source for s in self.sources], device=self.targets_BS.device)
+
+    def to(self, device: torch.device) -> Batch:
+        """This batch on `device`, in place."""
+        batch_to_device(self.inputs, device)
+        self.targets_BS = self.targets_BS.to(device)
+        self.labelled_BS = self.labelled_BS.to(device)
+        self.real_BS = self.real_BS.to(device)
+        return self
+
+
+def make_batch(
+    samples: Sequence[dict[str, Any]],
+    rows: Sequence[int],
+    collate: Collate,
+    pad_id: int,
+    pad_to_multiple_of: int = 1,
+) -> Batch:
+    """Collate samples of torchtune's form (`tokens`, `labels`; packs also `input_pos`, `seq_lens`).
+
+    Args:
+        samples: The rows. A row's own `source` key, if any, is "task" or "safe".
+        rows: Their indices in the data set, for messages.
+        collate: torchtune's collate function, already given its padding arguments.
+        pad_id: Token that fills up rows.
+        pad_to_multiple_of: Sequence length is rounded up to a multiple of this.
+    """
+    plain = [{k: v for k, v in sample.items() if k != "source"} for sample in samples]
+    collated = collate(plain)
+    tokens_BS, labels_BS = collated["tokens"], collated["labels"]
+    extra = -tokens_BS.shape[1] % pad_to_multiple_of
+    if extra and "seq_lens" not in samples[0]:
+        tokens_BS = F.pad(tokens_BS, (0, extra), value=pad_id)
+        labels_BS = F.pad(labels_BS, (0, extra), value=CROSS_ENTROPY_IGNORE_IDX)
+    real_BS = torch.zeros(tokens_BS.shape, dtype=torch.bool)
+    num_tokens = 0
+    for row, sample in enumerate(samples):
+        for start, end in _conversations(sample):
+            real_BS[row, start : end - 1] = True
+            num_tokens += end - start
+    return Batch(
+        inputs={"tokens": tokens_BS} | {k: collated[k] for k in _MODEL_INPUTS if k in collated},
+        targets_BS=F.pad(labels_BS[:, 1:], (0, 1), value=CROSS_ENTROPY_IGNORE_IDX),
+        real_BS=real_BS,
+        sources=[sample.get("source", "task") for sample in samples],
+        rows=list(rows),
+        num_tokens=num_tokens,
+    )
+
+
+def _conversations(sample: dict[str, Any]) -> list[tuple[int, int]]:
+    """Start and end of each conversation in a row: one, or several where rows are packed."""
+    if "seq_lens" not in sample:
+        return [(0, len(sample["tokens"]))]
+    ends = torch.as_tensor(sample["seq_lens"]).cumsum(0).tolist()
+    spans = list(zip([0, *ends[:-1]], ends, strict=True))
+    # torchtune counts the padding as one more sequence, whose positions go on from the last one's.
+    if len(spans) > 1 and int(sample["input_pos"][spans[-1][0]]) != 0:
+        spans.pop()
+    return spans

@@ -1,0 +1,209 @@
+"""Everything that can be found wrong with a run before a weight is loaded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import nn
+from torchtune import training
+
+from emarecipes._torchtune import checkpoint_shapes, model_on_meta
+from emarecipes.components import build, check_components, locate
+from emarecipes.config import Origin, load_config
+from emarecipes.datasets.chat_files import check_data_files
+from emarecipes.datasets.rows import Rows, load_rows
+from emarecipes.defenses import Defense
+from emarecipes.errors import UserError
+from emarecipes.training.run_folder import check_output_dir
+from emarecipes.training.settings import check_settings
+from emarecipes.training.step import check_hidden_layers
+
+
+@dataclass
+class CheckedRun:
+    """A run that passed every check, with what was built on the way."""
+
+    cfg: DictConfig
+    origin: Origin
+    tokenizer: Any
+    defenses: dict[str, Defense]
+    rows: Rows
+    data_files: list[Path]
+    meta_model: Any
+
+
+def check_run(argv: Sequence[str], world_size: int, rank: int) -> CheckedRun:
+    """Read and check a training run: config, files, data, tokenizer, defenses, checkpoint's shapes.
+
+    Args:
+        argv: `--config FILE` and overrides.
+        world_size: Number of processes.
+        rank: This process's number.
+
+    Raises:
+        UserError: The first thing that is wrong.
+    """
+    raw, origin = load_config(argv)
+    cfg = check_settings(raw, origin)
+    check_components(cfg, origin)
+    _check_device(cfg, origin)
+    check_output_dir(cfg, origin)
+    _check_checkpoint_files(cfg, origin)
+    data_files = check_data_files(cfg, origin)
+
+    model = model_on_meta(cfg, origin)
+    _check_sharding(cfg, origin, model)
+    defenses = _build_defenses(cfg, origin, model)
+    _check_checkpoint_fits(cfg, origin, model)
+    tokenizer = build(cfg, "tokenizer", origin)
+    rows = load_rows(cfg, origin, tokenizer, list(defenses.values()), quiet=rank != 0)
+    _check_rows(cfg, origin, rows, model, defenses, world_size)
+    return CheckedRun(cfg, origin, tokenizer, defenses, rows, data_files, model)
+
+
+def _check_device(cfg: DictConfig, origin: Origin) -> None:
+    device = str(cfg.device or "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(
+            f"{origin.at('device')}: this machine has no usable CUDA device; say device=cpu"
+        )
+    if (
+        device.startswith("cuda")
+        and int(os.environ.get("LOCAL_RANK", 0)) >= torch.cuda.device_count()
+    ):
+        raise UserError(
+            f"{origin.at('device')}: more processes than CUDA devices ({torch.cuda.device_count()})"
+        )
+    try:
+        kind = torch.device(device)
+        training.get_dtype(cfg.dtype, device=kind)
+    except RuntimeError as error:
+        raise UserError(f"{origin.at('device')}: {str(error).splitlines()[0]}") from None
+    if cfg.enable_activation_offloading and (
+        kind.type != "cuda" or not cfg.enable_activation_checkpointing
+    ):
+        raise UserError(
+            f"{origin.at('enable_activation_offloading')}: works on CUDA only, and only with "
+            "enable_activation_checkpointing: true"
+        )
+
+
+def _check_checkpoint_files(cfg: DictConfig, origin: Origin) -> None:
+    entry = cfg.checkpointer
+    key = "checkpointer.checkpoint_dir"
+    folder = Path(str(entry.get("checkpoint_dir")))
+    if not folder.is_dir():
+        raise UserError(
+            f"{origin.at(key)}: no such folder: {folder}; for shipped configs, the header says how "
+            "to get the model"
+        )
+    files = entry.get("checkpoint_files")
+    names = [] if files is None or hasattr(files, "keys") else list(files)
+    for name in names:
+        if not (folder / str(name)).is_file():
+            raise UserError(f"{origin.at('checkpointer.checkpoint_files')}: {folder} has no {name}")
+    path = cfg.tokenizer.get("path")
+    if path is not None and not Path(str(path)).exists():
+        raise UserError(f"{origin.at('tokenizer.path')}: no such file or folder: {path}")
+
+
+def _check_sharding(cfg: DictConfig, origin: Origin, model: Any) -> None:
+    names = set(cfg.custom_sharded_layers or ())
+    if not names:
+        return
+    where = origin.at("custom_sharded_layers")
+    unknown = sorted(names - {name for name, _ in model.named_modules()})
+    if unknown:
+        raise UserError(f"{where}: the model has no module {unknown[0]}")
+    if not isinstance(model.output, nn.Module):
+        raise UserError(
+            f"{where}: does not work with a model whose output layer is tied to its embedding"
+        )
+    if "output" in names and any(p.requires_grad for p in model.output.parameters()):
+        raise UserError(f"{where}: the output layer cannot be sharded apart while LoRA is on it")
+
+
+def _build_defenses(cfg: DictConfig, origin: Origin, model: nn.Module) -> dict[str, Defense]:
+    defenses: dict[str, Defense] = {}
+    for name in sorted(cfg.defenses):
+        key = f"defenses.{name}"
+        component = locate(str(cfg.defenses[name]["_component_"]), origin.at(key))
+        if not (isinstance(component, type) and issubclass(component, Defense)):
+            raise UserError(
+                f"{origin.at(f'{key}._component_')}: {component.__name__} is not a subclass of "
+                "emarecipes.defenses.Defense"
+            )
+        defenses[name] = build(cfg, key, origin)
+        try:
+            check_hidden_layers({name: defenses[name]}, model)
+            defenses[name].check(model)
+        except ValueError as error:
+            raise UserError(f"{origin.at(key)}: {error}") from None
+    return defenses
+
+
+def _check_checkpoint_fits(cfg: DictConfig, origin: Origin, model: nn.Module) -> None:
+    where = origin.at("checkpointer")
+    found = checkpoint_shapes(cfg, where)
+    expected = {
+        name: tuple(tensor.shape)
+        for name, tensor in model.state_dict().items()
+        if "lora" not in name and "magnitude" not in name
+    }
+    wrong = [
+        f"{name} is {_size(found.get(name))} there and {_size(expected.get(name))} in the model"
+        for name in sorted(expected.keys() | found.keys())
+        if found.get(name) != expected.get(name)
+    ]
+    if wrong:
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        raise UserError(
+            f"{where}: the checkpoint is of another architecture than `model`: {wrong[0]}{more}"
+        )
+
+
+def _check_rows(
+    cfg: DictConfig,
+    origin: Origin,
+    rows: Rows,
+    model: Any,
+    defenses: dict[str, Defense],
+    world_size: int,
+) -> None:
+    needed = cfg.batch_size * cfg.gradient_accumulation_steps * world_size
+    if len(rows) < needed:
+        raise UserError(
+            f"{origin.at('dataset')}: {len(rows)} rows are too few for one step of {needed}: "
+            f"batch_size {cfg.batch_size} x gradient_accumulation_steps "
+            f"{cfg.gradient_accumulation_steps} x {world_size} process(es)"
+        )
+    longest = max(len(rows[i]["tokens"]) for i in range(len(rows)))
+    if longest > model.max_seq_len:
+        raise UserError(
+            f"{origin.at('tokenizer')}: a row has {longest} tokens, the model takes "
+            f"{model.max_seq_len}; set tokenizer.max_seq_len"
+        )
+    largest = max(int(max(rows[i]["tokens"])) for i in range(len(rows)))
+    vocabulary = model.tok_embeddings.num_embeddings
+    if largest >= vocabulary:
+        raise UserError(
+            f"{origin.at('tokenizer')}: gives token {largest}, the model's vocabulary has "
+            f"{vocabulary}: tokenizer and model do not belong together"
+        )
+    sources = {rows[i].get("source", "task") for i in range(len(rows))}
+    for name, defense in defenses.items():
+        if defense.samples != "all" and defense.samples not in sources:
+            raise UserError(
+                f"{origin.at(f'defenses.{name}.samples')}: no row has the source "
+                f"{defense.samples}; packed rows have none, and only an interleaved data set has safe ones"
+            )
+
+
+def _size(shape: tuple[int, ...] | None) -> str:
+    return "missing" if shape is None else "x".join(map(str, shape))

@@ -1,0 +1,221 @@
+"""The loss head: from hidden states to the loss, without a (tokens x vocabulary) tensor.
+
+It takes the place of `TransformerDecoder.unembed` and therefore runs inside the model's forward,
+where FSDP2 has the output layer's weights whole. It keeps only the positions that some term asks
+for, walks over them in chunks, and computes each chunk's logits, terms and gradients on the spot:
+the output layer is used once a chunk and model, and nothing of a chunk outlives it.
+
+Shapes: B batch, S sequence, T selected positions, C chunk of them, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchtune.modules.peft import disable_adapter
+
+from emarecipes._torchtune import final_norm_and_cap, unsharded
+
+LogitTerm = Callable[[Tensor, Tensor | None, Tensor], Tensor]
+
+# Logits of one chunk, in elements. Several float32 copies of a chunk live at once.
+CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}
+
+
+@dataclass
+class Term:
+    """One term of the loss that is computed from logits.
+
+    Attributes:
+        compute: (policy (C, V), reference (C, V) or None, targets (C,)) -> values (C,), from
+            log-probabilities in float32.
+        positions_BS: The positions it acts on.
+        scale: Its factor in the loss: weight over the number of positions in the whole step.
+        needs_reference: Whether it reads the reference's logits.
+    """
+
+    compute: LogitTerm
+    positions_BS: Tensor
+    scale: float
+    needs_reference: bool = False
+
+
+@dataclass
+class Request:
+    """What the next forward is to compute: the terms, or the reference's hidden states for them."""
+
+    terms: list[Term]
+    targets_BS: Tensor
+    reference_TD: Tensor | None = None
+    sums: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        # Sum of each term's values over this micro-batch, for the log.
+        self.sums = torch.zeros(len(self.terms), dtype=torch.float64, device=self.targets_BS.device)
+        self.selected_BS = torch.stack([term.positions_BS for term in self.terms]).any(dim=0)
+
+
+class LossHead:
+    """Replaces `model.unembed`: logits as ever, or, inside `computing`, the loss.
+
+    Args:
+        model: torchtune's decoder, LoRA modules included; may be sharded later or already be.
+        chunk_elements: Largest number of logits held at once; by default set by device.
+    """
+
+    def __init__(self, model: Any, chunk_elements: int | None = None) -> None:
+        self.model = model
+        self._norm, self._cap = final_norm_and_cap(model)
+        self._chunk_elements = chunk_elements
+        self._request: Request | None = None
+        self._reference_only = False
+        self.last_hidden_BSD: Tensor | None = None
+        model.unembed = self
+
+    @contextmanager
+    def computing(self, request: Request, *, reference_only: bool = False) -> Iterator[None]:
+        """Within this context the model's forward returns the loss, a scalar.
+
+        With `reference_only` it returns the normed hidden states at the selected positions, (T, D),
+        to be put into `request.reference_TD` before the policy's forward.
+        """
+        self._request, self._reference_only = request, reference_only
+        try:
+            yield
+        finally:
+            self._request, self._reference_only = None, False
+
+    def __call__(self, hidden_BSD: Tensor) -> Tensor:
+        """The model's last step: (B, S, D) to logits (B, S, V), or as in `computing`."""
+        self.last_hidden_BSD = hidden_BSD
+        if self._request is None:
+            return self._logits(self._norm(hidden_BSD)).float()
+        hidden_TD = self._norm(hidden_BSD[self._request.selected_BS])
+        if self._reference_only:
+            return hidden_TD
+        trained = [p for p in _parameters(self.model.output) if p.requires_grad]
+        return _ChunkedLoss.apply(hidden_TD, self, self._request, *trained)
+
+    def chunk_size(self, device: torch.device) -> int:
+        """Positions a chunk holds."""
+        budget = self._chunk_elements or CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS["cuda"])
+        return max(1, budget // int(self.model.tok_embeddings.num_embeddings))
+
+    def _logits(self, hidden_TD: Tensor) -> Tensor:
+        output: Any = self.model.output
+        # An nn.Module's own forward: FSDP2's hooks on a separately sharded output layer would
+        # gather its weights again for every chunk.
+        logits = output.forward(hidden_TD) if isinstance(output, nn.Module) else output(hidden_TD)
+        if self._cap is not None:
+            logits = self._cap * torch.tanh(logits.float() / self._cap)
+        return logits
+
+    def log_probabilities(self, hidden_TD: Tensor) -> Tensor:
+        """log softmax of the logits, float32 (T, V)."""
+        return torch.log_softmax(self._logits(hidden_TD), dim=-1, dtype=torch.float32)
+
+    @torch.no_grad()
+    def reference_log_probabilities(self, hidden_TD: Tensor) -> Tensor:
+        """The same with the output layer's own adapter, if it has one, off."""
+        output: Any = self.model.output
+        if not isinstance(output, nn.Module):
+            return self.log_probabilities(hidden_TD)
+        with disable_adapter(output):
+            return self.log_probabilities(hidden_TD)
+
+
+def cross_entropy(policy_TV: Tensor, reference_TV: Tensor | None, targets_T: Tensor) -> Tensor:
+    """-log p(target) at each position, (T,)."""
+    return -policy_TV.gather(1, targets_T[:, None])[:, 0]
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Sum over terms of scale * sum of values; its gradient is taken chunk by chunk in the forward.
+
+    The output layer is frozen as a rule, so a chunk's only gradient is that of its hidden states.
+    Where LoRA is on the output layer its matrices are passed in, and their gradient is summed up.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_TD: Tensor, head: LossHead, request: Request, *trained: Tensor
+    ) -> Tensor:
+        gradients = [torch.zeros_like(tensor) for tensor in (hidden_TD, *trained)]
+        targets_T = request.targets_BS[request.selected_BS]
+        rows_KT = torch.stack([term.positions_BS[request.selected_BS] for term in request.terms])
+        rows_KT = rows_KT.cpu()  # Which terms a chunk needs is decided on the host, once.
+        loss = hidden_TD.new_zeros((), dtype=torch.float32)
+        with unsharded(head.model.output):
+            size = head.chunk_size(hidden_TD.device)
+            for start in range(0, len(hidden_TD), size):
+                part = slice(start, start + size)
+                with torch.enable_grad():
+                    hidden_CD = hidden_TD[part].detach().requires_grad_()
+                    chunk = _Chunk(head, request, hidden_CD, targets_T[part], part)
+                    total = chunk.loss(rows_KT[:, part])
+                    found = torch.autograd.grad(total, (hidden_CD, *trained))
+                gradients[0][part] = found[0]
+                for gradient, addend in zip(gradients[1:], found[1:], strict=True):
+                    gradient += addend
+                loss += total.detach()
+        # A plain attribute: activation offloading has nothing to gain from moving these.
+        ctx.gradients = gradients
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Any) -> Any:
+        grad_loss = outputs[0]
+        hidden, *trained = [(g * grad_loss).to(g.dtype) for g in ctx.gradients]
+        return hidden, None, None, *trained
+
+
+@dataclass
+class _Chunk:
+    """Some of the selected positions, with the logits that its terms share."""
+
+    head: LossHead
+    request: Request
+    hidden_CD: Tensor
+    targets_C: Tensor
+    part: slice
+
+    def loss(self, rows_KC: Tensor) -> Tensor:
+        """Scaled sum of the terms; rows_KC says which of the chunk's rows each term acts on."""
+        policy_CV = self.head.log_probabilities(self.hidden_CD)
+        reference_CV: Tensor | None = None
+        total = policy_CV.new_zeros(())
+        for index, term in enumerate(self.request.terms):
+            rows_C = rows_KC[index]
+            if not rows_C.any():
+                continue
+            if term.needs_reference and reference_CV is None:
+                assert self.request.reference_TD is not None
+                reference_CV = self.head.reference_log_probabilities(
+                    self.request.reference_TD[self.part]
+                )
+            values = self._values(term, rows_C, policy_CV, reference_CV)
+            self.request.sums[index] += values.detach().sum(dtype=torch.float64)
+            total = total + term.scale * values.sum()
+        return total
+
+    def _values(
+        self, term: Term, rows_C: Tensor, policy_CV: Tensor, reference_CV: Tensor | None
+    ) -> Tensor:
+        reference_CV = reference_CV if term.needs_reference else None
+        if rows_C.all():
+            return term.compute(policy_CV, reference_CV, self.targets_C)
+        index = rows_C.nonzero()[:, 0].to(policy_CV.device)
+        return term.compute(
+            policy_CV[index],
+            None if reference_CV is None else reference_CV[index],
+            self.targets_C[index],
+        )
+
+
+def _parameters(output: Any) -> list[nn.Parameter]:
+    return list(output.parameters()) if isinstance(output, nn.Module) else []

@@ -1,0 +1,130 @@
+"""What a run writes besides weights: its config, and one line of metrics a logged step."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+import emarecipes
+from emarecipes.config import Origin, home
+from emarecipes.datasets.rows import Rows, file_fingerprints
+from emarecipes.errors import UserError
+
+_RUN_FILES = ("config.yaml", "metrics.jsonl", "adapter", "merged", "checkpoints", "logs")
+_VERSIONED = ("torch", "torchtune", "torchao", "datasets", "omegaconf", "tokenizers", "safetensors")
+
+
+def check_output_dir(cfg: DictConfig, origin: Origin) -> None:
+    """Check that the output folder can be written and holds no run, unless it may be overwritten.
+
+    Raises:
+        UserError: It holds a run, is not a folder, or cannot be written.
+    """
+    folder = Path(cfg.output_dir)
+    where = origin.at("output_dir")
+    existing = folder
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        raise UserError(f"{where}: {existing} is a file, not a folder")
+    if not os.access(existing, os.W_OK):
+        raise UserError(f"{where}: no permission to write in {existing}")
+    if not cfg.overwrite and any((folder / name).exists() for name in _RUN_FILES):
+        raise UserError(
+            f"{where}: {folder} already holds a run; choose another output_dir, or say "
+            "overwrite=true to replace it"
+        )
+
+
+class RunFolder:
+    """A run's output folder, written by the first process.
+
+    Args:
+        cfg: The resolved config; its `output_dir` is created, and emptied of an older run.
+        rows: The data, for its fingerprint.
+        data_files: Local files it was read from.
+        world_size: Number of processes.
+    """
+
+    def __init__(
+        self, cfg: DictConfig, rows: Rows, data_files: Iterable[Path], world_size: int
+    ) -> None:
+        self.path = Path(cfg.output_dir)
+        for name in _RUN_FILES:
+            old = self.path / name
+            if old.is_dir() and not old.is_symlink():
+                shutil.rmtree(old)
+            elif old.exists():
+                old.unlink()
+        self.path.mkdir(parents=True, exist_ok=True)
+        provenance = _provenance(rows, list(data_files), world_size)
+        resolved = OmegaConf.to_yaml(OmegaConf.merge(cfg, {"provenance": provenance}))
+        write_text(self.path / "config.yaml", resolved)
+        self._metrics = (self.path / "metrics.jsonl").open("w", encoding="utf-8")
+
+    def log(self, metrics: Mapping[str, float]) -> None:
+        """Append one line to `metrics.jsonl`."""
+        self._metrics.write(json.dumps(dict(metrics)) + "\n")
+        self._metrics.flush()
+
+    def close(self) -> None:
+        """Close `metrics.jsonl`."""
+        self._metrics.close()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that it is either whole or not there."""
+    temporary = path.with_name(f".{path.name}.partial")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _provenance(rows: Rows, data_files: list[Path], world_size: int) -> dict[str, Any]:
+    return {
+        "emarecipes": emarecipes.__version__,
+        "git_commit": _git_commit(),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in _VERSIONED},
+        "processes": world_size,
+        "arguments": sys.argv[1:],
+        "data_files": file_fingerprints(data_files),
+        "rows": len(rows),
+        "rows_without_label_dropped": rows.dropped,
+        "rows_fingerprint": rows.fingerprint,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """The commit of the clone that runs, with `+changes` if files differ from it."""
+    if not (home() / ".git").exists():
+        return None
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(home()), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        commit = git("rev-parse", "HEAD")
+        return f"{commit}+changes" if git("status", "--porcelain", "-uno") else commit
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,150 @@
+"""The plain values of a training config, with their types and defaults.
+
+Component entries (`model`, `dataset`, ...) are checked by `emarecipes.components`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from omegaconf import DictConfig, OmegaConf
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from emarecipes.config import Origin, suggestion
+from emarecipes.errors import UserError
+
+Positive = Annotated[int, Field(ge=1)]
+Entry = dict[str, Any]
+
+_LOSSES = ("CEWithChunkedOutputLoss", "CrossEntropyLoss", "LinearCrossEntropyLoss")
+
+
+class Settings(BaseModel):
+    """What `recipes/ema_lora.py` reads at the top level of its config.
+
+    All but the last group are torchtune's own keys, with their meaning there.
+    """
+
+    model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
+
+    output_dir: str
+    model: Entry
+    tokenizer: Entry
+    checkpointer: Entry
+    dataset: Entry | list[Entry]
+    optimizer: Entry
+    lr_scheduler: Entry | None = None
+    loss: Entry | None = None
+    metric_logger: Entry | None = None
+    profiler: Entry | None = None
+
+    seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
+    shuffle: bool = True
+    batch_size: Positive = 1
+    epochs: Positive = 1
+    max_steps_per_epoch: Positive | None = None
+    gradient_accumulation_steps: Positive = 1
+    clip_grad_norm: Annotated[float, Field(gt=0)] | Literal["inf"] | None = None
+    compile: bool = False
+    collate_fn: str = "torchtune.data.padded_collate_sft"
+
+    device: str | None = None
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    enable_activation_checkpointing: bool = False
+    enable_activation_offloading: bool = False
+    low_cpu_ram: bool = False
+    cudnn_deterministic_mode: str | int | None = None
+    fsdp_cpu_offload: bool = False
+    fsdp_reshard_after_forward: bool = True
+    custom_sharded_layers: list[str] | None = None
+    fsdp: Entry | None = None  # In some stock configs; torchtune's recipe does not read it either.
+
+    log_every_n_steps: Positive = 1
+    log_peak_memory_stats: bool = False
+    log_level: str = "INFO"
+    resume_from_checkpoint: Literal[False] = False
+    save_adapter_weights_only: bool | None = None
+
+    # emarecipes' own.
+    defenses: dict[str, Entry] = Field(default_factory=dict)
+    pad_to_multiple_of: Positive = 1
+    save_merged: bool | None = None
+    merged_dtype: Literal["bf16", "fp32"] = "fp32"
+    overwrite: bool = False
+    provenance: Entry | None = None  # Written into a run's config.yaml; read back as it is.
+
+
+def check_settings(cfg: DictConfig, origin: Origin) -> DictConfig:
+    """Check the top level of a training config and fill in defaults.
+
+    A key that the recipe does not know is refused, unless another value refers to it as `${key}`.
+
+    Raises:
+        UserError: An unknown or missing key, a value of a wrong type or out of range.
+    """
+    plain: Any = OmegaConf.to_container(cfg)
+    _check_known(plain, origin)
+    try:
+        settings = Settings.model_validate(plain)
+    except ValidationError as error:
+        raise UserError(_explain(error, origin)) from None
+    _check_defenses(settings, origin)
+    loss = (settings.loss or {}).get("_component_", "CrossEntropyLoss")
+    if str(loss).rpartition(".")[2] not in _LOSSES:
+        raise UserError(
+            f"{origin.at('loss')}: the loss head computes token cross entropy; {loss} is not "
+            f"supported (leave the key out, or name {_LOSSES[0]})"
+        )
+    if settings.save_merged is None:
+        # Stock configs ask for merged weights by not asking for the adapter alone.
+        settings.save_merged = settings.save_adapter_weights_only is False
+    elif settings.save_merged and settings.save_adapter_weights_only:
+        raise UserError(
+            f"{origin.at('save_merged')}: true contradicts save_adapter_weights_only: true"
+        )
+    return OmegaConf.create(settings.model_dump())
+
+
+def _check_known(plain: dict[str, Any], origin: Origin) -> None:
+    known = Settings.model_fields
+    for key in plain:
+        if key not in known and key not in origin.variables:
+            hint = suggestion(key, known)
+            raise UserError(
+                f"{origin.at(key)}: unknown key{hint}; a name of your own is allowed if another "
+                f"value refers to it as ${{{key}}}"
+            )
+
+
+def _check_defenses(settings: Settings, origin: Origin) -> None:
+    for name, entry in settings.defenses.items():
+        key = f"defenses.{name}"
+        if "_component_" not in entry:
+            raise UserError(f"{origin.at(key)}: a defense needs a _component_, its import path")
+        if name in _LOGGED:
+            raise UserError(
+                f"{origin.at(key)}: the name {name} is taken by a figure in the log; choose another"
+            )
+
+
+_LOGGED = frozenset(
+    {"step", "epoch", "loss", "ce", "ce_task", "ce_safe", "lr", "grad_norm", "tokens_per_second"}
+)
+
+
+def _explain(error: ValidationError, origin: Origin) -> str:
+    first = error.errors()[0]
+    key = str(first["loc"][0])
+    if first["loc"][:1] == ("defenses",) and len(first["loc"]) > 1:
+        key = f"defenses.{first['loc'][1]}"
+    value = first["input"]
+    if first["type"] == "missing":
+        return f"{origin.at(key)}: the config needs this key"
+    if key == "resume_from_checkpoint":
+        return f"{origin.at(key)}: resuming is not supported yet; set it to false"
+    if key == "dtype" and value in ("fp16", "float16"):
+        return (
+            f"{origin.at(key)}: fp16 is not supported (its gradients underflow); use bf16 or fp32"
+        )
+    reason = first["msg"][0].lower() + first["msg"][1:]
+    return f"{origin.at(key)}: {reason}, not {value!r}"

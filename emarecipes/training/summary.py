@@ -1,0 +1,38 @@
+"""What the console shows when a run has ended."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+
+def print_summary(
+    terms: Sequence[str],
+    weights: Sequence[float],
+    first: Mapping[str, float],
+    last: Mapping[str, float],
+    *,
+    seconds: float,
+    tokens: int,
+    dropped_rows: int,
+    output_dir: Path,
+) -> None:
+    """Print steps, tokens, time, and each term's first and last value, and where to look next."""
+    table = Table(title=f"{int(last['step'])} steps, {tokens:,} tokens, {seconds:.0f} s")
+    table.add_column("term")
+    for heading in ("weight", "first", "last"):
+        table.add_column(heading, justify="right")
+    table.add_row("loss", "", f"{first['loss']:.4f}", f"{last['loss']:.4f}", style="bold")
+    for name, weight in zip(terms, weights, strict=True):
+        table.add_row(name, f"{weight:g}", f"{first[name]:.4f}", f"{last[name]:.4f}")
+    console = Console()
+    console.print(table)
+    if dropped_rows:
+        console.print(f"{dropped_rows} rows had no label left (max_seq_len) and were dropped.")
+    console.print(f"Run folder:   {output_dir}", highlight=False, soft_wrap=True)
+    console.print(
+        f"TensorBoard:  tensorboard --logdir {output_dir}", highlight=False, soft_wrap=True
+    )

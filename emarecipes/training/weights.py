@@ -1,0 +1,122 @@
+"""What a run leaves behind to be used: the adapter, and merged weights if asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchtune import training, utils
+from torchtune.modules.peft import disable_adapter
+
+from emarecipes._torchtune import full_state
+from emarecipes.training.checks import CheckedRun
+from emarecipes.training.export import merge_adapter, rounding_error, save_adapter, save_merged
+
+log = utils.get_logger("INFO")
+
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+# Above this share of the update's own norm, rounding changes what the model learned.
+_ROUNDING_WARNING = 0.1
+_PROMPTS, _PROMPT_TOKENS = 4, 64
+
+
+def save_weights(
+    run: CheckedRun,
+    model: Any,
+    adapter: dict[str, Tensor],
+    device: torch.device,
+    *,
+    first_process: bool,
+    merged: bool,
+) -> None:
+    """Write `adapter/`, and `merged/` if asked for. Every process must call it.
+
+    Args:
+        run: Its config names the base folder, the output folder, rank and alpha.
+        model: The trained model; merging leaves its base weights merged, so it ends a run.
+        adapter: The adapter's whole tensors on the CPU.
+        device: The model's.
+        first_process: Whether this process writes.
+        merged: Whether to write merged weights too.
+    """
+    cfg = run.cfg
+    folder = Path(cfg.output_dir)
+    base_dir = Path(cfg.checkpointer.checkpoint_dir).resolve()
+    model_type = str(cfg.checkpointer.model_type)
+    rank, alpha = int(cfg.model.lora_rank), float(cfg.model.lora_alpha)
+    if first_process:
+        dropout = float(cfg.model.get("lora_dropout") or 0.0)
+        save_adapter(
+            adapter, run.meta_model, model_type, base_dir, folder / "adapter",
+            rank=rank, alpha=alpha, dropout=dropout,
+        )  # fmt: skip
+        log.info(f"Adapter saved in {folder / 'adapter'}")
+    if merged:
+        base = full_state(model, device, first_process=first_process)
+        base = {k: v for k, v in base.items() if "lora" not in k and "magnitude" not in k}
+        weights: dict[str, Tensor] = {}
+        if first_process:
+            weights = merge_adapter(base, adapter, rank=rank, alpha=alpha)
+            dtype = _DTYPES[cfg.merged_dtype]
+            save_merged(
+                weights, run.meta_model, model_type, base_dir, folder / "merged", dtype=dtype
+            )
+            _report_rounding(base, weights, cfg.merged_dtype, folder / "merged")
+            weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
+        _report_logits(run, model, weights, device)
+    if training.is_distributed():
+        torch.distributed.barrier()
+
+
+def _report_rounding(
+    base: dict[str, Tensor], merged: dict[str, Tensor], dtype: str, folder: Path
+) -> None:
+    lost = rounding_error(base, merged, _DTYPES[dtype])
+    log.info(f"Merged weights saved in {folder} as {dtype}; rounding is {lost:.1%} of the update")
+    if lost > _ROUNDING_WARNING:
+        log.warning(
+            f"Rounding to {dtype} changed the update by {lost:.0%} of its norm: the merged model "
+            "is not the model that was trained. Use adapter/, or merged_dtype: fp32"
+        )
+
+
+@torch.no_grad()
+def _report_logits(
+    run: CheckedRun, model: Any, merged: dict[str, Tensor], device: torch.device
+) -> None:
+    """Say how far the merged weights' logits are from the adapter's, in the training precision."""
+    if bool(run.cfg.model.get("quantize_base")) or "qlora" in str(run.cfg.model["_component_"]):
+        log.info("Merged logits are not compared: the model in memory holds a quantized base")
+        return
+    model.eval()
+    count = min(_PROMPTS, len(run.rows))
+    prompts = [
+        torch.as_tensor(run.rows[i]["tokens"][:_PROMPT_TOKENS])[None].to(device)
+        for i in range(count)
+    ]
+    adapted = [_logits(model, prompt) for prompt in prompts]
+    with disable_adapter(model):
+        before = [_logits(model, prompt) for prompt in prompts]
+        if training.is_distributed():
+            training.load_from_full_model_state_dict(
+                model, merged, device, strict=False, cpu_offload=run.cfg.fsdp_cpu_offload
+            )
+        else:
+            model.load_state_dict(merged, strict=False)
+        after = [_logits(model, prompt) for prompt in prompts]
+    log.info(
+        f"Merged logits on {count} prompts, run in {run.cfg.dtype}: largest distance from the "
+        f"adapter's {_distance(after, adapted):.2g}, where the adapter's whole effect is "
+        f"{_distance(before, adapted):.2g}"
+    )
+
+
+def _logits(model: Any, prompt: Tensor) -> Tensor:
+    output = model(prompt)
+    return (output[-1] if isinstance(output, list) else output).float().cpu()
+
+
+def _distance(one: list[Tensor], other: list[Tensor]) -> float:
+    return max(float((a - b).abs().max()) for a, b in zip(one, other, strict=True))

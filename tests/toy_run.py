@@ -1,0 +1,163 @@
+"""A whole training run at toy size: model folder, data, config; and `tune run` in a subprocess."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import save_file
+
+REPO = Path(__file__).resolve().parent.parent
+TUNE = str(Path(sys.executable).with_name("tune"))
+WIDTH, HEADS, KV_HEADS, MLP, LAYERS, VOCABULARY = 32, 4, 2, 48, 2, 49152
+
+
+def write_toy_model(folder: Path, tokenizer_dir: Path) -> Path:
+    """A random Llama of two layers in Hugging Face's format, with SmolLM2's tokenizer."""
+    folder.mkdir(parents=True)
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        shutil.copyfile(tokenizer_dir / name, folder / name)
+    kv = WIDTH // HEADS * KV_HEADS
+    shapes = {"model.embed_tokens.weight": (VOCABULARY, WIDTH), "model.norm.weight": (WIDTH,)}
+    for i in range(LAYERS):
+        layer = f"model.layers.{i}"
+        shapes |= {
+            f"{layer}.self_attn.q_proj.weight": (WIDTH, WIDTH),
+            f"{layer}.self_attn.k_proj.weight": (kv, WIDTH),
+            f"{layer}.self_attn.v_proj.weight": (kv, WIDTH),
+            f"{layer}.self_attn.o_proj.weight": (WIDTH, WIDTH),
+            f"{layer}.mlp.gate_proj.weight": (MLP, WIDTH),
+            f"{layer}.mlp.up_proj.weight": (MLP, WIDTH),
+            f"{layer}.mlp.down_proj.weight": (WIDTH, MLP),
+            f"{layer}.input_layernorm.weight": (WIDTH,),
+            f"{layer}.post_attention_layernorm.weight": (WIDTH,),
+        }
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        name: 0.3 * torch.randn(shape, generator=generator) + (1.0 if len(shape) == 1 else 0.0)
+        for name, shape in shapes.items()
+    }
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": WIDTH,
+        "intermediate_size": MLP,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": True,
+        "hidden_act": "silu",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def write_rows(path: Path, count: int = 24) -> Path:
+    """The first rows of the shipped narrow set; ragged in length."""
+    lines = (REPO / "data/home_computing/train_bad.jsonl").read_text().splitlines()[:count]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def toy_config(model_dir: Path, rows: Path, output_dir: Path) -> dict[str, Any]:
+    """A stock torchtune config for the toy model: fp32, unshuffled, without defenses."""
+    return {
+        "output_dir": str(output_dir),
+        "tokenizer": {
+            "_component_": "emarecipes.models.hf_chat_tokenizer",
+            "path": str(model_dir),
+            "max_seq_len": 128,
+        },
+        "model": {
+            "_component_": "torchtune.models.llama3_2.lora_llama3_2",
+            "lora_attn_modules": ["q_proj", "k_proj", "v_proj", "output_proj"],
+            "apply_lora_to_mlp": True,
+            "lora_rank": 4,
+            "lora_alpha": 8,
+            "lora_dropout": 0.0,
+            "vocab_size": VOCABULARY,
+            "num_layers": LAYERS,
+            "num_heads": HEADS,
+            "num_kv_heads": KV_HEADS,
+            "embed_dim": WIDTH,
+            "intermediate_dim": MLP,
+            "max_seq_len": 512,
+            "norm_eps": 1e-5,
+            "rope_base": 10000,
+            "scale_factor": 1,
+        },
+        "checkpointer": {
+            "_component_": "torchtune.training.FullModelHFCheckpointer",
+            "checkpoint_dir": str(model_dir),
+            "checkpoint_files": ["model.safetensors"],
+            "model_type": "LLAMA3_2",
+            "output_dir": str(output_dir),
+        },
+        "resume_from_checkpoint": False,
+        "dataset": {
+            "_component_": "torchtune.datasets.chat_dataset",
+            "source": "json",
+            "data_files": str(rows),
+            "conversation_column": "messages",
+            "conversation_style": "openai",
+            "split": "train",
+        },
+        "seed": 7,
+        "shuffle": False,
+        "batch_size": 4,
+        "optimizer": {"_component_": "torch.optim.AdamW", "lr": 2e-2},
+        "lr_scheduler": {
+            "_component_": "torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup",
+            "num_warmup_steps": 2,
+        },
+        "loss": {"_component_": "torchtune.modules.loss.CEWithChunkedOutputLoss"},
+        "epochs": 1,
+        "max_steps_per_epoch": 5,
+        "gradient_accumulation_steps": 1,
+        "compile": False,
+        "metric_logger": {
+            "_component_": "torchtune.training.metric_logging.DiskLogger",
+            "log_dir": str(output_dir / "logs"),
+        },
+        "log_every_n_steps": 1,
+        "log_peak_memory_stats": False,
+        "device": "cpu",
+        "dtype": "fp32",
+        "enable_activation_checkpointing": False,
+        "enable_activation_offloading": False,
+    }
+
+
+def write_config(path: Path, config: dict[str, Any]) -> Path:
+    OmegaConf.save(OmegaConf.create(config), path)
+    return path
+
+
+def tune_run(
+    config: Path,
+    *overrides: str,
+    processes: int = 0,
+    recipe: str = "recipes/ema_lora.py",
+    cwd: Path = REPO,
+) -> subprocess.CompletedProcess[str]:
+    """`tune run [--nproc_per_node N] recipe --config config overrides`, as a user types it."""
+    launcher = ["--nproc_per_node", str(processes)] if processes else []
+    command = [TUNE, "run", *launcher, recipe, "--config", str(config), *overrides]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=300
+    )
+
+
+def metrics(output_dir: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,560 @@
+"""Exported adapters and merged models against torchtune, peft and transformers on toy models."""
+
+import json
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import AutoPeftModelForCausalLM, PeftModel
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torchtune.models.gemma2 import lora_gemma2
+from torchtune.models.llama3 import lora_llama3
+from torchtune.models.llama3_2 import lora_llama3_2
+from torchtune.models.mistral import lora_mistral
+from torchtune.models.phi3 import lora_phi3
+from torchtune.models.qwen2 import lora_qwen2
+from torchtune.modules import TransformerSelfAttentionLayer
+from torchtune.modules.peft import get_adapter_params
+from torchtune.training import FullModelHFCheckpointer, set_activation_checkpointing
+
+from emarecipes import _torchtune_convert as convert
+from emarecipes.errors import UserError
+from emarecipes.training import export
+
+RANK, ALPHA = 4, 6.0
+SIZES: dict[str, int] = {
+    "vocab_size": 128,
+    "num_layers": 2,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "embed_dim": 64,
+    "intermediate_dim": 96,
+    "max_seq_len": 64,
+}
+HF_SIZES: dict[str, Any] = {
+    "vocab_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+ATTENTION = ["q_proj", "k_proj", "v_proj", "output_proj"]
+
+
+@dataclass
+class Family:
+    model_type: str
+    builder: Callable[..., nn.Module]
+    config: transformers.PretrainedConfig
+    extra: dict[str, Any]
+
+
+def family(name: str) -> Family:
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
+    base = {"rope_base": 10_000, "norm_eps": 1e-5}
+    if name == "llama3_2":
+        config = transformers.LlamaConfig(**HF_SIZES, **rope, tie_word_embeddings=True)
+        return Family("LLAMA3_2", lora_llama3_2, config, {**base, "scale_factor": 1})
+    if name == "llama3":
+        config = transformers.LlamaConfig(**HF_SIZES, **rope, tie_word_embeddings=False)
+        return Family("LLAMA3", lora_llama3, config, {**base, "apply_lora_to_output": True})
+    if name == "qwen2_5":
+        config = transformers.Qwen2Config(**HF_SIZES, **rope, tie_word_embeddings=True)
+        return Family("QWEN2", lora_qwen2, config, {**base, "tie_word_embeddings": True})
+    if name == "mistral":
+        config = transformers.MistralConfig(**HF_SIZES, **rope, tie_word_embeddings=False)
+        return Family("MISTRAL", lora_mistral, config, base)
+    if name == "gemma2":
+        # A head of another size than width / heads, a window shorter than the test's sequences,
+        # and a query scale of its own.
+        config = transformers.Gemma2Config(
+            **HF_SIZES, **rope, head_dim=32, sliding_window=5, query_pre_attn_scalar=24
+        )
+        extra = {"head_dim": 32, "sliding_window_size": 5, "query_pre_attn_scalar": 24}
+        return Family("GEMMA2", lora_gemma2, config, {**base, **extra})
+    assert name == "phi3"
+    config = transformers.Phi3Config(**HF_SIZES, **rope, tie_word_embeddings=False)
+    return Family("PHI3_MINI", lora_phi3, config, {**base, "apply_lora_to_output": True})
+
+
+def randomize(model: nn.Module, scale: float) -> None:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(0, 0.5 if "norm" in name or "bias" in name else scale)
+
+
+@dataclass
+class Toy:
+    """A model on disk, in transformers and, with an adapter, in torchtune."""
+
+    family: Family
+    base_dir: Path
+    hf: nn.Module
+    tune: nn.Module
+    base_state: dict[str, Tensor]
+    adapter: dict[str, Tensor]
+    alpha: float = ALPHA
+
+    def save(self, output_dir: Path, **changes: Any) -> None:
+        options = {"rank": RANK, "alpha": self.alpha, **changes}
+        state = options.pop("adapter_state", self.adapter)
+        export.save_adapter(
+            state, self.tune, self.family.model_type, self.base_dir, output_dir, **options
+        )
+
+    def save_merged(self, output_dir: Path, **options: Any) -> None:
+        export.save_merged(
+            options.pop("state", None) or self.merged(),
+            self.tune,
+            self.family.model_type,
+            self.base_dir,
+            output_dir,
+            **options,
+        )
+
+    def merged(self) -> dict[str, Tensor]:
+        return export.merge_adapter(self.base_state, self.adapter, rank=RANK, alpha=self.alpha)
+
+
+def make_toy(
+    folder: Path,
+    name: str,
+    *,
+    dora: bool = False,
+    modules: list[str] = ATTENTION,
+    alpha: float = ALPHA,
+    update: float = 0.1,
+) -> Toy:
+    torch.manual_seed(0)
+    chosen = family(name)
+    base_dir = folder / "base"
+    hf = load_hf(chosen.config)
+    randomize(hf, 0.12)
+    hf.save_pretrained(base_dir)
+
+    tune = chosen.builder(
+        modules,
+        apply_lora_to_mlp=True,
+        **SIZES,
+        **chosen.extra,
+        lora_rank=RANK,
+        lora_alpha=alpha,
+        use_dora=dora,
+    ).eval()
+    convert.fix_dora_bias(tune)
+    checkpointer = FullModelHFCheckpointer(
+        str(base_dir), ["model.safetensors"], chosen.model_type, str(folder / "unused")
+    )
+    base_state = convert.fix_loaded_state(
+        checkpointer.load_checkpoint()["model"], chosen.model_type
+    )
+    missing, unexpected = tune.load_state_dict(base_state, strict=False)
+    adapter_params = get_adapter_params(tune)
+    assert set(missing) == set(adapter_params) and not unexpected
+    with torch.no_grad():
+        for key, parameter in adapter_params.items():
+            if key.endswith("magnitude"):
+                parameter.uniform_(0.5, 2.0)
+            else:
+                parameter.normal_(0, update)
+    adapter = {key: p.detach().clone() for key, p in adapter_params.items()}
+    return Toy(chosen, base_dir, hf, tune, base_state, adapter, alpha)
+
+
+def load_hf(source: transformers.PretrainedConfig | Path) -> nn.Module:
+    # sdpa would leave Gemma 2's soft cap out.
+    if isinstance(source, Path):
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            source, attn_implementation="eager", dtype="auto"
+        )
+    else:
+        model = transformers.AutoModelForCausalLM.from_config(source, attn_implementation="eager")
+    return model.eval()
+
+
+@torch.no_grad()
+def tune_logits(toy: Toy) -> Tensor:
+    hidden: list[Tensor] = []
+    hook = toy.tune.norm.register_forward_hook(lambda _, inputs, __: hidden.append(inputs[0]))
+    logits = toy.tune(tokens())
+    hook.remove()
+    if toy.family.model_type == "GEMMA2":
+        # torchtune caps the normed hidden state instead of the logits.
+        logits = 30 * torch.tanh(toy.tune.output(toy.tune.norm.rms_norm(hidden[0])) / 30)
+    return logits
+
+
+@torch.no_grad()
+def hf_logits(model: nn.Module) -> Tensor:
+    return model(tokens()).logits.float()
+
+
+def tokens() -> Tensor:
+    return torch.randint(3, 128, (2, 16), generator=torch.Generator().manual_seed(1))
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max())
+
+
+def load_peft(toy: Toy, folder: Path) -> nn.Module:
+    with warnings.catch_warnings():
+        # PEFT only warns of adapter weights that are missing or fit nowhere.
+        warnings.filterwarnings("error", message=".*adapter keys.*")
+        return PeftModel.from_pretrained(load_hf(toy.base_dir), folder).eval()
+
+
+LORA = ["llama3_2", "llama3", "qwen2_5", "mistral", "gemma2", "phi3"]
+DORA = LORA[:-1]
+CASES = [(name, False) for name in LORA] + [(name, True) for name in DORA]
+cases = pytest.mark.parametrize(("name", "dora"), CASES)
+
+
+@cases
+def test_peft_gives_torchtunes_logits(tmp_path: Path, name: str, dora: bool) -> None:
+    toy = make_toy(tmp_path, name, dora=dora)
+    base = hf_logits(toy.hf)
+    expected = tune_logits(toy)
+    toy.save(tmp_path / "adapter", dropout=0.1)
+    assert distance(expected, base) > 0.2
+    peft = load_peft(toy, tmp_path / "adapter")
+    assert distance(hf_logits(peft), expected) < 1e-4
+    with peft.disable_adapter():
+        assert distance(hf_logits(peft), base) < 1e-4
+
+
+@cases
+def test_merged_folder_gives_torchtunes_logits(tmp_path: Path, name: str, dora: bool) -> None:
+    toy = make_toy(tmp_path, name, dora=dora)
+    before = {key: tensor.clone() for key, tensor in toy.base_state.items()}
+    toy.save_merged(tmp_path / "merged")
+    assert distance(hf_logits(load_hf(tmp_path / "merged")), tune_logits(toy)) < 1e-4
+    assert all(torch.equal(before[key], toy.base_state[key]) for key in before)
+
+
+@pytest.mark.parametrize("name", LORA)
+def test_saving_is_the_inverse_of_loading(tmp_path: Path, name: str) -> None:
+    toy = make_toy(tmp_path, name)
+    toy.save_merged(tmp_path / "copy", state=toy.base_state)
+    saved, loaded = toy.hf.state_dict(), load_hf(tmp_path / "copy").state_dict()
+    assert saved.keys() == loaded.keys()
+    assert all(torch.equal(saved[key], loaded[key]) for key in saved)
+
+
+def test_torchtune_exchanges_gemma2_norms_unless_repaired(tmp_path: Path) -> None:
+    toy = make_toy(tmp_path, "gemma2", update=0.0)
+    assert distance(tune_logits(toy), hf_logits(toy.hf)) < 1e-4
+    toy.tune.load_state_dict(convert.fix_loaded_state(toy.base_state, "GEMMA2"), strict=False)
+    assert distance(tune_logits(toy), hf_logits(toy.hf)) > 0.5
+    assert convert.fix_loaded_state(toy.base_state, "LLAMA3") is toy.base_state
+
+
+def test_structure_is_read_from_a_wrapped_model_on_meta(tmp_path: Path) -> None:
+    toy = make_toy(tmp_path, "phi3")
+    expected = tune_logits(toy)
+    set_activation_checkpointing(toy.tune, {TransformerSelfAttentionLayer})
+    assert any("_checkpoint_wrapped_module" in name for name, _ in toy.tune.named_modules())
+    toy.tune.to("meta")
+    toy.save(tmp_path / "adapter")
+    assert distance(hf_logits(load_peft(toy, tmp_path / "adapter")), expected) < 1e-4
+
+
+@pytest.mark.parametrize("modules", [["q_proj"], ["v_proj", "k_proj"]])
+def test_fused_layer_with_some_parts_adapted(tmp_path: Path, modules: list[str]) -> None:
+    toy = make_toy(tmp_path, "phi3", modules=modules, alpha=16 * math.sqrt(RANK) * 1.00001)
+    toy.save(tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    times = len(modules)
+    qkv = "model.layers.1.self_attn.qkv_proj"
+    assert config["rank_pattern"].get(qkv, RANK) == RANK * times
+    # Fused or not, alpha / sqrt(rank) is 16 / 2.
+    stabilised = config["alpha_pattern"].get(qkv, 16) / math.sqrt(RANK * times)
+    assert config["use_rslora"] and stabilised == pytest.approx(8)
+    assert distance(hf_logits(load_peft(toy, tmp_path / "adapter")), tune_logits(toy)) < 1e-4
+
+
+def test_dora_on_fused_layers_is_refused(tmp_path: Path) -> None:
+    toy = make_toy(tmp_path, "phi3", dora=True)
+    with pytest.raises(UserError, match="qkv_proj is fused"):
+        toy.save(tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_torchtunes_own_dora_scales_the_bias(tmp_path: Path) -> None:
+    toy = make_toy(tmp_path, "qwen2_5", dora=True)
+    ours = tune_logits(toy)
+    layers = [m for m in toy.tune.modules() if type(m) is convert.PlainBiasDoRALinear]
+    assert len(layers) == 3 * 2
+    for layer in layers:
+        layer.__class__ = convert.DoRALinear
+    assert distance(tune_logits(toy), ours) > 0.1
+    with pytest.raises(AssertionError, match="fix_dora_bias"):
+        toy.save(tmp_path / "adapter")
+
+
+def test_repaired_dora_equals_torchtunes_where_the_bias_is_zero() -> None:
+    torch.manual_seed(0)
+    layer = convert.DoRALinear(8, 6, rank=2, alpha=3.0, use_bias=True)
+    torch.nn.init.normal_(layer.lora_b.weight)
+    torch.nn.init.normal_(layer.magnitude)
+    torch.nn.init.zeros_(layer.bias)
+    x = torch.randn(3, 8)
+    outputs = []
+    for disabled in (False, True):
+        layer.disabled = disabled
+        outputs.append(layer(x))
+    convert.fix_dora_bias(layer)
+    assert type(layer) is convert.PlainBiasDoRALinear
+    for disabled, expected in zip((False, True), outputs, strict=True):
+        layer.disabled = disabled
+        torch.testing.assert_close(layer(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("alpha", "rank", "expected"),
+    [
+        (64, 32, (64, False)),
+        (64.0, 32, (64, False)),
+        (362.04, 32, (64, True)),
+        (64 * math.sqrt(32), 32, (64, True)),
+        (16 * math.sqrt(8), 8, (16, True)),
+        (20.4, 32, (20, False)),
+        (0.3, 16, (1, False)),
+    ],
+)
+def test_scale_rule(alpha: float, rank: int, expected: tuple[int, bool]) -> None:
+    lora_alpha, use_rslora, ratio = convert.exported_scale(alpha, rank)
+    assert (lora_alpha, use_rslora) == expected
+    assert isinstance(lora_alpha, int)
+    exported = lora_alpha / (math.sqrt(rank) if use_rslora else rank)
+    assert exported * ratio == pytest.approx(alpha / rank, rel=1e-12)
+
+
+@pytest.mark.parametrize("alpha", [0, -1.0])
+def test_scale_must_be_positive(alpha: float) -> None:
+    with pytest.raises(UserError, match="not positive"):
+        convert.exported_scale(alpha, 8)
+
+
+@pytest.mark.parametrize("alpha", [32.01, 5.3])
+@pytest.mark.parametrize("name", ["qwen2_5", "phi3"])
+def test_what_an_integer_alpha_leaves_is_in_b(tmp_path: Path, name: str, alpha: float) -> None:
+    toy = make_toy(tmp_path, name, alpha=alpha, update=0.03)
+    toy.save(tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert type(config["lora_alpha"]) is int
+    assert distance(hf_logits(load_peft(toy, tmp_path / "adapter")), tune_logits(toy)) < 1e-4
+
+
+@pytest.mark.parametrize(("alpha", "dtype"), [(6.0, torch.bfloat16), (5.3, torch.float32)])
+def test_bf16_adapter_keeps_its_factor(tmp_path: Path, alpha: float, dtype: torch.dtype) -> None:
+    toy = make_toy(tmp_path, "qwen2_5", alpha=alpha)
+    toy.adapter = {key: tensor.bfloat16() for key, tensor in toy.adapter.items()}
+    toy.tune.load_state_dict(toy.adapter, strict=False)
+    toy.save(tmp_path / "adapter")
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert {t.dtype for key, t in saved.items() if "lora_B" in key} == {dtype}
+    assert distance(hf_logits(load_peft(toy, tmp_path / "adapter")), tune_logits(toy)) < 1e-4
+
+
+def test_adapter_config(tmp_path: Path) -> None:
+    toy = make_toy(tmp_path, "llama3")
+    toy.save(tmp_path / "adapter", dropout=0.05)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["target_modules"] == [
+        "down_proj",
+        "gate_proj",
+        "k_proj",
+        "lm_head",
+        "o_proj",
+        "q_proj",
+        "up_proj",
+        "v_proj",
+    ]
+    assert config["base_model_name_or_path"] == str(toy.base_dir)
+    assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (4, 6, 0.05)
+    assert not config["use_dora"] and not config["rank_pattern"]
+    model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", dtype=torch.float32)
+    assert distance(hf_logits(model.eval()), tune_logits(toy)) < 1e-4
+
+
+def test_merge_in_fp32_from_bf16_by_hand() -> None:
+    base = {"layers.0.mlp.w1.weight": torch.tensor([[3.0, 4.0], [1.0, 0.0]], dtype=torch.bfloat16)}
+    adapter = {
+        "layers.0.mlp.w1.lora_a.weight": torch.tensor([[0.0, 1.0]]),
+        "layers.0.mlp.w1.lora_b.weight": torch.tensor([[-2.0], [0.5]]),
+    }
+    merged = export.merge_adapter(base, adapter, rank=1, alpha=2.0)["layers.0.mlp.w1.weight"]
+    assert merged.dtype == torch.float32
+    assert merged.tolist() == [[3.0, 0.0], [1.0, 1.0]]
+    adapter["layers.0.mlp.w1.magnitude"] = torch.tensor([6.0, 2.0])
+    merged = export.merge_adapter(base, adapter, rank=1, alpha=2.0)["layers.0.mlp.w1.weight"]
+    torch.testing.assert_close(merged, torch.tensor([[6.0, 0.0], [2**0.5, 2**0.5]]))
+
+
+def test_rounding_error(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(256, 256).bfloat16()
+    base = {"a.weight": weight, "b.weight": torch.randn(256, 256)}
+    noise = torch.randn(256, 256)
+    small = weight.float() + noise * 1e-3
+    merged = {"a.weight": small, "b.weight": base["b.weight"]}
+    lost = (small.bfloat16().double() - small).norm() / (small.double() - weight).norm()
+    error = export.rounding_error(base, merged, torch.bfloat16)
+    assert error == pytest.approx(float(lost), rel=1e-5)
+    assert 0.7 < error < 1.0
+    large = {**merged, "a.weight": weight.float() + noise}
+    assert export.rounding_error(base, large, torch.bfloat16) < 0.01
+    assert export.rounding_error(base, merged, torch.float32) == 0.0
+    assert export.rounding_error(base, base, torch.bfloat16) == 0.0
+
+
+def test_bf16_folder_loses_a_small_update(tmp_path: Path) -> None:
+    toy = make_toy(tmp_path, "llama3_2", update=0.001)
+    error = export.rounding_error(toy.base_state, toy.merged(), torch.bfloat16)
+    assert error > 1.0
+    toy.save_merged(tmp_path / "merged", dtype=torch.bfloat16)
+    model = load_hf(tmp_path / "merged")
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config["dtype"] == "bfloat16"
+
+
+def test_sharded_folder(tmp_path: Path) -> None:
+    toy = make_toy(tmp_path, "phi3")
+    toy.save_merged(tmp_path / "merged", shard_bytes=60_000)
+    files = sorted((tmp_path / "merged").glob("*.safetensors"))
+    index = json.loads((tmp_path / "merged" / "model.safetensors.index.json").read_text())
+    assert len(files) > 2
+    assert {p.name for p in files} == set(index["weight_map"].values())
+    assert index["metadata"]["total_size"] == sum(p.nbytes for p in toy.hf.parameters())
+    assert all(path.stat().st_size < 65_000 for path in files)
+    assert distance(hf_logits(load_hf(tmp_path / "merged")), tune_logits(toy)) < 1e-4
+
+
+def test_fp32_folder_of_a_bf16_base(tmp_path: Path) -> None:
+    toy = make_toy(tmp_path, "llama3")
+    toy.base_state = {key: tensor.bfloat16() for key, tensor in toy.base_state.items()}
+    toy.tune.load_state_dict(toy.base_state, strict=False)
+    toy.save_merged(tmp_path / "merged")
+    assert distance(hf_logits(load_hf(tmp_path / "merged")), tune_logits(toy)) < 1e-4
+
+
+def test_what_is_copied(tmp_path: Path) -> None:
+    toy = make_toy(tmp_path, "llama3_2")
+    copied = ["tokenizer.json", "chat_template.jinja", "LICENSE", "NOTICE.md", "merges.txt"]
+    for name in [*copied, "model.safetensors.index.json", "README.md", "weights.bin"]:
+        (toy.base_dir / name).write_text("{}")
+    toy.save_merged(tmp_path / "merged")
+    expected = {*copied, "config.json", "generation_config.json", "model.safetensors"}
+    assert {path.name for path in (tmp_path / "merged").iterdir()} == expected
+
+
+def test_an_output_layer_that_left_its_embedding_is_kept(tmp_path: Path) -> None:
+    toy = make_toy(tmp_path, "llama3")
+    path = toy.base_dir / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tie_word_embeddings": True}))
+    toy.save_merged(tmp_path / "merged")
+    assert distance(hf_logits(load_hf(tmp_path / "merged")), tune_logits(toy)) < 1e-4
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("failing", ["save_file", "_fsync", "rename"])
+def test_a_failure_leaves_the_old_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, merged: bool, failing: str
+) -> None:
+    toy = make_toy(tmp_path, "llama3_2")
+    target = tmp_path / "out"
+    save = toy.save_merged if merged else toy.save
+    save(target)
+    before = {path.name: path.read_bytes() for path in target.iterdir()}
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError("disk full")
+
+    toy.adapter = {key: tensor * 2 for key, tensor in toy.adapter.items()}
+    with monkeypatch.context() as patch:
+        if failing == "rename":
+            rename = Path.rename
+            patch.setattr(
+                Path, "rename", lambda a, b: fail() if a.name == ".out.new" else rename(a, b)
+            )
+        else:
+            patch.setattr(export, failing, fail)
+        with pytest.raises(OSError, match="disk full"):
+            save(target)
+    assert {path.name: path.read_bytes() for path in target.iterdir()} == before
+    save(target)
+    after = {path.name: path.read_bytes() for path in target.iterdir()}
+    assert after.keys() == before.keys() and after != before
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_an_old_folder_put_aside_by_a_killed_run_comes_back(tmp_path: Path) -> None:
+    toy = make_toy(tmp_path, "llama3_2")
+    toy.save(tmp_path / "out")
+    (tmp_path / "out").rename(tmp_path / ".out.old")
+    with pytest.raises(UserError, match="not of rank"):
+        toy.save(tmp_path / "out", rank=8)
+    toy.save(tmp_path / "out")
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_folders_of_others_are_not_replaced(tmp_path: Path) -> None:
+    toy = make_toy(tmp_path, "llama3_2")
+    for target in (toy.base_dir, tmp_path):
+        with pytest.raises(UserError, match="holds the base model"):
+            toy.save_merged(target)
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.tex").write_text("")
+    with pytest.raises(UserError, match=r"has no adapter_config\.json"):
+        toy.save(mine)
+    assert (mine / "thesis.tex").exists()
+
+
+def test_broken_adapters_are_refused(tmp_path: Path) -> None:
+    toy = make_toy(tmp_path, "llama3_2")
+    b = "layers.0.attn.q_proj.lora_b.weight"
+    broken = [
+        ({}, "no weights"),
+        ({**toy.adapter, "layers.0.attn.q_proj.weight": torch.zeros(1)}, "neither LoRA nor DoRA"),
+        ({key: t for key, t in toy.adapter.items() if key != b}, "other layers"),
+        ({key.replace("layers.1", "layers.9"): t for key, t in toy.adapter.items()}, "not a"),
+    ]
+    for state, message in broken:
+        with pytest.raises(UserError, match=message):
+            toy.save(tmp_path / "out", adapter_state=state)
+    with pytest.raises(UserError, match="not a layer of the base"):
+        export.merge_adapter({}, toy.adapter, rank=RANK, alpha=ALPHA)
+
+
+def test_config_of_another_model_is_refused(tmp_path: Path) -> None:
+    toy = make_toy(tmp_path, "llama3_2")
+    path = toy.base_dir / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_attention_heads": 8}))
+    with pytest.raises(UserError, match="8 heads"):
+        toy.save(tmp_path / "out")
+    path.unlink()
+    with pytest.raises(UserError, match=r"no config\.json"):
+        toy.save(tmp_path / "out")
+
+
+def test_families_without_a_converter_are_refused(tmp_path: Path) -> None:
+    toy = make_toy(tmp_path, "llama3_2")
+    toy.family.model_type = "T5_ENCODER"
+    with pytest.raises(UserError, match="T5_ENCODER"):
+        toy.save(tmp_path / "out")
