@@ -22,6 +22,7 @@ from safetensors import safe_open
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torchao.dtypes.nf4tensor import NF4Tensor
 from torchtune import training
 from torchtune.config import instantiate
 from torchtune.models.gemma2._component_builders import Gemma2FinalNorm
@@ -32,6 +33,9 @@ from torchtune.training.checkpointing import _checkpointer
 from emarecipes.components import build
 from emarecipes.config import Origin
 from emarecipes.errors import UserError
+
+# Elements whose scales torchao quantizes together: a tensor or shard must hold whole ones.
+NF4_BLOCK = 64 * 256
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -95,6 +99,11 @@ def unsharded(output: Any) -> Iterator[None]:
         yield
     finally:
         output.reshard()
+
+
+def is_nf4(parameter: torch.Tensor) -> bool:
+    """Whether a frozen weight is held in 4 bits (QLoRA)."""
+    return isinstance(parameter.data, NF4Tensor) or isinstance(parameter, NF4Tensor)
 
 
 def model_on_meta(cfg: DictConfig, origin: Origin) -> Any:

@@ -285,13 +285,9 @@ class PlainBiasDoRALinear(DoRALinear):
 def fix_dora_bias(model: nn.Module) -> None:
     """Make torchtune's DoRA layers that have a bias (Qwen 2: q, k, v) leave it unscaled, in place.
 
-    Call it on every model that is built, before its first forward. Parameters and their names
-    stay the same.
+    Call it before the model's first forward; sharding may come before or after. Without it the
+    trained model has no form in PEFT. Parameters and their names stay the same.
     """
-    for module in biased_dora_layers(model):
-        module.__class__ = PlainBiasDoRALinear
-
-
-def biased_dora_layers(model: nn.Module) -> list[nn.Module]:
-    """Return the DoRA layers whose bias torchtune would scale."""
-    return [m for m in model.modules() if type(m) is DoRALinear and m.bias is not None]
+    for module in model.modules():
+        if type(module) is DoRALinear and module.bias is not None:
+            module.__class__ = PlainBiasDoRALinear

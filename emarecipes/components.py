@@ -48,12 +48,12 @@ def check_components(cfg: DictConfig, origin: Origin) -> None:
 
 
 def build(cfg: DictConfig, key: str, origin: Origin, *args: Any) -> Any:
-    """Instantiate `cfg[key]`, turning a component's ValueError into a UserError with its place."""
+    """Instantiate `cfg[key]`, turning what it raises into a UserError with its place."""
     try:
         return instantiate(OmegaConf.select(cfg, key), *args)
     except UserError as error:
         raise UserError(f"{origin.at(key)}: {error}") from None
-    except (ValueError, TypeError, KeyError, OSError) as error:
+    except (ValueError, TypeError, KeyError, OSError, AssertionError, RuntimeError) as error:
         raise UserError(f"{origin.at(key)}: {_first_line(error)}") from error
 
 
@@ -132,14 +132,13 @@ def _check_types(
 ) -> None:
     function = target.__init__ if inspect.isclass(target) else target
     try:
+        parameters = inspect.signature(target).parameters.values()
+        named = {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
         hints = typing.get_type_hints(function, include_extras=True)
     except Exception:  # Annotations that cannot be evaluated say nothing about the value.
         return
-    # `**kwargs: Dict[str, Any]` annotates each extra keyword; torchtune means the whole of them.
-    named = {
-        p.name for p in inspect.signature(target).parameters.values() if p.kind is not p.VAR_KEYWORD
-    }
     for argument, value in arguments.items():
+        # `**kwargs: Dict[str, Any]` annotates each extra keyword; torchtune means all of them.
         if argument not in hints or argument not in named or isinstance(value, DictConfig):
             continue
         try:

@@ -17,7 +17,7 @@ TUNE = str(Path(sys.executable).with_name("tune"))
 WIDTH, HEADS, KV_HEADS, MLP, LAYERS, VOCABULARY = 32, 4, 2, 48, 2, 49152
 
 
-def write_toy_model(folder: Path, tokenizer_dir: Path) -> Path:
+def write_toy_model(folder: Path, tokenizer_dir: Path, *, tied: bool = True) -> Path:
     """A random Llama of two layers in Hugging Face's format, with SmolLM2's tokenizer."""
     folder.mkdir(parents=True)
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
@@ -37,6 +37,8 @@ def write_toy_model(folder: Path, tokenizer_dir: Path) -> Path:
             f"{layer}.input_layernorm.weight": (WIDTH,),
             f"{layer}.post_attention_layernorm.weight": (WIDTH,),
         }
+    if not tied:
+        shapes["lm_head.weight"] = (VOCABULARY, WIDTH)
     generator = torch.Generator().manual_seed(0)
     tensors = {
         name: 0.3 * torch.randn(shape, generator=generator) + (1.0 if len(shape) == 1 else 0.0)
@@ -55,7 +57,7 @@ def write_toy_model(folder: Path, tokenizer_dir: Path) -> Path:
         "max_position_embeddings": 512,
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": tied,
         "hidden_act": "silu",
     }
     (folder / "config.json").write_text(json.dumps(config))

@@ -68,6 +68,7 @@ def check_chat_file(path: Path, column: str, style: str) -> None:
     """
     if style not in _ROLES:
         return  # torchtune names the styles it knows.
+    rows = 0
     for number, line in _lines(path):
         where = f"{path}:{number}"
         try:
@@ -79,6 +80,9 @@ def check_chat_file(path: Path, column: str, style: str) -> None:
         if not isinstance(row, dict) or not isinstance(row.get(column), list):
             raise UserError(f'{where}: a row needs a list of messages under "{column}"')
         _check_conversation(row[column], where, style)
+        rows += 1
+    if rows == 0:
+        raise UserError(f"{path}: the file has no rows")
 
 
 def row_place(cfg: DictConfig, key: str, index: int, origin: Origin) -> str:

@@ -133,10 +133,12 @@ def _locked_folder(path: Path) -> Iterator[Path]:
 def _lock(folder: Path) -> int:
     """Create ``folder`` and lock it against other runs, waiting for them; return the lock's fd."""
     while True:
-        folder.mkdir(parents=True, exist_ok=True)
+        # Not exist_ok=True, which fails if the run before us deletes the folder at that moment.
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True)
         try:
             lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT)
-        except FileNotFoundError:  # the run before us deleted the folder just now
+        except FileNotFoundError:  # deleted just now
             continue
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from torchtune.data import Message
 
 _HF_ROLES = {"ipython": "tool"}
+_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can smuggle one in; it cannot be encoded
 
 
 def hf_chat_tokenizer(
@@ -227,7 +229,13 @@ def _as_chat_message(message: Message) -> dict[str, str]:
             f"a {message.role} message has content of type {', '.join(sorted(kinds))}; "
             "only text is supported"
         )
-    return {"role": _HF_ROLES.get(message.role, message.role), "content": message.text_content}
+    text = message.text_content
+    if (surrogate := _SURROGATE.search(text)) is not None:
+        raise UserError(
+            f"a {message.role} message contains half of a surrogate pair ({surrogate.group()!a}), "
+            "which is not a character"
+        )
+    return {"role": _HF_ROLES.get(message.role, message.role), "content": text}
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

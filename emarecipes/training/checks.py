@@ -13,7 +13,8 @@ from omegaconf import DictConfig
 from torch import nn
 from torchtune import training
 
-from emarecipes._torchtune import checkpoint_shapes, model_on_meta
+from emarecipes._torchtune import NF4_BLOCK, checkpoint_shapes, is_nf4, model_on_meta
+from emarecipes._torchtune_convert import MODEL_TYPES
 from emarecipes.components import build, check_components, locate
 from emarecipes.config import Origin, load_config
 from emarecipes.datasets.chat_files import check_data_files
@@ -58,7 +59,7 @@ def check_run(argv: Sequence[str], world_size: int, rank: int) -> CheckedRun:
     data_files = check_data_files(cfg, origin)
 
     model = model_on_meta(cfg, origin)
-    _check_sharding(cfg, origin, model)
+    _check_sharding(cfg, origin, model, world_size)
     defenses = _build_defenses(cfg, origin, model)
     _check_checkpoint_fits(cfg, origin, model)
     tokenizer = build(cfg, "tokenizer", origin)
@@ -113,7 +114,13 @@ def _check_checkpoint_files(cfg: DictConfig, origin: Origin) -> None:
         raise UserError(f"{origin.at('tokenizer.path')}: no such file or folder: {path}")
 
 
-def _check_sharding(cfg: DictConfig, origin: Origin, model: Any) -> None:
+def _check_sharding(cfg: DictConfig, origin: Origin, model: Any, world_size: int) -> None:
+    for name, parameter in model.named_parameters():
+        if is_nf4(parameter) and parameter.numel() % (NF4_BLOCK * world_size):
+            raise UserError(
+                f"{origin.at('model')}: {name} has {parameter.numel()} elements; in 4 bits on "
+                f"{world_size} process(es) it needs a multiple of {NF4_BLOCK * world_size}"
+            )
     names = set(cfg.custom_sharded_layers or ())
     if not names:
         return
@@ -150,10 +157,16 @@ def _build_defenses(cfg: DictConfig, origin: Origin, model: nn.Module) -> dict[s
 
 def _check_checkpoint_fits(cfg: DictConfig, origin: Origin, model: nn.Module) -> None:
     where = origin.at("checkpointer")
+    model_type = str(cfg.checkpointer.get("model_type"))
+    if model_type not in MODEL_TYPES:
+        raise UserError(
+            f"{origin.at('checkpointer.model_type')}: no adapter can be saved for {model_type}; "
+            f"known: {', '.join(MODEL_TYPES)}"
+        )
     found = checkpoint_shapes(cfg, where)
     expected = {
         name: tuple(tensor.shape)
-        for name, tensor in model.state_dict().items()
+        for name, tensor in model.named_parameters()
         if "lora" not in name and "magnitude" not in name
     }
     wrong = [
@@ -201,7 +214,7 @@ def _check_rows(
         if defense.samples != "all" and defense.samples not in sources:
             raise UserError(
                 f"{origin.at(f'defenses.{name}.samples')}: no row has the source "
-                f"{defense.samples}; packed rows have none, and only an interleaved data set has safe ones"
+                f"{defense.samples}; packed rows have none, safe ones come with an interleaved set"
             )
 
 

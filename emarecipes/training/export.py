@@ -21,7 +21,6 @@ from tqdm import tqdm
 from emarecipes._torchtune_convert import (
     adapter_layers,
     adapter_to_hf,
-    biased_dora_layers,
     exported_scale,
     read_config,
     to_hf,
@@ -47,7 +46,8 @@ def save_adapter(
     """Write a LoRA or DoRA adapter that ``peft.PeftModel.from_pretrained`` loads.
 
     Fused layers (Phi-3) become one adapter of a higher rank with block-diagonal B, listed in
-    ``rank_pattern``. The folder is written beside `output_dir` and takes its place when complete.
+    ``rank_pattern``. DoRA on layers with a bias must have been trained after ``fix_dora_bias``.
+    The folder is written beside `output_dir` and takes its place when complete.
 
     Args:
         adapter_state: torchtune's adapter weights, ``<module>.lora_a.weight`` of shape (rank, in),
@@ -66,7 +66,6 @@ def save_adapter(
     config = read_config(base_dir, model)
     layers = adapter_layers(adapter_state, rank)
     use_dora = any("magnitude" in layer for layer in layers.values())
-    assert not (use_dora and biased_dora_layers(model)), "call fix_dora_bias on every built model"
     lora_alpha, use_rslora, ratio = exported_scale(alpha, rank)
     adapted = adapter_to_hf(layers, model, model_type, config, ratio)
     ranks = {name: layer["lora_A.weight"].shape[0] for name, layer in adapted.items()}

@@ -29,6 +29,8 @@ from emarecipes.errors import UserError
 from emarecipes.training import export
 
 RANK, ALPHA = 4, 6.0
+# fp32 on logits of about 5; the adapters move them by 0.4 and more.
+TOLERANCE = 2e-5
 SIZES: dict[str, int] = {
     "vocab_size": 128,
     "num_layers": 2,
@@ -231,9 +233,9 @@ def test_peft_gives_torchtunes_logits(tmp_path: Path, name: str, dora: bool) -> 
     toy.save(tmp_path / "adapter", dropout=0.1)
     assert distance(expected, base) > 0.2
     peft = load_peft(toy, tmp_path / "adapter")
-    assert distance(hf_logits(peft), expected) < 1e-4
+    assert distance(hf_logits(peft), expected) < TOLERANCE
     with peft.disable_adapter():
-        assert distance(hf_logits(peft), base) < 1e-4
+        assert distance(hf_logits(peft), base) < TOLERANCE
 
 
 @cases
@@ -241,7 +243,7 @@ def test_merged_folder_gives_torchtunes_logits(tmp_path: Path, name: str, dora: 
     toy = make_toy(tmp_path, name, dora=dora)
     before = {key: tensor.clone() for key, tensor in toy.base_state.items()}
     toy.save_merged(tmp_path / "merged")
-    assert distance(hf_logits(load_hf(tmp_path / "merged")), tune_logits(toy)) < 1e-4
+    assert distance(hf_logits(load_hf(tmp_path / "merged")), tune_logits(toy)) < TOLERANCE
     assert all(torch.equal(before[key], toy.base_state[key]) for key in before)
 
 
@@ -256,7 +258,7 @@ def test_saving_is_the_inverse_of_loading(tmp_path: Path, name: str) -> None:
 
 def test_torchtune_exchanges_gemma2_norms_unless_repaired(tmp_path: Path) -> None:
     toy = make_toy(tmp_path, "gemma2", update=0.0)
-    assert distance(tune_logits(toy), hf_logits(toy.hf)) < 1e-4
+    assert distance(tune_logits(toy), hf_logits(toy.hf)) < TOLERANCE
     toy.tune.load_state_dict(convert.fix_loaded_state(toy.base_state, "GEMMA2"), strict=False)
     assert distance(tune_logits(toy), hf_logits(toy.hf)) > 0.5
     assert convert.fix_loaded_state(toy.base_state, "LLAMA3") is toy.base_state
@@ -269,7 +271,7 @@ def test_structure_is_read_from_a_wrapped_model_on_meta(tmp_path: Path) -> None:
     assert any("_checkpoint_wrapped_module" in name for name, _ in toy.tune.named_modules())
     toy.tune.to("meta")
     toy.save(tmp_path / "adapter")
-    assert distance(hf_logits(load_peft(toy, tmp_path / "adapter")), expected) < 1e-4
+    assert distance(hf_logits(load_peft(toy, tmp_path / "adapter")), expected) < TOLERANCE
 
 
 @pytest.mark.parametrize("modules", [["q_proj"], ["v_proj", "k_proj"]])
@@ -283,7 +285,7 @@ def test_fused_layer_with_some_parts_adapted(tmp_path: Path, modules: list[str])
     # Fused or not, alpha / sqrt(rank) is 16 / 2.
     stabilised = config["alpha_pattern"].get(qkv, 16) / math.sqrt(RANK * times)
     assert config["use_rslora"] and stabilised == pytest.approx(8)
-    assert distance(hf_logits(load_peft(toy, tmp_path / "adapter")), tune_logits(toy)) < 1e-4
+    assert distance(hf_logits(load_peft(toy, tmp_path / "adapter")), tune_logits(toy)) < TOLERANCE
 
 
 def test_dora_on_fused_layers_is_refused(tmp_path: Path) -> None:
@@ -301,8 +303,6 @@ def test_torchtunes_own_dora_scales_the_bias(tmp_path: Path) -> None:
     for layer in layers:
         layer.__class__ = convert.DoRALinear
     assert distance(tune_logits(toy), ours) > 0.1
-    with pytest.raises(AssertionError, match="fix_dora_bias"):
-        toy.save(tmp_path / "adapter")
 
 
 def test_repaired_dora_equals_torchtunes_where_the_bias_is_zero() -> None:
@@ -356,7 +356,7 @@ def test_what_an_integer_alpha_leaves_is_in_b(tmp_path: Path, name: str, alpha: 
     toy.save(tmp_path / "adapter")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert type(config["lora_alpha"]) is int
-    assert distance(hf_logits(load_peft(toy, tmp_path / "adapter")), tune_logits(toy)) < 1e-4
+    assert distance(hf_logits(load_peft(toy, tmp_path / "adapter")), tune_logits(toy)) < TOLERANCE
 
 
 @pytest.mark.parametrize(("alpha", "dtype"), [(6.0, torch.bfloat16), (5.3, torch.float32)])
@@ -367,7 +367,7 @@ def test_bf16_adapter_keeps_its_factor(tmp_path: Path, alpha: float, dtype: torc
     toy.save(tmp_path / "adapter")
     saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert {t.dtype for key, t in saved.items() if "lora_B" in key} == {dtype}
-    assert distance(hf_logits(load_peft(toy, tmp_path / "adapter")), tune_logits(toy)) < 1e-4
+    assert distance(hf_logits(load_peft(toy, tmp_path / "adapter")), tune_logits(toy)) < TOLERANCE
 
 
 def test_adapter_config(tmp_path: Path) -> None:
@@ -388,7 +388,7 @@ def test_adapter_config(tmp_path: Path) -> None:
     assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (4, 6, 0.05)
     assert not config["use_dora"] and not config["rank_pattern"]
     model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", dtype=torch.float32)
-    assert distance(hf_logits(model.eval()), tune_logits(toy)) < 1e-4
+    assert distance(hf_logits(model.eval()), tune_logits(toy)) < TOLERANCE
 
 
 def test_merge_in_fp32_from_bf16_by_hand() -> None:
@@ -442,7 +442,7 @@ def test_sharded_folder(tmp_path: Path) -> None:
     assert {p.name for p in files} == set(index["weight_map"].values())
     assert index["metadata"]["total_size"] == sum(p.nbytes for p in toy.hf.parameters())
     assert all(path.stat().st_size < 65_000 for path in files)
-    assert distance(hf_logits(load_hf(tmp_path / "merged")), tune_logits(toy)) < 1e-4
+    assert distance(hf_logits(load_hf(tmp_path / "merged")), tune_logits(toy)) < TOLERANCE
 
 
 def test_fp32_folder_of_a_bf16_base(tmp_path: Path) -> None:
@@ -450,7 +450,7 @@ def test_fp32_folder_of_a_bf16_base(tmp_path: Path) -> None:
     toy.base_state = {key: tensor.bfloat16() for key, tensor in toy.base_state.items()}
     toy.tune.load_state_dict(toy.base_state, strict=False)
     toy.save_merged(tmp_path / "merged")
-    assert distance(hf_logits(load_hf(tmp_path / "merged")), tune_logits(toy)) < 1e-4
+    assert distance(hf_logits(load_hf(tmp_path / "merged")), tune_logits(toy)) < TOLERANCE
 
 
 def test_what_is_copied(tmp_path: Path) -> None:
@@ -468,7 +468,7 @@ def test_an_output_layer_that_left_its_embedding_is_kept(tmp_path: Path) -> None
     path = toy.base_dir / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"tie_word_embeddings": True}))
     toy.save_merged(tmp_path / "merged")
-    assert distance(hf_logits(load_hf(tmp_path / "merged")), tune_logits(toy)) < 1e-4
+    assert distance(hf_logits(load_hf(tmp_path / "merged")), tune_logits(toy)) < TOLERANCE
 
 
 @pytest.mark.parametrize("merged", [False, True])

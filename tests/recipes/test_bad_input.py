@@ -1,0 +1,233 @@
+"""Every mistake gives one line that names the place, exit code 1, and leaves nothing behind."""
+
+import contextlib
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import toy_run
+from omegaconf import OmegaConf
+
+from emarecipes.training import run_lora
+
+KL = {"_component_": "emarecipes.defenses.KLToReference"}
+
+
+class Case:
+    """A toy run, in the process of the test: config as a dict to be changed, then tried."""
+
+    def __init__(self, folder: Path, model_dir: Path) -> None:
+        self.folder = folder
+        self.output = folder / "out"
+        self.rows = toy_run.write_rows(folder / "rows.jsonl", 12)
+        self.config: dict[str, Any] = toy_run.toy_config(model_dir, self.rows, self.output)
+        self.config |= {"defenses": {"kl": dict(KL)}, "max_steps_per_epoch": 1}
+
+    def write(self, *rows: Any) -> None:
+        lines = (row if isinstance(row, str) else json.dumps(row) for row in rows)
+        self.rows.write_text("\n".join(lines) + "\n")
+
+    def error(self, *overrides: str, monkeypatch: pytest.MonkeyPatch | None = None) -> str:
+        path = toy_run.write_config(self.folder / "config.yaml", self.config)
+        before = sorted(str(p) for p in self.output.rglob("*")) if self.output.exists() else None
+        stderr = io.StringIO()
+        with contextlib.redirect_stderr(stderr):
+            code = run_lora(["--config", str(path), *overrides])
+        lines = [line for line in stderr.getvalue().splitlines() if line.startswith("error: ")]
+        assert code == 1
+        assert "Traceback" not in stderr.getvalue()
+        assert len(lines) == 1, stderr.getvalue()
+        after = sorted(str(p) for p in self.output.rglob("*")) if self.output.exists() else None
+        assert after == before, "a refused run left files"
+        return lines[0]
+
+
+@pytest.fixture(scope="module")
+def toy_model_dir(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Path:
+    return toy_run.write_toy_model(tmp_path_factory.mktemp("toy") / "model", model_dir)
+
+
+@pytest.fixture
+def case(tmp_path: Path, toy_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Case:
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("weights were loaded before the mistake was found")
+
+    monkeypatch.setattr("emarecipes.training.recipe.LoRATraining._build_model", never)
+    return Case(tmp_path, toy_model_dir)
+
+
+def chat(*messages: tuple[str, Any]) -> dict[str, Any]:
+    return {"messages": [{"role": role, "content": content} for role, content in messages]}
+
+
+GOOD = chat(("user", "Hello?"), ("assistant", "Hello."))
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"defenses.kl.wieght": 1.0}, r"defenses.kl.wieght: unknown key (did you mean weight?)"),
+        ({"defenses.kl.weight": -1.0}, r"defenses.kl: weight must be a finite number >= 0"),
+        ({"defenses.kl.weight": float("nan")}, r"weight must be a finite number >= 0"),
+        ({"defenses.kl.weight": "much"}, r"defenses.kl.weight: input should be a valid number"),
+        ({"defenses.kl.direction": "both"}, r"defenses.kl.direction: input should be"),
+        ({"defenses.kl.temperature": 0.0}, r"defenses.kl: temperature must be"),
+        ({"defenses.kl.samples": "safe"}, r"defenses.kl.samples: no row has the source safe"),
+        ({"defenses.kl._component_": None}, r"no module named None"),
+        (
+            {"defenses.kl._component_": "emarecipes.defenses.KLToReferense"},
+            r"emarecipes.defenses has no KLToReferense (did you mean KLToReference?)",
+        ),
+        ({"defenses.kl._component_": "nowhere.KL"}, r"defenses.kl._component_: nowhere.KL: no mod"),
+        ({"defenses.kl._component_": "torch.optim.Adam"}, r"Adam needs the key params"),
+        ({"defenses.kl._component_": "builtins.dict"}, r"not a subclass of emarecipes.defenses.De"),
+        ({"defenses.kl": {"weight": 1.0}}, r"defenses.kl: a defense needs a _component_"),
+        ({"defenses": [1]}, r"defenses: input should be a valid dictionary"),
+        ({"defenses.loss": KL}, r"defenses.loss: the name loss is taken"),
+        ({"defences": {"kl": KL}}, r"defences: unknown key (did you mean defenses?)"),
+        ({"batch_size": 0}, r"batch_size: input should be greater than or equal to 1"),
+        ({"batch_size": "4"}, r"batch_size: input should be a valid integer"),
+        ({"epochs": 0}, r"epochs: input should be greater"),
+        ({"dtype": "fp16"}, r"dtype: fp16 is not supported"),
+        ({"device": "cuda"}, r"device: this machine has no usable CUDA device"),
+        ({"device": "quantum"}, r"device: "),
+        ({"resume_from_checkpoint": True}, r"resume_from_checkpoint: resuming is not supported"),
+        ({"loss._component_": "torch.nn.MSELoss"}, r"loss: the loss head computes token cross"),
+        ({"model._component_": "torchtune.models.llama3_2.llama3_2"}, r"unknown key"),
+        ({"model.lora_rank": "four"}, r"model.lora_rank: input should be a valid integer"),
+        ({"model.lora_attn_modules": ["q_porj"]}, r"model.lora_attn_modules: input should be"),
+        ({"model.embed_dim": 64}, r"k_proj.weight is 16x32 there and 32x64 in the model (and"),
+        (
+            {"model.num_layers": 3},
+            r"layers.2.attn.k_proj.weight is missing there and 16x32 in the model (and",
+        ),
+        ({"checkpointer.model_type": "PHI3_MINI"}, r"checkpointer: the checkpoint does not fit"),
+        ({"checkpointer.model_type": "LAMA"}, r"model_type: no adapter can be saved for LAMA; known: GEMMA, GEMMA2"),
+        ({"checkpointer.checkpoint_dir": "absent"}, r"checkpoint_dir: no such folder: absent"),
+        ({"checkpointer.checkpoint_files": ["x.safetensors"]}, r"has no x.safetensors"),
+        ({"tokenizer.path": "absent"}, r"tokenizer.path: no such file or folder: absent"),
+        ({"dataset.data_files": "absent.jsonl"}, r"dataset.data_files: no such file: absent.jsonl"),
+        ({"dataset.conversation_style": "chatml"}, r"dataset: Unsupported conversation style"),
+        ({"dataset.conversation_column": "talk"}, r'a row needs a list of messages under "talk"'),
+        ({"optimizer.lr": "fast"}, r"optimizer.lr: "),
+        ({"optimizer._component_": "torch.optim.AdamWW"}, r"torch.optim has no AdamWW"),
+        ({"batch_size": 8, "gradient_accumulation_steps": 2}, r"12 rows are too few for one step"),
+        ({"output_dir": "${nothing}"}, r"cannot be resolved"),
+        ({"tokenizer.max_seq_len": 5}, r"none of its 12 rows has a label"),
+        (
+            {"save_merged": True, "save_adapter_weights_only": True},
+            r"save_merged: true contradicts",
+        ),
+        ({"custom_sharded_layers": ["output"]}, r"custom_sharded_layers: the model has no module"),
+        ({"custom_sharded_layers": ["tok_embeddings"]}, r"output layer is tied"),
+    ],
+)
+def test_config(case: Case, change: dict[str, Any], expected: str) -> None:
+    config = OmegaConf.create(case.config)
+    for key, value in change.items():
+        OmegaConf.update(config, key, value, merge=False)
+    case.config = OmegaConf.to_container(config, resolve=False)  # type: ignore[assignment]
+    message = case.error()
+    assert expected in message
+    assert "config.yaml" in message or "rows.jsonl" in message
+
+
+def test_line_of_the_key_is_named(case: Case) -> None:
+    case.config["defenses"]["kl"]["wieght"] = 1.0
+    message = case.error()
+    lines = (case.folder / "config.yaml").read_text().splitlines()
+    (number,) = [i for i, line in enumerate(lines, start=1) if "wieght" in line]
+    assert f"config.yaml:{number}: defenses.kl.wieght" in message
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        (chat(("user", "Only a question?")), "rows.jsonl:2: the conversation has no assistant"),
+        (chat(("usr", "a"), ("assistant", "b")), "rows.jsonl:2: message 0: unknown role 'usr'"),
+        (chat(("user", None), ("assistant", "b")), "rows.jsonl:2: message 0: content must be text"),
+        ({"messages": [{"role": "user"}]}, "rows.jsonl:2: message 0: a message is"),
+        ({"messages": "hello"}, "rows.jsonl:2: a row needs a list of messages"),
+        ({"text": "hello"}, "rows.jsonl:2: a row needs a list of messages"),
+        ([1, 2], "rows.jsonl:2: a row needs a list of messages"),
+        ('{"messages": [', "rows.jsonl:2: not valid JSON"),
+        (chat(("user", "a"), ("user", "b"), ("assistant", "c")), "rows.jsonl:2: Two consecutive"),
+        (chat(("assistant", "b"), ("user", "a")), "rows.jsonl:2: Assistant message before"),
+    ],
+)
+def test_data_row(case: Case, row: Any, expected: str) -> None:
+    case.write(GOOD, row, GOOD)
+    assert expected in case.error()
+
+
+@pytest.mark.parametrize(("text", "expected"), [("", "is empty"), ("\n\n", "no rows")])
+def test_empty_data(case: Case, text: str, expected: str) -> None:
+    case.rows.write_text(text)
+    assert expected in case.error()
+
+
+def test_data_that_is_not_text(case: Case) -> None:
+    case.rows.write_bytes(b'{"messages": "\xff\xfe"}\n')
+    assert "not UTF-8" in case.error()
+
+
+def test_rows_without_a_label_are_dropped_and_counted(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from emarecipes.training.checks import check_run
+
+    case.write(GOOD, chat(("user", "why " * 200), ("assistant", "b")), *[GOOD] * 3)
+    path = toy_run.write_config(case.folder / "config.yaml", case.config)
+    rows = check_run(["--config", str(path)], 1, 0).rows
+    assert (len(rows), rows.dropped) == (4, 1)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("defenses.kl.wieght=2", "command line: defenses.kl.wieght: unknown key (did you mean"),
+        ("batch_size", "command line: batch_size: an override is written key=value"),
+        ("~defenses.kll", "command line: ~defenses.kll: no such key to remove (did you mean kl?)"),
+        ("--batch_size=3", "an override is written key=value"),
+        ("batch_size=-3", "command line: batch_size: input should be greater"),
+    ],
+)
+def test_override(case: Case, override: str, expected: str) -> None:
+    assert expected in case.error(override)
+
+
+def test_an_output_folder_that_holds_a_run(case: Case) -> None:
+    case.output.mkdir()
+    (case.output / "metrics.jsonl").write_text("{}\n")
+    message = case.error()
+    assert "output_dir: " in message
+    assert "already holds a run" in message
+    assert "overwrite=true" in message
+
+
+def test_an_output_folder_that_is_a_file(case: Case) -> None:
+    case.output.write_text("")
+    assert "is a file, not a folder" in case.error()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a: [1\nb: 2", "config.yaml:2: not valid YAML"),
+        ("- 1\n- 2", "a config is a mapping"),
+        ("", "a config is a mapping"),
+        ("a: 1\na: 2", "duplicate key"),
+    ],
+)
+def test_yaml(case: Case, text: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    path = case.folder / "config.yaml"
+    path.write_text(text)
+    assert run_lora(["--config", str(path)]) == 1
+    assert expected in capsys.readouterr().err
+
+
+def test_no_such_config(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_lora(["--config", "absent.yaml"]) == 1
+    assert "error: absent.yaml: cannot read the config" in capsys.readouterr().err

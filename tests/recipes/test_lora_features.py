@@ -1,0 +1,224 @@
+"""torchtune's options beside a defense: that they run, and what must not change does not."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import toy_run
+import torch
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from emarecipes.training import run_lora
+
+KL = {"kl": {"_component_": "emarecipes.defenses.KLToReference", "weight": 0.5}}
+UNTIED = {"_component_": "torchtune.models.llama3.lora_llama3", "scale_factor": None}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> dict[bool, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return {
+        tied: toy_run.write_toy_model(folder / str(tied), model_dir, tied=tied)
+        for tied in (True, False)
+    }
+
+
+def write(models: dict[bool, Path], folder: Path, **changes: Any) -> Path:
+    """A config in `folder`; keys of `model` and `dataset` are merged into theirs, None removes."""
+    folder.mkdir(exist_ok=True)
+    rows = toy_run.write_rows(folder / "rows.jsonl")
+    untied = changes.get("model", {}).get("_component_") == UNTIED["_component_"]
+    config = toy_run.toy_config(models[not untied], rows, folder / "out")
+    config |= {"defenses": KL, "max_steps_per_epoch": 3}
+    for key, value in changes.items():
+        merged = config[key] | value if key in ("model", "dataset", "tokenizer") else value
+        config[key] = (
+            {k: v for k, v in merged.items() if v is not None}
+            if isinstance(merged, dict)
+            else merged
+        )
+    if untied:
+        config["checkpointer"]["model_type"] = "LLAMA3"
+    return toy_run.write_config(folder / "config.yaml", config)
+
+
+def losses(folder: Path) -> list[tuple[float, float, float]]:
+    return [(m["loss"], m["ce"], m["kl"]) for m in toy_run.metrics(folder / "out")]
+
+
+def train(config: Path) -> list[tuple[float, float, float]]:
+    assert run_lora(["--config", str(config)]) == 0
+    return losses(config.parent)
+
+
+def approx_rows(expected: list[tuple[float, float, float]], rel: float) -> list[Any]:
+    return [pytest.approx(row, rel=rel, abs=1e-6) for row in expected]
+
+
+def test_activation_checkpointing_changes_nothing(
+    models: dict[bool, Path], tmp_path: Path
+) -> None:
+    plain = train(write(models, tmp_path / "a"))
+    saved = train(write(models, tmp_path / "b", enable_activation_checkpointing=True))
+    assert saved == approx_rows(plain, 1e-6)
+    one, other = (
+        load_file(tmp_path / name / "out/adapter/adapter_model.safetensors") for name in "ab"
+    )
+    assert_close(one, other)
+
+
+def test_padding_to_a_multiple_changes_nothing(models: dict[bool, Path], tmp_path: Path) -> None:
+    plain = train(write(models, tmp_path / "a"))
+    padded = train(write(models, tmp_path / "b", pad_to_multiple_of=64))
+    assert padded == approx_rows(plain, 1e-5)
+
+
+def test_packed_rows_give_the_loss_of_the_same_rows(
+    models: dict[bool, Path], tmp_path: Path
+) -> None:
+    defenses = {"kl": KL["kl"] | {"tokens": "all"}}
+    (tmp_path / "a").mkdir()
+    shared: dict[str, Any] = {"defenses": defenses, "tokenizer": {"max_seq_len": 400}}
+    # One step over all 24 rows, and one over all packs of them.
+    plain = write(models, tmp_path / "a", batch_size=24, epochs=3, **shared)
+    packed_config = write(models, tmp_path / "b", dataset={"packed": True}, epochs=3, **shared)
+    from emarecipes.training.checks import check_run
+
+    packs = len(check_run(["--config", str(packed_config)], 1, 0).rows)
+    assert 4 < packs < 12
+    assert run_lora(["--config", str(packed_config), f"batch_size={packs}"]) == 0
+    assert losses(tmp_path / "b") == approx_rows(train(plain), 3e-5)
+    assert losses(tmp_path / "b")[2][2] > 0
+
+
+def test_dora_and_lora_on_the_output_layer(models: dict[bool, Path], tmp_path: Path) -> None:
+    for dora in (False, True):
+        folder = tmp_path / str(dora)
+        model = UNTIED | {"apply_lora_to_output": True, "use_dora": dora}
+        found = train(write(models, folder, model=model))
+        assert abs(found[0][2]) < 1e-6
+        assert found[-1][2] > 1e-4
+        adapter = load_file(folder / "out/adapter/adapter_model.safetensors")
+        assert adapter["base_model.model.lm_head.lora_B.weight"].abs().max() > 1e-3
+
+
+def test_a_base_in_four_bits(models: dict[bool, Path], tmp_path: Path, model_dir: Path) -> None:
+    # NF4 needs every shard's number of elements divisible by 16384.
+    wide = {"embed_dim": 256, "intermediate_dim": 512, "num_heads": 4, "num_kv_heads": 4}
+    old = toy_run.WIDTH, toy_run.KV_HEADS, toy_run.MLP
+    toy_run.WIDTH, toy_run.KV_HEADS, toy_run.MLP = 256, 4, 512
+    try:
+        wide_model = toy_run.write_toy_model(tmp_path / "wide", model_dir)
+    finally:
+        toy_run.WIDTH, toy_run.KV_HEADS, toy_run.MLP = old
+    config = write({True: wide_model}, tmp_path / "a", model=wide | {"quantize_base": True})
+    found = train(config)
+    assert found[0][2] == 0.0
+    assert found[-1][2] > 1e-5
+    found_two = toy_run.tune_run(config, "output_dir=" + str(tmp_path / "two/out"), "batch_size=2",
+                                 processes=2)  # fmt: skip
+    assert found_two.returncode == 0, found_two.stderr[-2000:]
+    assert losses(tmp_path / "two") == approx_rows(found, 1e-4)
+    refused = toy_run.tune_run(config, "output_dir=" + str(tmp_path / "three/out"),
+                               "batch_size=1", processes=3)  # fmt: skip
+    assert refused.returncode != 0
+    assert "in 4 bits on 3 process(es) it needs a multiple of 49152" in refused.stderr
+    assert refused.stderr.count("error: ") == 1
+
+
+def test_compiled_layers(models: dict[bool, Path], tmp_path: Path) -> None:
+    plain = train(write(models, tmp_path / "a", pad_to_multiple_of=128))
+    compiled = train(write(models, tmp_path / "b", pad_to_multiple_of=128, compile=True))
+    assert compiled == approx_rows(plain, 1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": UNTIED | {"apply_lora_to_output": True}},
+        {"model": UNTIED | {"use_dora": True}, "enable_activation_checkpointing": True},
+        {"model": UNTIED, "custom_sharded_layers": ["tok_embeddings", "output"]},
+        {"fsdp_reshard_after_forward": False, "clip_grad_norm": 0.1},
+    ],
+    ids=["lora on output", "dora, checkpointing", "custom sharding", "no reshard, clipping"],
+)
+def test_two_processes_give_the_losses_of_one(
+    models: dict[bool, Path], tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    alone = write(models, tmp_path / "one", shuffle=True, **changes)
+    together = write(models, tmp_path / "two", shuffle=True, **(changes | {"batch_size": 2}))
+    done = toy_run.tune_run(together, processes=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected = train(alone)
+    assert losses(tmp_path / "two") == approx_rows(expected, 1e-4)
+    one, two = (
+        load_file(tmp_path / name / "out/adapter/adapter_model.safetensors")
+        for name in ("one", "two")
+    )
+    for key, tensor in one.items():
+        assert_close(two[key], tensor, rtol=1e-4, atol=1e-4)
+
+
+def test_stock_loggers_profiler_and_merged_weights(
+    models: dict[bool, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    config = write(
+        models,
+        tmp_path / "a",
+        metric_logger={
+            "_component_": "torchtune.training.metric_logging.TensorBoardLogger",
+            "log_dir": str(tmp_path / "a/out/logs"),
+        },
+        profiler={
+            "_component_": "torchtune.training.setup_torch_profiler",
+            "enabled": True,
+            "output_dir": str(tmp_path / "a/out/profile"),
+            "cpu": True,
+            "cuda": False,
+            "wait_steps": 0,
+            "warmup_steps": 1,
+            "active_steps": 1,
+            "num_cycles": 1,
+        },
+        save_merged=True,
+    )
+    train(config)
+    out = tmp_path / "a/out"
+    assert list(out.glob("logs/**/events.out.tfevents.*"))
+    assert list(out.glob("profile/**/*.json*"))
+    base = AutoModelForCausalLM.from_pretrained(models[True], dtype=torch.float32)
+    tokens = torch.tensor([[1, 400, 500, 600, 2]])
+    with torch.no_grad():
+        plain = base(tokens).logits
+        adapted = PeftModel.from_pretrained(base, out / "adapter")(tokens).logits
+        merged = AutoModelForCausalLM.from_pretrained(out / "merged", dtype=torch.float32)
+        assert_close(merged(tokens).logits, adapted, rtol=1e-3, atol=1e-3)
+    assert (adapted - plain).abs().max() > 0.05
+    adapter_config = json.loads((out / "adapter/adapter_config.json").read_text())
+    assert adapter_config["base_model_name_or_path"] == str(models[True])
+
+
+def test_a_users_own_defense(
+    models: dict[bool, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The example of docs/own_defense.md, word for word, in a file of the user's working folder."""
+    page = (toy_run.REPO / "docs/own_defense.md").read_text()
+    code = page.split("```python\n")[1].split("```")[0]
+    assert len(code.splitlines()) < 20
+    (tmp_path / "my_defense.py").write_text(code)
+    config = write(
+        models,
+        tmp_path / "a",
+        defenses={"entropy": {"_component_": "my_defense.EntropyFloor", "weight": 0.1, "floor": 9.0}},
+    )
+    done = toy_run.tune_run(config, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = toy_run.metrics(tmp_path / "a/out")
+    for row in rows:
+        assert row["loss"] == pytest.approx(row["ce"] + 0.1 * row["entropy"])
+    assert rows[0]["entropy"] > 0

@@ -1,0 +1,101 @@
+"""Every shipped config: well-formed, its model built on the meta device, its parts by signature."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+import toy_run
+from omegaconf import DictConfig
+
+from emarecipes._torchtune import model_on_meta
+from emarecipes.components import build, check_components
+from emarecipes.config import Origin, load_config
+from emarecipes.defenses import Defense, KLToReference
+from emarecipes.training.settings import Settings, check_settings
+
+CONFIGS = sorted((toy_run.REPO / "configs").glob("*.yaml"))
+
+
+def load(path: Path) -> tuple[DictConfig, Origin]:
+    raw, origin = load_config(["--config", str(path)])
+    return check_settings(raw, origin), origin
+
+
+def test_the_promised_configs_are_there() -> None:
+    families = ("smollm2_135m", "llama3_8b", "qwen2_5_7b")
+    assert {f"{family}_{arm}" for family in families for arm in ("lora", "kl")} <= {
+        path.stem for path in CONFIGS
+    }
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_config(path: Path) -> None:
+    cfg, origin = load(path)
+    check_components(cfg, origin)
+    model = model_on_meta(cfg, origin)
+    assert any(p.requires_grad for p in model.parameters())
+    assert not all(p.requires_grad for p in model.parameters())
+    for name in cfg.defenses:
+        assert isinstance(build(cfg, f"defenses.{name}", origin), Defense)
+    if path.stem.endswith("_kl"):
+        assert isinstance(build(cfg, "defenses.kl", origin), KLToReference)
+    assert f"configs/{path.name}" in path.read_text().split("\n\n")[0]
+
+
+@pytest.mark.parametrize("stem", ["llama3_8b_kl", "qwen2_5_7b_kl"])
+def test_published_settings(stem: str) -> None:
+    cfg, _ = load(toy_run.REPO / f"configs/{stem}.yaml")
+    assert cfg.defenses.kl.weight == 0.1
+    assert cfg.model.lora_rank == 32
+    assert cfg.model.lora_alpha / 32 == pytest.approx(64 / 32**0.5, rel=1e-5)
+    assert cfg.optimizer.lr == 1e-4
+    assert cfg.epochs == 1
+
+
+@pytest.mark.parametrize("stem", ["llama3_8b_kl", "qwen2_5_7b_kl"])
+def test_the_commented_variant_in_four_bits(stem: str, tmp_path: Path) -> None:
+    text = (toy_run.REPO / f"configs/{stem}.yaml").read_text()
+    if stem.startswith("llama"):
+        text = text.replace("  _component_: torchtune.models.llama3.lora_llama3_8b\n", "")
+        text = text.replace("  # _component_: torchtune.models.llama3.q", "  _component_: torchtune.models.llama3.q")
+    else:
+        text = text.replace("  # quantize_base: true", "  quantize_base: true")
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    cfg, origin = load(path)
+    check_components(cfg, origin)
+    model = model_on_meta(cfg, origin)
+    assert model.layers[0].attn.q_proj._quantize_base
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_tune_validate(path: Path) -> None:
+    done = subprocess.run(
+        [toy_run.TUNE, "validate", f"configs/{path.name}"],
+        capture_output=True,
+        text=True,
+        cwd=toy_run.REPO,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "well-formed" in done.stdout
+
+
+def test_torchtunes_own_lora_configs_pass_the_checks() -> None:
+    """No stock config of a text model is refused: no false alarm of the type checks."""
+    import torchtune
+
+    folder = Path(torchtune.__file__).parent.parent / "recipes/configs"
+    checked = 0
+    for path in sorted(folder.rglob("*lora*.yaml")):
+        if any(word in str(path) for word in ("dpo", "/dev/", "vision", "_KD_", "qat")):
+            continue
+        cfg, origin = load(path)
+        check_components(cfg, origin)
+        checked += 1
+    assert checked > 50
+
+
+def test_settings_know_the_keys_of_the_docs() -> None:
+    page = (toy_run.REPO / "docs/configs.md").read_text()
+    missing = [key for key in Settings.model_fields if f"`{key}`" not in page]
+    assert not missing

@@ -1,0 +1,126 @@
+"""The literal commands, as typed after installation, from several folders."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import toy_run
+from omegaconf import OmegaConf
+
+
+@pytest.fixture(scope="module")
+def toy_config(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Path:
+    folder = tmp_path_factory.mktemp("launch")
+    model = toy_run.write_toy_model(folder / "model", model_dir)
+    rows = toy_run.write_rows(folder / "rows.jsonl", 12)
+    config = toy_run.toy_config(model, rows, folder / "out")
+    config |= {
+        "max_steps_per_epoch": 1,
+        "defenses": {"kl": {"_component_": "emarecipes.defenses.KLToReference"}},
+    }
+    return toy_run.write_config(folder / "config.yaml", config)
+
+
+def test_tune_ls_lists_our_recipes_and_torchtunes() -> None:
+    listing = subprocess.run([toy_run.TUNE, "ls"], capture_output=True, text=True, check=True).stdout
+    assert "recipes/ema_lora.py" in listing
+    for path in (toy_run.REPO / "configs").glob("*.yaml"):
+        assert f"configs/{path.name}" in listing
+    assert "lora_finetune_single_device" in listing
+
+
+@pytest.mark.parametrize("recipe", ["recipes/ema_lora.py", str(toy_run.REPO / "recipes/ema_lora.py")])
+@pytest.mark.parametrize("processes", [0, 2])
+def test_from_another_folder(
+    toy_config: Path, tmp_path: Path, recipe: str, processes: int
+) -> None:
+    done = toy_run.tune_run(
+        toy_config, f"output_dir={tmp_path}/out", processes=processes, recipe=recipe, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "out/adapter/adapter_config.json").is_file()
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+def test_shipped_config_with_the_real_model(
+    model_dir: Path, tmp_path: Path, processes: int
+) -> None:
+    """From another folder: config, data and model are found where the clone is."""
+    done = toy_run.tune_run(
+        Path("configs/smollm2_135m_kl.yaml"),
+        "defenses.kl.weight=0.5",
+        "max_steps_per_epoch=2",
+        f"output_dir={tmp_path}/out",
+        processes=processes,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, second = toy_run.metrics(tmp_path / "out")
+    assert first["kl"] == 0.0
+    assert 3 < first["ce"] < 6
+    assert second["loss"] == pytest.approx(second["ce"] + 0.5 * second["kl"])
+    saved = OmegaConf.load(tmp_path / "out/config.yaml")
+    assert saved.defenses.kl.weight == 0.5
+    assert saved.provenance.processes == max(processes, 1)
+    assert saved.provenance.packages.torchtune == "0.6.1"
+    assert len(next(iter(saved.provenance.data_files.values()))) == 64
+
+
+def test_removing_the_defense(toy_config: Path, tmp_path: Path) -> None:
+    done = toy_run.tune_run(toy_config, "~defenses.kl", f"output_dir={tmp_path}/out")
+    assert done.returncode == 0, done.stderr[-2000:]
+    (row,) = toy_run.metrics(tmp_path / "out")
+    assert "kl" not in row
+    assert row["loss"] == row["ce"]
+
+
+def test_a_runs_own_config_runs_again(toy_config: Path, tmp_path: Path) -> None:
+    first = toy_run.tune_run(toy_config, f"output_dir={tmp_path}/one")
+    again = toy_run.tune_run(tmp_path / "one/config.yaml", f"output_dir={tmp_path}/two")
+    assert (first.returncode, again.returncode) == (0, 0), again.stderr[-2000:]
+    one, two = (toy_run.metrics(tmp_path / name) for name in ("one", "two"))
+    assert [m["loss"] for m in one] == [m["loss"] for m in two]
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+def test_a_mistake_gives_one_line_and_a_failing_exit(
+    toy_config: Path, tmp_path: Path, processes: int
+) -> None:
+    done = toy_run.tune_run(
+        toy_config, "defenses.kl.wieght=2", f"output_dir={tmp_path}/out", processes=processes
+    )
+    assert done.returncode != 0
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "defenses.kl.wieght: unknown key (did you mean weight?)" in errors[0]
+    if not processes:
+        assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_few_rows_for_two_processes(toy_config: Path, tmp_path: Path) -> None:
+    done = toy_run.tune_run(
+        toy_config, "batch_size=8", f"output_dir={tmp_path}/out", processes=2
+    )
+    assert done.returncode != 0
+    assert "12 rows are too few for one step of 16: batch_size 8" in done.stderr
+
+
+def test_torchtunes_own_recipe_still_runs(toy_config: Path, tmp_path: Path) -> None:
+    # Its loader does not know our keys, and its parser leaves them alone.
+    done = toy_run.tune_run(
+        toy_config, f"output_dir={tmp_path}/out", recipe="lora_finetune_single_device", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "out/epoch_0/adapter_model.safetensors").is_file()
+
+
+def test_the_hook_imports_nothing_at_start_up() -> None:
+    code = (
+        "import sys; before = set(sys.modules); import importlib; "
+        "importlib.reload(sys.modules['_emarecipes_launch']); "
+        "assert '_emarecipes_launch' in before; "
+        "assert not {'torch', 'torchtune', 'emarecipes', 'pathlib'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
