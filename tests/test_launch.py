@@ -108,12 +108,15 @@ def test_too_few_rows_for_two_processes(toy_config: Path, tmp_path: Path) -> Non
 
 
 def test_torchtunes_own_recipe_still_runs(toy_config: Path, tmp_path: Path) -> None:
-    # Its loader does not know our keys, and its parser leaves them alone.
     done = toy_run.tune_run(
-        toy_config, f"output_dir={tmp_path}/out", recipe="lora_finetune_single_device", cwd=tmp_path
+        toy_config,
+        f"output_dir={tmp_path}/out",
+        f"checkpointer.output_dir={tmp_path}/out",
+        recipe="lora_finetune_single_device",
+        cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert (tmp_path / "out/epoch_0/adapter_model.safetensors").is_file()
+    assert (tmp_path / "out/epoch_0/adapter_config.json").is_file()
 
 
 def test_the_hook_imports_nothing_at_start_up() -> None:

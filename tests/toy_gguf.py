@@ -35,7 +35,7 @@ def hf_weights() -> dict[str, np.ndarray]:
         "post_attention_layernorm": (WIDTH,),
     }
     weights = {f"model.layers.0.{part}.weight": shape for part, shape in shapes.items()}
-    weights |= {"model.embed_tokens.weight": (9, WIDTH), "model.norm.weight": (WIDTH,)}
+    weights |= {"model.embed_tokens.weight": (10, WIDTH), "model.norm.weight": (WIDTH,)}
     return {n: random.normal(size=s).astype(np.float32) for n, s in weights.items()}
 
 
@@ -50,13 +50,13 @@ def write_gguf(path: Path) -> None:
     writer.add_rope_dimension_count(HEAD_DIM)
     writer.add_rope_freq_base(10000.0)
     writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_vocab_size(9)
+    writer.add_vocab_size(10)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
-    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "a", "b", "ab", "Ġ", "1", "2"]
+    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "a", "b", "ab", "Ġ", "1", "2", "12"]
     writer.add_token_list(tokens)
-    writer.add_token_types([3, 3, 3, 1, 1, 1, 1, 1, 1])
-    writer.add_token_merges(["a b"])
+    writer.add_token_types([3, 3, 3, 1, 1, 1, 1, 1, 1, 1])
+    writer.add_token_merges(["a b", "1 2"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_unk_token_id(0)

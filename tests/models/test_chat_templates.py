@@ -3,16 +3,17 @@
 transformers gives the ids; where the loss is, each family says by hand.
 """
 
+import json
 from itertools import groupby
 from pathlib import Path
 
 import pytest
-from chat_families import ANSWERS, FAMILIES, MISTRAL, Family
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from chat_families import ANSWERS, FAMILIES, MISTRAL, Family, byte_level
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torchtune.data import Message
 
 from emarecipes.errors import UserError
-from emarecipes.models import hf_chat_tokenizer
+from emarecipes.models import HFChatTokenizer, hf_chat_tokenizer
 
 QUESTIONS = ["What is the capital of France?", "Is 1 2 3?"]
 TEXTS = [
@@ -102,6 +103,61 @@ def test_unigram_vocabulary_with_control_tokens_in_it(tmp_path: Path) -> None:
     assert [t for t in tokens if t in (1, 2)] == [1, 2]
     assert ours.decode(ours.encode("a</s><s>b")) == "a</s><s>b"
     assert tokens.index(2) == len(tokens) - 1 and mask[-1] is False
+
+
+def loss_of(tokenizer: HFChatTokenizer, messages: list[Message]) -> str:
+    pairs = zip(*tokenizer.tokenize_messages(messages), strict=True)
+    return tokenizer.decode([token for token, masked in pairs if not masked], False)
+
+
+def test_loss_starts_exactly_at_the_answer_within_a_piece_of_text(tmp_path: Path) -> None:
+    family = FAMILIES["plain"]
+    tokenizer = family.write(tmp_path)
+    messages = conversation("What is <eos> and <eos>?", "x <eos>")
+    assert loss_of(tokenizer, messages) == "x <eos>\n<eos>"
+    # Where the prompt ends with a space, that space is not the answer's.
+    template = "{% for m in messages %}{{ m.role + ': ' + m.content }}{% endfor %}{{ gen }}"
+    template = template.replace("gen", "'assistant: ' if add_generation_prompt else '<eos>'")
+    tokenizer = hf_chat_tokenizer(str(tmp_path), chat_template=template)
+    assert loss_of(tokenizer, conversation("a", " x")) == " x<eos>"
+
+
+def test_settings_saved_with_a_tokenizer_are_ignored(tmp_path: Path) -> None:
+    """Truncation and padding, which would cut and stretch every piece of text."""
+    messages = conversation("What is the capital of France?", "The capital is Paris.")
+    tokenizer = FAMILIES["llama3"].write(tmp_path)
+    expected = tokenizer.tokenize_messages(messages)
+    saved = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    saved.enable_truncation(4)
+    saved.enable_padding(length=64)
+    saved.save(str(tmp_path / "tokenizer.json"))
+    assert hf_chat_tokenizer(str(tmp_path)).tokenize_messages(messages) == expected
+
+
+def test_tokens_named_in_the_config_are_control_tokens(tmp_path: Path) -> None:
+    """Whether tokenizer.json has them as ordinary added tokens, or in the vocabulary alone."""
+    messages = conversation("a </s> b", "c")
+    expected = FAMILIES["mistral_text"].write(tmp_path).tokenize_messages(messages)
+    spec = json.loads((tmp_path / "tokenizer.json").read_text())
+    for token in spec["added_tokens"]:
+        token["special"] = False
+    ordinary = spec["added_tokens"]
+    for added_tokens in (ordinary, []):
+        (tmp_path / "tokenizer.json").write_text(json.dumps(spec | {"added_tokens": added_tokens}))
+        tokenizer = hf_chat_tokenizer(str(tmp_path))
+        assert tokenizer.tokenize_messages(messages) == expected
+        assert set(tokenizer.special_tokens) == {"<s>", "</s>"}
+
+
+def test_the_longest_control_token_wins(tmp_path: Path) -> None:
+    special = [AddedToken(name, special=True) for name in ("<a>", "<a><b>", "<eos>")]
+    template = "{% for m in messages %}{{ '<a><b>' + m.content + '<a><eos>' }}{% endfor %}"
+    family = Family(byte_level(special), template, "<eos>")
+    messages = conversation("x", "y")
+    tokens, _ = family.write(tmp_path).tokenize_messages(messages)
+    reference = family.reference()
+    assert tokens == reference.apply_chat_template(as_dicts(messages), return_dict=False)
+    assert tokens.count(reference.convert_tokens_to_ids("<a><b>")) == 2
 
 
 def test_tool_messages_have_the_role_tool(tmp_path: Path) -> None:

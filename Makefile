@@ -1,0 +1,52 @@
+# `make demo` and `make test` do all their set-up by themselves, into .venv and models/.
+PYTHON ?= python3
+BIN := .venv/bin
+MODEL := models/smollm2-135m-instruct
+RUN := runs/demo
+
+.PHONY: help demo test lint types bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo   train SmolLM2-135M-Instruct with a KL defense on a CPU, in minutes"
+	@echo "make test   lint, types, tests"
+	@echo "make bench  the figures of the README, quick form"
+	@echo "make clean  remove .venv, models/ and runs/"
+
+# The stamps say which dependencies the environment was last installed with.
+.venv/installed: pyproject.toml constraints.txt emarecipes/_launch.py emarecipes/_launch.pth
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable . --constraint constraints.txt
+	@touch $@
+
+.venv/installed-dev: .venv/installed
+	$(BIN)/python -m pip install --quiet --editable '.[dev]' --constraint constraints.txt
+	@touch $@
+
+$(MODEL)/prepared.json: | .venv/installed
+	$(BIN)/python -m emarecipes.models.prepare smollm2-135m-instruct --output $(MODEL)
+
+demo: .venv/installed $(MODEL)/prepared.json
+	$(BIN)/tune run recipes/ema_lora.py --config configs/smollm2_135m_kl.yaml \
+		output_dir=$(RUN) overwrite=true
+	@echo
+	@echo "The same without the defense, to compare in TensorBoard:"
+	@echo "  $(BIN)/tune run recipes/ema_lora.py --config configs/smollm2_135m_lora.yaml"
+	@echo "  $(BIN)/tensorboard --logdir runs"
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/installed-dev
+	$(BIN)/mypy
+
+# Two workers of one thread each: most tests wait for a `tune run` of their own.
+test: lint types $(MODEL)/prepared.json
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+bench: .venv/installed-dev $(MODEL)/prepared.json
+	$(BIN)/python benchmarks/step_cost.py --quick
+
+clean:
+	rm -rf .venv models runs
