@@ -57,7 +57,9 @@ def test_the_commented_variant_in_four_bits(stem: str, tmp_path: Path) -> None:
     text = (toy_run.REPO / f"configs/{stem}.yaml").read_text()
     if stem.startswith("llama"):
         text = text.replace("  _component_: torchtune.models.llama3.lora_llama3_8b\n", "")
-        text = text.replace("  # _component_: torchtune.models.llama3.q", "  _component_: torchtune.models.llama3.q")
+        text = text.replace(
+            "  # _component_: torchtune.models.llama3.q", "  _component_: torchtune.models.llama3.q"
+        )
     else:
         text = text.replace("  # quantize_base: true", "  quantize_base: true")
     path = tmp_path / "config.yaml"

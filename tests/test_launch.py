@@ -23,18 +23,20 @@ def toy_config(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Pat
 
 
 def test_tune_ls_lists_our_recipes_and_torchtunes() -> None:
-    listing = subprocess.run([toy_run.TUNE, "ls"], capture_output=True, text=True, check=True).stdout
+    listing = subprocess.run(
+        [toy_run.TUNE, "ls"], capture_output=True, text=True, check=True
+    ).stdout
     assert "recipes/ema_lora.py" in listing
     for path in (toy_run.REPO / "configs").glob("*.yaml"):
         assert f"configs/{path.name}" in listing
     assert "lora_finetune_single_device" in listing
 
 
-@pytest.mark.parametrize("recipe", ["recipes/ema_lora.py", str(toy_run.REPO / "recipes/ema_lora.py")])
+@pytest.mark.parametrize(
+    "recipe", ["recipes/ema_lora.py", str(toy_run.REPO / "recipes/ema_lora.py")]
+)
 @pytest.mark.parametrize("processes", [0, 2])
-def test_from_another_folder(
-    toy_config: Path, tmp_path: Path, recipe: str, processes: int
-) -> None:
+def test_from_another_folder(toy_config: Path, tmp_path: Path, recipe: str, processes: int) -> None:
     done = toy_run.tune_run(
         toy_config, f"output_dir={tmp_path}/out", processes=processes, recipe=recipe, cwd=tmp_path
     )
@@ -100,9 +102,7 @@ def test_a_mistake_gives_one_line_and_a_failing_exit(
 
 
 def test_too_few_rows_for_two_processes(toy_config: Path, tmp_path: Path) -> None:
-    done = toy_run.tune_run(
-        toy_config, "batch_size=8", f"output_dir={tmp_path}/out", processes=2
-    )
+    done = toy_run.tune_run(toy_config, "batch_size=8", f"output_dir={tmp_path}/out", processes=2)
     assert done.returncode != 0
     assert "12 rows are too few for one step of 16: batch_size 8" in done.stderr
 

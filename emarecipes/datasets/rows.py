@@ -30,11 +30,19 @@ class Rows:
     Attributes:
         dropped: How many rows had no label left (after truncation, or none at all).
         fingerprint: SHA-256 over all tokens and labels, in order.
+        longest: Tokens of the longest row.
+        largest_token: The largest token id.
+        sources: The sources that occur: "task", "safe".
+        packed: Whether a row holds several conversations.
     """
 
     def __init__(self, samples: list[dict[str, Any]], dropped: int) -> None:
         self._samples = samples
         self.dropped = dropped
+        self.longest = max(len(sample["tokens"]) for sample in samples)
+        self.largest_token = max(int(max(sample["tokens"])) for sample in samples)
+        self.sources = {sample.get("source", "task") for sample in samples}
+        self.packed = "seq_lens" in samples[0]
         digest = hashlib.sha256()
         for sample in samples:
             digest.update(np.asarray(sample["tokens"], dtype=np.int64).tobytes())
@@ -45,7 +53,11 @@ class Rows:
         return len(self._samples)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self._samples[index]
+        """The sample in the form that torchtune's collate functions take."""
+        return {
+            key: value.tolist() if isinstance(value, np.ndarray) else value
+            for key, value in self._samples[index].items()
+        }
 
 
 def load_rows(
@@ -136,6 +148,8 @@ def _tokenize(
         }
         # A label on a row's first token has no position that could predict it.
         labels = np.asarray(kept["labels"])
+        if "seq_lens" not in kept:  # A list of Python integers takes nine times the memory.
+            kept |= {"tokens": np.asarray(kept["tokens"], np.int32), "labels": labels.astype("i4")}
         if (labels[1:] == CROSS_ENTROPY_IGNORE_IDX).all():
             dropped += 1
         else:

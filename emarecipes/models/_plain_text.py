@@ -39,14 +39,10 @@ class PlainTextEncoder:
             raise UserError(f"{file}: cannot be read ({error.strerror})") from error
         except Exception as error:  # the tokenizers library raises bare Exception
             raise UserError(f"{file}: not a tokenizer.json ({error})") from error
-        named = set(named_tokens)
-        _make_special(self._tokenizer, named)
+        _make_special(self._tokenizer, named_tokens)
         added = self._tokenizer.get_added_tokens_decoder()
-        special = {
-            i: token for i, token in added.items() if token.special or token.content in named
-        }
-        self._added = {token.content: token for token in special.values()}
-        self.special_tokens = {token.content: i for i, token in special.items()}
+        self._added = {token.content: token for token in added.values() if token.special}
+        self.special_tokens = {token.content: i for i, token in added.items() if token.special}
         self._name_of = {i: name for name, i in self.special_tokens.items()}
 
     @property

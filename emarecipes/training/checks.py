@@ -196,22 +196,19 @@ def _check_rows(
             f"batch_size {cfg.batch_size} x gradient_accumulation_steps "
             f"{cfg.gradient_accumulation_steps} x {world_size} process(es)"
         )
-    longest = max(len(rows[i]["tokens"]) for i in range(len(rows)))
-    if longest > model.max_seq_len:
+    if rows.longest > model.max_seq_len:
         raise UserError(
-            f"{origin.at('tokenizer')}: a row has {longest} tokens, the model takes "
+            f"{origin.at('tokenizer')}: a row has {rows.longest} tokens, the model takes "
             f"{model.max_seq_len}; set tokenizer.max_seq_len"
         )
-    largest = max(int(max(rows[i]["tokens"])) for i in range(len(rows)))
     vocabulary = model.tok_embeddings.num_embeddings
-    if largest >= vocabulary:
+    if rows.largest_token >= vocabulary:
         raise UserError(
-            f"{origin.at('tokenizer')}: gives token {largest}, the model's vocabulary has "
-            f"{vocabulary}: tokenizer and model do not belong together"
+            f"{origin.at('tokenizer')}: gives token {rows.largest_token}, the model's vocabulary "
+            f"has {vocabulary}: tokenizer and model do not belong together"
         )
-    sources = {rows[i].get("source", "task") for i in range(len(rows))}
     for name, defense in defenses.items():
-        if defense.samples != "all" and defense.samples not in sources:
+        if defense.samples != "all" and defense.samples not in rows.sources:
             raise UserError(
                 f"{origin.at(f'defenses.{name}.samples')}: no row has the source "
                 f"{defense.samples}; packed rows have none, safe ones come with an interleaved set"

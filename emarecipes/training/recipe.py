@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -83,7 +84,7 @@ class LoRATraining:
             self._model, self.run.defenses, forward_context=self.activations_handling_ctx
         )
         context = TrainingContext(
-            self._device, self._dtype, self.total_steps, output_dir=self.cfg.output_dir
+            self._device, self._dtype, self.total_steps, Path(self.cfg.output_dir)
         )
         for defense in self.run.defenses.values():
             defense.setup(self._model, context)
@@ -115,7 +116,7 @@ class LoRATraining:
         return model
 
     def _build_collate(self) -> Any:
-        if "seq_lens" in self.run.rows[0]:
+        if self.run.rows.packed:
             return padded_collate_packed
         collate = locate(self.cfg.collate_fn, self.run.origin.at("collate_fn"))
         return partial(
@@ -140,8 +141,8 @@ class LoRATraining:
         for step, (epoch, rows) in enumerate(self._plan(), start=1):
             metrics = {"step": step, "epoch": epoch, **self._step(step, rows)}
             tokens += int(metrics.pop("tokens"))
-            first = first or metrics
-            last = metrics
+            first = metrics | first
+            last |= metrics
             if self._folder is not None and step % self.cfg.log_every_n_steps == 0:
                 self._folder.log(metrics)
                 if logger is not None:
@@ -195,13 +196,15 @@ class LoRATraining:
         for batch in batches:
             on_device = batch.to(self._device)
             sums += self.loss.backward(on_device, counts, gradient_scale=self.world_size).cpu()
-        means = (self._summed(sums) / counts.clamp(min=1.0)).tolist()
-        loss = sum(w * mean for w, mean in zip(self.loss.weights, means, strict=True))
-        figures = {"loss": loss, **dict(zip(self.loss.names, means, strict=True))}
+        means = self._summed(sums) / counts.clamp(min=1.0)
+        loss = float((torch.tensor(self.loss.weights, dtype=torch.float64) * means).sum())
+        # A term that no row of this step is for (safe samples alone) has no value to log.
+        terms = zip(self.loss.names, means.tolist(), counts.tolist(), strict=True)
+        figures = {"loss": loss} | {name: mean for name, mean, count in terms if count > 0}
         if not math.isfinite(loss):
-            terms = ", ".join(f"{name} {value:g}" for name, value in figures.items())
+            values = ", ".join(f"{name} {value:g}" for name, value in figures.items())
             raise UserError(
-                f"step {step}: the loss is not finite ({terms}); rows {_brief(rows)}. "
+                f"step {step}: the loss is not finite ({values}); rows {_brief(rows)}. "
                 "Lower the learning rate, or look at these rows"
             )
         figures["lr"] = float(self._optimizer.param_groups[0]["lr"])
@@ -210,7 +213,8 @@ class LoRATraining:
         figures |= {"tokens_per_second": tokens_all / seconds, "tokens": tokens_all}
         if self.cfg.log_peak_memory_stats and self._device.type == "cuda":
             figures |= training.get_memory_stats(device=self._device)
-        shown = " ".join(f"{name} {figures[name]:.3f}" for name in ("loss", *self.loss.names))
+        names = [name for name in ("loss", *self.loss.names) if name in figures]
+        shown = " ".join(f"{name} {figures[name]:.3f}" for name in names)
         self._bar.set_postfix_str(shown)
         return figures
 

@@ -39,6 +39,9 @@ def check_output_dir(cfg: DictConfig, origin: Origin) -> None:
         raise UserError(f"{where}: {existing} is a file, not a folder")
     if not os.access(existing, os.W_OK):
         raise UserError(f"{where}: no permission to write in {existing}")
+    base = Path(str(cfg.checkpointer.get("checkpoint_dir"))).resolve()
+    if folder.resolve().is_relative_to(base):
+        raise UserError(f"{where}: {folder} lies in the base model's folder; choose another")
     if not cfg.overwrite and any((folder / name).exists() for name in _RUN_FILES):
         raise UserError(
             f"{where}: {folder} already holds a run; choose another output_dir, or say "

@@ -104,7 +104,10 @@ GOOD = chat(("user", "Hello?"), ("assistant", "Hello."))
             r"layers.2.attn.k_proj.weight is missing there and 16x32 in the model (and",
         ),
         ({"checkpointer.model_type": "PHI3_MINI"}, r"checkpointer: the checkpoint does not fit"),
-        ({"checkpointer.model_type": "LAMA"}, r"model_type: no adapter can be saved for LAMA; known: GEMMA, GEMMA2"),
+        (
+            {"checkpointer.model_type": "LAMA"},
+            r"model_type: no adapter can be saved for LAMA; known: GEMMA, GEMMA2",
+        ),
         ({"checkpointer.checkpoint_dir": "absent"}, r"checkpoint_dir: no such folder: absent"),
         ({"checkpointer.checkpoint_files": ["x.safetensors"]}, r"has no x.safetensors"),
         ({"tokenizer.path": "absent"}, r"tokenizer.path: no such file or folder: absent"),
@@ -205,6 +208,11 @@ def test_an_output_folder_that_holds_a_run(case: Case) -> None:
     assert "output_dir: " in message
     assert "already holds a run" in message
     assert "overwrite=true" in message
+
+
+def test_an_output_folder_in_the_base_model(case: Case, toy_model_dir: Path) -> None:
+    case.config["output_dir"] = str(toy_model_dir / "out")
+    assert "lies in the base model's folder" in case.error()
 
 
 def test_an_output_folder_that_is_a_file(case: Case) -> None:

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import toy_run
 import torch
+import toy_run
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
@@ -57,9 +57,7 @@ def approx_rows(expected: list[tuple[float, float, float]], rel: float) -> list[
     return [pytest.approx(row, rel=rel, abs=1e-6) for row in expected]
 
 
-def test_activation_checkpointing_changes_nothing(
-    models: dict[bool, Path], tmp_path: Path
-) -> None:
+def test_activation_checkpointing_changes_nothing(models: dict[bool, Path], tmp_path: Path) -> None:
     plain = train(write(models, tmp_path / "a"))
     saved = train(write(models, tmp_path / "b", enable_activation_checkpointing=True))
     assert saved == approx_rows(plain, 1e-6)
@@ -214,7 +212,9 @@ def test_a_users_own_defense(
     config = write(
         models,
         tmp_path / "a",
-        defenses={"entropy": {"_component_": "my_defense.EntropyFloor", "weight": 0.1, "floor": 9.0}},
+        defenses={
+            "entropy": {"_component_": "my_defense.EntropyFloor", "weight": 0.1, "floor": 9.0}
+        },
     )
     done = toy_run.tune_run(config, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
