@@ -24,7 +24,7 @@ from emarecipes._torchtune import final_norm_and_cap, unsharded
 LogitTerm = Callable[[Tensor, Tensor | None, Tensor], Tensor]
 
 # Logits of one chunk, in elements. Several float32 copies of a chunk live at once.
-CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}
+CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**25}
 
 
 @dataclass

@@ -1,0 +1,294 @@
+"""What a training step costs: torchtune's own, ours, and the usual way to add KL.
+
+python benchmarks/step_cost.py [--quick] [--repetitions N] [--json FILE]
+
+Every arm trains the same LoRA adapter of SmolLM2-135M-Instruct (rank 32, all linear layers, bf16)
+on the same 4 x 256 tokens; the first 40 % of each row carry no label. A step is forward, backward,
+gradient clipping and AdamW. Losses and gradient norm of the first step must agree.
+
+Time: all arms live in one process and take turns, so that a machine that slows down slows all of
+them; medians after two warm-up steps. Memory: each arm alone in a fresh process, the peak of its
+resident memory in two steps, over what it held after loading and a step on 16 tokens. Run it on an
+idle machine: an OpenMP step that shares its cores with other work takes up to ten times as long.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import logging
+import os
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchtune import training
+from torchtune.data import CROSS_ENTROPY_IGNORE_IDX, padded_collate_sft
+from torchtune.modules.loss import CEWithChunkedOutputLoss
+from torchtune.modules.peft import disable_adapter, get_adapter_params
+
+from emarecipes._torchtune import model_on_meta, stock_recipe
+from emarecipes.config import load_config
+from emarecipes.defenses import KLToReference
+from emarecipes.training.batch import Batch, make_batch
+from emarecipes.training.export import save_adapter
+from emarecipes.training.settings import check_settings
+from emarecipes.training.step import TrainingLoss
+
+CONFIG = Path(__file__).parent.parent / "configs" / "smollm2_135m_kl.yaml"
+ROWS, LENGTH, PROMPT = 4, 256, 0.4
+B_BOUND = 0.01  # The adapter's B starts uniform and not at zero: KL would be zero too.
+# How far apart bf16 models that compute in different orders may be, as a share.
+TOLERANCE = {"CE": 0.01, "KL": 0.05, "grad norm": 0.05}
+# Figure, arm, over which arm, at most.
+PROMISES = [
+    ("seconds", "ours, KL", "torchtune's recipe", 1.45),
+    ("peak MB", "ours, KL", "torchtune's recipe", 1.20),
+    ("seconds", "ours, KL", "PEFT, naive KL", 0.65),
+]
+# Forward and backward of a batch, given its unshifted labels too; returns CE, and KL if it has it.
+Backward = Callable[[Batch, Tensor], "list[float]"]
+
+
+class Setting:
+    """Config, adapter and tokens: the same in every process."""
+
+    def __init__(self, scratch: str) -> None:
+        raw, origin = load_config(["--config", str(CONFIG), f"output_dir={scratch}", "device=cpu"])
+        self.cfg = check_settings(raw, origin)
+        self.base = Path(self.cfg.checkpointer.checkpoint_dir).resolve()
+        self.meta_model = model_on_meta(self.cfg, origin)
+        self.adapter: dict[str, Tensor] = {}
+        generator = torch.Generator().manual_seed(0)
+        for name, parameter in get_adapter_params(self.meta_model).items():
+            bound = parameter.shape[1] ** -0.5 if "lora_a" in name else B_BOUND
+            values = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
+            self.adapter[name] = values.bfloat16()
+        data = Path(self.cfg.dataset.data_files).read_text(encoding="utf-8")
+        text = "\n".join(re.findall(r'"content": "([^"]*)"', data)[:200])
+        self._tokens = Tokenizer.from_file(str(self.base / "tokenizer.json")).encode(text).ids
+
+    def batch(self, rows: int = ROWS, length: int = LENGTH) -> tuple[Batch, Tensor]:
+        tokens_BS = torch.tensor(self._tokens[: rows * length]).view(rows, length)
+        labels_BS = tokens_BS.clone()
+        labels_BS[:, : int(PROMPT * length)] = CROSS_ENTROPY_IGNORE_IDX
+        pairs = zip(tokens_BS.tolist(), labels_BS.tolist(), strict=True)
+        samples = [{"tokens": tokens, "labels": labels} for tokens, labels in pairs]
+        return make_batch(samples, range(rows), padded_collate_sft, pad_id=0), labels_BS
+
+
+def torchtune_model(setting: Setting) -> tuple[Any, Any]:
+    """torchtune's recipe, and the model that it builds."""
+    cfg = setting.cfg
+    recipe = stock_recipe("lora_finetune_single_device").LoRAFinetuneRecipeSingleDevice(cfg)
+    weights = recipe.load_checkpoint(cfg.checkpointer)[training.MODEL_KEY]
+    recipe._model = recipe._setup_model(cfg.model, False, False, False, weights)
+    recipe._model.load_state_dict(setting.adapter, strict=False)
+    return recipe, recipe._model
+
+
+def stock(setting: Setting) -> tuple[nn.Module, Backward]:
+    """torchtune's recipe, with the loss that its configs name."""
+    recipe, model = torchtune_model(setting)
+    recipe._loss_fn = CEWithChunkedOutputLoss()
+    model.set_num_output_chunks(recipe._loss_fn.num_output_chunks)
+    recipe.ignore_labels_cache = torch.full((ROWS, 1), CROSS_ENTROPY_IGNORE_IDX)
+
+    def backward(batch: Batch, labels_BS: Tensor) -> list[float]:
+        count = (labels_BS != CROSS_ENTROPY_IGNORE_IDX).sum()
+        loss = recipe._loss_step({"tokens": batch.inputs["tokens"], "labels": labels_BS}) * count
+        loss.backward()
+        training.scale_grads(model, 1 / count)
+        return [loss.item() / int(count)]
+
+    return model, backward
+
+
+def ours(setting: Setting, kl: bool, chunk: int | None = None) -> tuple[nn.Module, Backward]:
+    _, model = torchtune_model(setting)
+    loss = TrainingLoss(model, {"kl": KLToReference(weight=1.0)} if kl else {}, None, chunk)
+
+    def backward(batch: Batch, labels_BS: Tensor) -> list[float]:
+        counts = loss.counts([batch])
+        return (loss.backward(batch, counts) / counts).tolist()
+
+    return model, backward
+
+
+def naive(setting: Setting) -> tuple[nn.Module, Backward]:
+    _, model = torchtune_model(setting)
+    return model, naive_kl(model, partial(disable_adapter, model))
+
+
+def peft(setting: Setting, kl: bool) -> tuple[nn.Module, Backward]:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    cfg, folder = setting.cfg, Path(setting.cfg.output_dir) / "adapter"
+    where = (setting.meta_model, str(cfg.checkpointer.model_type), setting.base, folder)
+    save_adapter(setting.adapter, *where, rank=cfg.model.lora_rank, alpha=cfg.model.lora_alpha)
+    base = AutoModelForCausalLM.from_pretrained(setting.base, dtype=torch.bfloat16, use_cache=False)
+    # By default PEFT would hold this adapter in float32.
+    options: dict[str, Any] = {"is_trainable": True, "autocast_adapter_dtype": False}
+    model = PeftModel.from_pretrained(base, str(folder), **options).train()
+    if kl:
+        return model, naive_kl(lambda t: model(input_ids=t).logits, model.disable_adapter)
+
+    def backward(batch: Batch, labels_BS: Tensor) -> list[float]:
+        loss = model(input_ids=batch.inputs["tokens"], labels=labels_BS).loss
+        loss.backward()
+        return [loss.item()]
+
+    return model, backward
+
+
+def naive_kl(logits: Callable[[Tensor], Tensor], adapter_off: Callable[[], Any]) -> Backward:
+    """KL from full logits of policy and reference."""
+
+    def backward(batch: Batch, labels_BS: Tensor) -> list[float]:
+        with torch.no_grad(), adapter_off():
+            reference_BSV = logits(batch.inputs["tokens"]).float()
+        policy_BSV = logits(batch.inputs["tokens"]).float()
+        ce = F.cross_entropy(policy_BSV.flatten(0, 1), batch.targets_BS.flatten())
+        log_p, log_r = (F.log_softmax(x, dim=-1) for x in (policy_BSV, reference_BSV))
+        kl_BS = (log_p.exp() * (log_p - log_r)).sum(dim=-1)
+        kl = kl_BS[batch.labelled_BS].mean()
+        (ce + kl).backward()
+        return [ce.item(), kl.item()]
+
+    return backward
+
+
+# Forwards per step, and what builds the model.
+ARMS: dict[str, tuple[int, Callable[[Setting], tuple[nn.Module, Backward]]]] = {
+    "torchtune's recipe": (1, stock),
+    "ours, no defense": (1, partial(ours, kl=False)),
+    "ours, KL": (2, partial(ours, kl=True)),
+    "torchtune, naive KL": (2, naive),
+    "PEFT": (1, partial(peft, kl=False)),
+    "PEFT, naive KL": (2, partial(peft, kl=True)),
+}
+
+
+class Trainer:
+    def __init__(self, model: nn.Module, backward: Backward) -> None:
+        self._weights, self._backward = list(model.parameters()), backward
+        self._optimizer = torch.optim.AdamW(self._weights, lr=5e-4, weight_decay=0.01)
+
+    def step(self, batch: Batch, labels_BS: Tensor) -> dict[str, float]:
+        losses = self._backward(batch, labels_BS)
+        norm = torch.nn.utils.clip_grad_norm_(self._weights, max_norm=1.0)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return {"grad norm": float(norm), **dict(zip(("CE", "KL"), losses, strict=False))}
+
+
+def measure_memory(trainer: Trainer, setting: Setting) -> float:
+    """Linux resets the peak when 5 is written to clear_refs; elsewhere loading may hide a step."""
+    trainer.step(*setting.batch(1, 16))
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+    before = peak_mb()
+    for _ in range(2):
+        trainer.step(*setting.batch())
+    return peak_mb() - before
+
+
+def peak_mb() -> float:
+    with suppress(OSError):
+        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def measure_time(trainers: dict[str, Trainer], setting: Setting, repetitions: int) -> Any:
+    """Each arm's first losses, and the seconds of its steps: all, median, interquartile range."""
+    batch = setting.batch()
+    figures: Any = {name: {**trainer.step(*batch), "all": []} for name, trainer in trainers.items()}
+    for repetition in range(1 + repetitions):
+        for name, trainer in trainers.items():
+            gc.collect()
+            started = time.perf_counter()
+            trainer.step(*batch)
+            if repetition > 0:
+                figures[name]["all"].append(time.perf_counter() - started)
+    for figure in figures.values():
+        low, figure["seconds"], high = statistics.quantiles(figure["all"], method="inclusive")
+        figure["IQR"] = high - low
+    return figures
+
+
+def print_report(figures: Any) -> None:
+    columns = {"CE": 4, "KL": 4, "grad norm": 2, "seconds": 2, "IQR": 2, "peak MB": 0}
+    table = Table("", "forwards", *columns, "time ratio", "memory ratio", title="A training step")
+    for name, figure in figures.items():
+        cells = [f"{figure[k]:.{d}f}" if k in figure else "" for k, d in columns.items()]
+        ratios = (figure[k] / figures["torchtune's recipe"][k] for k in ("seconds", "peak MB"))
+        table.add_row(name, str(ARMS[name][0]), *cells, *(f"{r:.2f}" for r in ratios))
+    console = Console(width=118, highlight=False)
+    console.print(table)
+    for key, name, over, limit in PROMISES:
+        ratio = figures[name][key] / figures[over][key]
+        verdict = "reached" if ratio <= limit else "not reached"
+        console.print(f"{key}: {name} / {over} = {ratio:.2f}, at most {limit:.2f}: {verdict}")
+    for name, figure in figures.items():
+        like = figures["ours, KL" if "KL" in figure else "ours, no defense"]
+        for key, tolerance in TOLERANCE.items():
+            if key in figure and abs(figure[key] - like[key]) > tolerance * like[key]:
+                sys.exit(f"{name} computes something else: {key} {figure[key]}, not {like[key]}")
+
+
+def machine() -> str:
+    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    load = f"load before the start {os.getloadavg()[0]:.2f}"
+    return f"torch {torch.__version__}, {torch.get_num_threads()} threads, {cpu and cpu[1]}, {load}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time and memory of a training step.")
+    parser.add_argument("--repetitions", type=int, default=7, help="timed steps of each arm")
+    parser.add_argument("--quick", action="store_true", help="3 repetitions")
+    parser.add_argument("--json", type=Path, help="file for all figures")
+    parser.add_argument("--arm", choices=ARMS, help="with --memory: the arm to measure")
+    parser.add_argument("--memory", action="store_true", help="print the peak of one arm, in MB")
+    options = parser.parse_args()
+    logging.disable(logging.INFO)
+    with tempfile.TemporaryDirectory() as scratch:
+        setting = Setting(scratch)
+        if options.memory:
+            trainer = Trainer(*ARMS[options.arm][1](setting))
+            return print(measure_memory(trainer, setting))
+        described, peaks = machine(), {}
+        for name in ARMS:
+            command = [sys.executable, __file__, "--memory", "--arm", name]
+            peaks[name] = float(subprocess.check_output(command, text=True).splitlines()[-1])
+        trainers = {name: Trainer(*build(setting)) for name, (_, build) in ARMS.items()}
+        figures = measure_time(trainers, setting, 3 if options.quick else options.repetitions)
+    for name, peak in peaks.items():
+        figures[name]["peak MB"] = peak
+    if options.json:
+        options.json.write_text(json.dumps({"machine": described, "arms": figures}, indent=2))
+    print(described)
+    print_report(figures)
+
+
+if __name__ == "__main__":
+    main()
