@@ -64,13 +64,15 @@ def locate(path: str, where: str) -> Callable[..., Any]:
         UserError: Nothing is there; names the longest part that exists and the closest name in it.
     """
     parts = path.split(".")
+    if not all(parts):
+        raise UserError(f"{where}: {path!r} is not a dotted import path")
     for split in range(len(parts), 0, -1):
         module_name = ".".join(parts[:split])
         try:
             found: Any = import_module(module_name)
         except ModuleNotFoundError as error:
             if error.name and not module_name.startswith(error.name):
-                raise UserError(f"{where}: {module_name} needs the module {error.name}") from None
+                raise UserError(f"{where}: {path} needs the module {error.name}") from None
             continue
         except Exception as error:
             raise UserError(

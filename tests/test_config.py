@@ -1,0 +1,120 @@
+"""Reading configs: overrides, places of keys, paths."""
+
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from emarecipes.components import check_components, locate
+from emarecipes.config import load_config
+from emarecipes.errors import UserError
+
+TEXT = """# a comment
+model_dir: models/x
+model:
+  _component_: torch.nn.Linear
+  in_features: 3
+  out_features: 4
+lr: 3e-4
+defenses:
+  kl: {_component_: emarecipes.defenses.KLToReference, weight: 1.0}
+tokenizer:
+  path: ${model_dir}/t
+"""
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    file = tmp_path / "c.yaml"
+    file.write_text(TEXT)
+    return file
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("defenses.kl.weight=0.5", "defenses.kl.weight", 0.5),
+        ("lr=1e-3", "lr", 1e-3),
+        ("name=a=b=c", "name", "a=b=c"),
+        ("model=torch.nn.Bilinear", "model._component_", "torch.nn.Bilinear"),
+        ("lr=null", "lr", None),
+        ("lr=None", "lr", None),
+        ("~defenses.kl", "defenses", {}),
+        ("~defenses.kl.weight", "defenses.kl.weight", None),
+        ("~lr", "lr", None),
+        ("new.deep.key=[1, 2]", "new.deep.key", [1, 2]),
+        ("model_dir=y", "tokenizer.path", "y/t"),
+        ("max_filename=00004", "max_filename", "00004"),
+    ],
+)
+def test_overrides(path: Path, override: str, key: str, value: object) -> None:
+    cfg, _ = load_config(["--config", str(path), override])
+    found = OmegaConf.select(cfg, key)
+    assert (OmegaConf.to_container(found) if OmegaConf.is_config(found) else found) == value
+
+
+def test_values_are_what_yaml_says(path: Path) -> None:
+    cfg, origin = load_config(["--config", str(path)])
+    assert cfg.lr == 3e-4
+    assert cfg.tokenizer.path == "models/x/t"
+    assert origin.variables == {"model_dir"}
+
+
+def test_places(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(path.parent)
+    _, origin = load_config(["--config", str(path), "model.in_features=5"])
+    assert origin.at("defenses.kl.weight") == "c.yaml:9: defenses.kl.weight"
+    assert origin.at("model.out_features") == "c.yaml:6: model.out_features"
+    assert origin.at("model.absent") == "c.yaml:3: model.absent"
+    assert origin.at("absent") == "c.yaml: absent"
+    assert origin.at("model.in_features") == "command line: model.in_features"
+
+
+def test_shipped_files_are_found_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text("dataset: {data_files: data/home_computing/train_bad.jsonl, path: nowhere}")
+    monkeypatch.chdir(tmp_path)
+    cfg, _ = load_config(["--config", "c.yaml"])
+    assert Path(cfg.dataset.data_files).is_file()
+    assert cfg.dataset.path == "nowhere"
+    (tmp_path / "data/home_computing").mkdir(parents=True)
+    (tmp_path / "data/home_computing/train_bad.jsonl").write_text("{}")
+    cfg, _ = load_config(["--config", "c.yaml"])
+    assert cfg.dataset.data_files == "data/home_computing/train_bad.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("dotted", "message"),
+    [
+        ("torch.optim.AdamX", "torch.optim has no AdamX (did you mean Adam"),
+        ("torch.nn.functional", "is not a class or function"),
+        ("torch.", "is not a dotted import path"),
+        ("nowhere.at.all", "no module named nowhere"),
+        ("", "is not a dotted import path"),
+    ],
+)
+def test_import_paths(dotted: str, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        locate(dotted, "here")
+    assert str(error.value).startswith("here: ")
+    assert message in str(error.value)
+
+
+def test_a_module_that_fails_to_import_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken_defense.py").write_text("import absent_package\n")
+    (tmp_path / "raising_defense.py").write_text("raise RuntimeError('no luck')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match="broken_defense.X needs the module absent_package"):
+        locate("broken_defense.X", "here")
+    with pytest.raises(UserError, match="importing raising_defense fails: no luck"):
+        locate("raising_defense.X", "here")
+
+
+def test_missing_argument_of_a_component(path: Path) -> None:
+    cfg, origin = load_config(["--config", str(path), "~model.out_features"])
+    with pytest.raises(UserError, match="model: Linear needs the key out_features"):
+        check_components(cfg, origin)
