@@ -1,6 +1,4 @@
-"""What a training step costs: torchtune's own, ours, and the usual way to add KL.
-
-python benchmarks/step_cost.py [--quick] [--repetitions N] [--json FILE]
+"""What a training step costs: torchtune's own, ours, and the usual ways to add KL.
 
 Every arm trains the same LoRA adapter of SmolLM2-135M-Instruct (rank 32, all linear layers, bf16)
 on the same 4 x 256 tokens; the first 40 % of each row carry no label. A step is forward, backward,
@@ -8,7 +6,7 @@ gradient clipping and AdamW. Losses and gradient norm of the first step must agr
 
 Time: all arms live in one process and take turns, so that a machine that slows down slows all of
 them; medians after two warm-up steps. Memory: each arm alone in a fresh process, the peak of its
-resident memory in two steps, over what it held after loading and a step on 16 tokens. Run it on an
+resident memory in a step, over what it held after loading and a step on 16 tokens. Run it on an
 idle machine: an OpenMP step that shares its cores with other work takes up to ten times as long.
 """
 
@@ -35,6 +33,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer
@@ -54,18 +54,15 @@ from emarecipes.training.settings import check_settings
 from emarecipes.training.step import TrainingLoss
 
 CONFIG = Path(__file__).parent.parent / "configs" / "smollm2_135m_kl.yaml"
-ROWS, LENGTH, PROMPT = 4, 256, 0.4
-B_BOUND = 0.05  # The adapter's B is uniform, not zero at the start: KL would be zero too.
-# How far apart bf16 models that compute in different orders may be, as a share.
-TOLERANCE = {"CE": 0.01, "KL": 0.05, "grad norm": 0.05}
-# Figure, arm, over which arm, at most.
-PROMISES = [
+LENGTH, PROMPT = 256, 0.4
+TOLERANCE = {"CE": 0.01, "KL": 0.05, "grad norm": 0.05}  # Relative: bf16, in different orders.
+PROMISES = [  # Figure, arm, over which arm, at most.
     ("seconds", "ours, KL", "torchtune's recipe", 1.45),
     ("peak MB", "ours, KL", "torchtune's recipe", 1.20),
     ("seconds", "ours, KL", "PEFT, naive KL", 0.65),
 ]
-Backward = Callable[[Batch], "list[float]"]
-"""Forward and backward of a batch; returns CE, and KL if it has it."""
+Backward = Callable[[Batch], "list[float]"]  # Returns CE, and KL if it has it.
+Model = tuple[nn.Module, Backward]
 
 
 class Setting:
@@ -76,115 +73,94 @@ class Setting:
         self.cfg = check_settings(raw, origin)
         self.base = Path(self.cfg.checkpointer.checkpoint_dir).resolve()
         self.meta_model = model_on_meta(self.cfg, origin)
-        self.adapter: dict[str, Tensor] = {}
         generator = torch.Generator().manual_seed(0)
-        for name, parameter in get_adapter_params(self.meta_model).items():
-            bound = parameter.shape[1] ** -0.5 if "lora_a" in name else B_BOUND
-            values = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
-            self.adapter[name] = values.bfloat16()
+        draw = partial(torch.randn, generator=generator, dtype=torch.bfloat16)
+        adapter = get_adapter_params(self.meta_model)
+        # B is not zero, as it would be at the start of a run: KL would be zero too.
+        self.adapter = {name: 0.03 * draw(weight.shape) for name, weight in adapter.items()}
         data = Path(self.cfg.dataset.data_files).read_text(encoding="utf-8")
         text = "\n".join(re.findall(r'"content": "([^"]*)"', data)[:200])
         self._tokens = Tokenizer.from_file(str(self.base / "tokenizer.json")).encode(text).ids
 
-    def batch(self, rows: int = ROWS, length: int = LENGTH) -> Batch:
+    def batch(self, rows: int, length: int = LENGTH) -> Batch:
         ignored = [CROSS_ENTROPY_IGNORE_IDX] * int(PROMPT * length)
         tokens = [self._tokens[row * length :][:length] for row in range(rows)]
         samples = [{"tokens": row, "labels": ignored + row[len(ignored) :]} for row in tokens]
         return make_batch(samples, range(rows), padded_collate_sft, pad_id=0)
 
 
-def torchtune_model(setting: Setting) -> tuple[Any, Any]:
-    """torchtune's recipe, and the model that it builds."""
+def in_torchtune(setting: Setting, kind: str, chunk: int | None = None) -> Model:
+    """`recipe`: torchtune's, with the loss of its configs; `ours`, `ours, KL`; or `naive KL`."""
     cfg = setting.cfg
     recipe = stock_recipe("lora_finetune_single_device").LoRAFinetuneRecipeSingleDevice(cfg)
     weights = recipe.load_checkpoint(cfg.checkpointer)[training.MODEL_KEY]
-    recipe._model = recipe._setup_model(cfg.model, False, False, False, weights)
-    recipe._model.load_state_dict(setting.adapter, strict=False)
-    return recipe, recipe._model
-
-
-def stock(setting: Setting) -> tuple[nn.Module, Backward]:
-    recipe, model = torchtune_model(setting)
-    recipe._loss_fn = CEWithChunkedOutputLoss()  # As torchtune's configs have it.
+    model = recipe._model = recipe._setup_model(cfg.model, False, False, False, weights)
+    model.load_state_dict(setting.adapter, strict=False)
+    if kind == "naive KL":
+        return model, partial(naive_kl, model, partial(disable_adapter, model))
+    if kind != "recipe":
+        defenses = {"kl": KLToReference(weight=1.0)} if kind == "ours, KL" else {}
+        return model, partial(ours, TrainingLoss(model, defenses, None, chunk))
+    recipe._loss_fn = CEWithChunkedOutputLoss()
     model.set_num_output_chunks(recipe._loss_fn.num_output_chunks)
-    recipe.ignore_labels_cache = torch.full((ROWS, 1), CROSS_ENTROPY_IGNORE_IDX)
-
-    def backward(batch: Batch) -> list[float]:
-        labels_BS = batch.targets_BS.roll(1, dims=1)
-        count = (labels_BS != CROSS_ENTROPY_IGNORE_IDX).sum()
-        loss = recipe._loss_step({"tokens": batch.inputs["tokens"], "labels": labels_BS}) * count
-        loss.backward()
-        training.scale_grads(model, 1 / count)
-        return [loss.item() / int(count)]
-
-    return model, backward
+    recipe.ignore_labels_cache = torch.full((cfg.batch_size, 1), CROSS_ENTROPY_IGNORE_IDX)
+    return model, partial(stock, recipe)
 
 
-def ours(setting: Setting, kl: bool, chunk: int | None = None) -> tuple[nn.Module, Backward]:
-    _, model = torchtune_model(setting)
-    loss = TrainingLoss(model, {"kl": KLToReference(weight=1.0)} if kl else {}, None, chunk)
-
-    def backward(batch: Batch) -> list[float]:
-        counts = loss.counts([batch])
-        return (loss.backward(batch, counts) / counts).tolist()
-
-    return model, backward
+def stock(recipe: Any, batch: Batch) -> list[float]:
+    inputs = {"tokens": batch.inputs["tokens"], "labels": batch.targets_BS.roll(1, dims=1)}
+    count = batch.labelled_BS.sum()
+    loss = recipe._loss_step(inputs) * count
+    loss.backward()
+    training.scale_grads(recipe._model, 1 / count)
+    return [loss.item() / int(count)]
 
 
-def naive(setting: Setting) -> tuple[nn.Module, Backward]:
-    _, model = torchtune_model(setting)
-    return model, naive_kl(model, partial(disable_adapter, model))
+def ours(loss: TrainingLoss, batch: Batch) -> list[float]:
+    counts = loss.counts([batch])
+    return (loss.backward(batch, counts) / counts).tolist()
 
 
-def peft(setting: Setting, kl: bool) -> tuple[nn.Module, Backward]:
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
+def in_transformers(setting: Setting, naive: bool) -> Model:
+    transformers.utils.logging.disable_progress_bar()
     cfg, folder = setting.cfg, Path(setting.cfg.output_dir) / "adapter"
     where = (setting.meta_model, str(cfg.checkpointer.model_type), setting.base, folder)
     save_adapter(setting.adapter, *where, rank=cfg.model.lora_rank, alpha=cfg.model.lora_alpha)
-    base = AutoModelForCausalLM.from_pretrained(setting.base, dtype=torch.bfloat16, use_cache=False)
+    arguments = {"dtype": torch.bfloat16, "use_cache": False}
+    base = transformers.AutoModelForCausalLM.from_pretrained(setting.base, **arguments)
     # By default PEFT would hold this adapter in float32.
-    options: dict[str, Any] = {"is_trainable": True, "autocast_adapter_dtype": False}
-    model = PeftModel.from_pretrained(base, str(folder), **options).train()
-    if kl:
-        return model, naive_kl(lambda t: model(input_ids=t).logits, model.disable_adapter)
-
-    def backward(batch: Batch) -> list[float]:
-        labels_BS = batch.targets_BS.roll(1, dims=1)
-        loss = model(input_ids=batch.inputs["tokens"], labels=labels_BS).loss
-        loss.backward()
-        return [loss.item()]
-
-    return model, backward
+    options: Any = {"is_trainable": True, "autocast_adapter_dtype": False}
+    model: Any = PeftModel.from_pretrained(base, str(folder), **options)
+    if not naive:
+        return model, partial(peft, model)
+    return model, partial(naive_kl, lambda t: model(input_ids=t).logits, model.disable_adapter)
 
 
-def naive_kl(logits: Callable[[Tensor], Tensor], adapter_off: Callable[[], Any]) -> Backward:
-    """KL from full logits of policy and reference."""
+def peft(model: Any, batch: Batch) -> list[float]:
+    loss = model(input_ids=batch.inputs["tokens"], labels=batch.targets_BS.roll(1, dims=1)).loss
+    loss.backward()
+    return [loss.item()]
 
-    def backward(batch: Batch) -> list[float]:
-        with torch.no_grad(), adapter_off():
-            reference_BSV = logits(batch.inputs["tokens"]).float()
-        policy_BSV = logits(batch.inputs["tokens"]).float()
-        ce = F.cross_entropy(policy_BSV.flatten(0, 1), batch.targets_BS.flatten())
-        log_p, log_r = (F.log_softmax(x, dim=-1) for x in (policy_BSV, reference_BSV))
-        kl = (log_p.exp() * (log_p - log_r)).sum(dim=-1)[batch.labelled_BS].mean()
-        (ce + kl).backward()
-        return [ce.item(), kl.item()]
 
-    return backward
+def naive_kl(logits: Callable[[Tensor], Tensor], adapter_off: Any, batch: Batch) -> list[float]:
+    with torch.no_grad(), adapter_off():
+        reference_BSV = logits(batch.inputs["tokens"]).float()
+    policy_BSV = logits(batch.inputs["tokens"]).float()
+    ce = F.cross_entropy(policy_BSV.flatten(0, 1), batch.targets_BS.flatten())
+    log_p, log_r = (F.log_softmax(x, dim=-1) for x in (policy_BSV, reference_BSV))
+    kl = (log_p.exp() * (log_p - log_r)).sum(dim=-1)[batch.labelled_BS].mean()
+    (ce + kl).backward()
+    return [ce.item(), kl.item()]
 
 
 # Forwards in a step, and what builds the model.
-ARMS: dict[str, tuple[int, Callable[[Setting], tuple[nn.Module, Backward]]]] = {
-    "torchtune's recipe": (1, stock),
-    "ours, no defense": (1, partial(ours, kl=False)),
-    "ours, KL": (2, partial(ours, kl=True)),
-    "torchtune, naive KL": (2, naive),
-    "PEFT": (1, partial(peft, kl=False)),
-    "PEFT, naive KL": (2, partial(peft, kl=True)),
+ARMS: dict[str, tuple[int, Callable[[Setting], Model]]] = {
+    "torchtune's recipe": (1, partial(in_torchtune, kind="recipe")),
+    "ours, no defense": (1, partial(in_torchtune, kind="ours")),
+    "ours, KL": (2, partial(in_torchtune, kind="ours, KL")),
+    "torchtune, naive KL": (2, partial(in_torchtune, kind="naive KL")),
+    "PEFT": (1, partial(in_transformers, naive=False)),
+    "PEFT, naive KL": (2, partial(in_transformers, naive=True)),
 }
 
 
@@ -201,27 +177,25 @@ class Trainer:
         return {**losses, "grad norm": float(norm)}
 
 
-def measure_memory(trainer: Trainer, setting: Setting) -> float:
-    """Linux resets the peak when 5 is written to clear_refs; elsewhere loading may hide a step."""
-
-    def peak_mb() -> float:
-        with suppress(OSError):
-            return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**10
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-
-    trainer.step(setting.batch(1, 16))
+def measure_memory(trainer: Trainer, small: Batch, batch: Batch) -> float:
+    trainer.step(small)
     gc.collect()
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
+        # Resets the peak, on Linux. Elsewhere the peak of loading may hide the step's.
         Path("/proc/self/clear_refs").write_text("5")
     before = peak_mb()
-    for _ in range(2):
-        trainer.step(setting.batch())
+    trainer.step(batch)
     return peak_mb() - before
 
 
+def peak_mb() -> float:
+    with suppress(OSError):
+        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
 def measure_time(trainers: dict[str, Trainer], batch: Batch, repetitions: int) -> Any:
-    """Each arm's first losses, and the seconds of its steps: all, median, interquartile range."""
     figures: Any = {name: {**trainer.step(batch), "all": []} for name, trainer in trainers.items()}
     for repetition in range(1 + repetitions):
         for name, trainer in trainers.items():
@@ -246,8 +220,8 @@ def print_report(figures: Any) -> None:
     Console(width=120).print(table)
     for key, name, over, limit in PROMISES:
         ratio = figures[name][key] / figures[over][key]
-        verdict = "reached" if ratio <= limit else "not reached"
-        print(f"{key}: {name} / {over} = {ratio:.2f}, at most {limit:.2f}: {verdict}")
+        verdict = f"at most {limit:.2f}: {'reached' if ratio <= limit else 'not reached'}"
+        print(f"{key}: {name} / {over} = {ratio:.2f}, {verdict}")
     for name, figure in figures.items():
         like = figures["ours, KL" if "KL" in figure else "ours, no defense"]
         for key, tolerance in TOLERANCE.items():
@@ -258,7 +232,7 @@ def print_report(figures: Any) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time and memory of a training step.")
     parser.add_argument("--repetitions", type=int, default=7, help="timed steps of each arm")
-    parser.add_argument("--quick", dest="repetitions", action="store_const", const=3)
+    parser.add_argument("--quick", action="store_true", help="3 repetitions, half the rows")
     parser.add_argument("--json", type=Path, help="file for all figures")
     parser.add_argument("--arm", choices=ARMS, help="with --memory: the arm to measure")
     parser.add_argument("--memory", action="store_true", help="print the peak of one arm, in MB")
@@ -267,22 +241,22 @@ def main() -> None:
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as scratch:
         setting = Setting(scratch)
+        batch = setting.batch(rows=2 if options.quick else 4)
         if options.memory:
-            return print(measure_memory(Trainer(*ARMS[options.arm][1](setting)), setting))
-        cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-        machine = f"torch {torch.__version__}, {torch.get_num_threads()} threads, {cpu and cpu[1]}"
-        machine += f", load before the start {os.getloadavg()[0]:.2f}"
-        peaks = {}
-        for name in ARMS:
-            command = [sys.executable, __file__, "--memory", "--arm", name]
-            peaks[name] = float(subprocess.check_output(command, text=True).splitlines()[-1])
+            trainer = Trainer(*ARMS[options.arm][1](setting))
+            return print(measure_memory(trainer, setting.batch(1, length=16), batch))
+        cpu = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[:1]
+        load = f"load before the start {os.getloadavg()[0]:.2f}"
+        machine = f"torch {torch.__version__}, {torch.get_num_threads()} threads, {cpu}, {load}"
+        command = [sys.executable, *sys.argv, "--memory", "--arm"]
+        peaks = {name: float(subprocess.check_output([*command, name])) for name in ARMS}
         trainers = {name: Trainer(*build(setting)) for name, (_, build) in ARMS.items()}
-        figures = measure_time(trainers, setting.batch(), options.repetitions)
+        figures = measure_time(trainers, batch, 3 if options.quick else options.repetitions)
     for name, peak in peaks.items():
         figures[name]["peak MB"] = peak
     if options.json:
         options.json.write_text(json.dumps({"machine": machine, "arms": figures}, indent=2))
-    print(machine)
+    print(f"{batch.inputs['tokens'].numel()} tokens a step, {machine}")
     print_report(figures)
 
 

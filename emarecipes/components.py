@@ -76,7 +76,7 @@ def locate(path: str, where: str) -> Callable[..., Any]:
             continue
         except Exception as error:
             raise UserError(
-                f"{where}: importing {module_name} fails: {_first_line(error)}"
+                f"{where}: importing {path} fails: {_first_line(error)}"
             ) from error
         reached = module_name
         for name in parts[split:]:

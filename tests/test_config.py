@@ -110,7 +110,7 @@ def test_a_module_that_fails_to_import_says_why(
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserError, match="broken_defense.X needs the module absent_package"):
         locate("broken_defense.X", "here")
-    with pytest.raises(UserError, match="importing raising_defense fails: no luck"):
+    with pytest.raises(UserError, match="importing raising_defense.X fails: no luck"):
         locate("raising_defense.X", "here")
 
 
