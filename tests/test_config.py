@@ -108,9 +108,9 @@ def test_a_module_that_fails_to_import_says_why(
     (tmp_path / "broken_defense.py").write_text("import absent_package\n")
     (tmp_path / "raising_defense.py").write_text("raise RuntimeError('no luck')\n")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(UserError, match="broken_defense.X needs the module absent_package"):
+    with pytest.raises(UserError, match=r"broken_defense\.X needs the module absent_package"):
         locate("broken_defense.X", "here")
-    with pytest.raises(UserError, match="importing raising_defense.X fails: no luck"):
+    with pytest.raises(UserError, match=r"importing raising_defense\.X fails: no luck"):
         locate("raising_defense.X", "here")
 
 
