@@ -28,7 +28,7 @@ $(MODEL)/prepared.json: | .venv/installed
 
 demo: .venv/installed $(MODEL)/prepared.json
 	$(BIN)/tune run recipes/ema_lora.py --config configs/smollm2_135m_kl.yaml \
-		output_dir=$(RUN) overwrite=true
+		max_steps_per_epoch=60 output_dir=$(RUN) overwrite=true
 	@echo
 	@echo "The same without the defense, to compare in TensorBoard:"
 	@echo "  $(BIN)/tune run recipes/ema_lora.py --config configs/smollm2_135m_lora.yaml"

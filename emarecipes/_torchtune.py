@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 from safetensors import safe_open
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torchao.dtypes.nf4tensor import NF4Tensor
 from torchtune import training
 from torchtune.config import instantiate
@@ -177,8 +177,39 @@ def adapter_state(model: Any, device: torch.device) -> dict[str, torch.Tensor]:
         if isinstance(tensor, DTensor):
             # Offloaded shards are gathered on the device.
             tensor = cast(DTensor, tensor.to(device)).full_tensor()
-        state[name.replace("_checkpoint_wrapped_module.", "")] = tensor.cpu()
+        state[plain_name(name)] = tensor.cpu()
     return state
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without what activation checkpointing puts into it."""
+    return name.replace("_checkpoint_wrapped_module.", "")
+
+
+@torch.no_grad()
+def assign_whole(parameter: torch.Tensor, value: torch.Tensor | None) -> None:
+    """Set a parameter, sharded or not, to a whole tensor that the first process holds.
+
+    Every process must call it; `value` may be None on all but the first.
+    """
+    if not isinstance(parameter, DTensor):
+        assert value is not None
+        parameter.copy_(value)
+        return
+    mesh = parameter.device_mesh
+    if value is None:
+        value = torch.empty(parameter.shape, dtype=parameter.dtype)
+    sharded = distribute_tensor(
+        value.to(mesh.device_type, parameter.dtype), mesh, parameter.placements
+    )
+    parameter.to_local().copy_(sharded.to_local())
+
+
+def assign_base_weights(model: Any, state: dict[str, torch.Tensor]) -> None:
+    """Set all weights but the adapter's from whole tensors, which only the first process needs."""
+    for name, parameter in model.named_parameters():
+        if "lora" not in name and "magnitude" not in name:
+            assign_whole(parameter, state.get(plain_name(name)))
 
 
 def full_state(model: Any, device: torch.device, *, first_process: bool) -> dict[str, torch.Tensor]:

@@ -75,9 +75,7 @@ def locate(path: str, where: str) -> Callable[..., Any]:
                 raise UserError(f"{where}: {path} needs the module {error.name}") from None
             continue
         except Exception as error:
-            raise UserError(
-                f"{where}: importing {path} fails: {_first_line(error)}"
-            ) from error
+            raise UserError(f"{where}: importing {path} fails: {_first_line(error)}") from error
         reached = module_name
         for name in parts[split:]:
             if not hasattr(found, name):

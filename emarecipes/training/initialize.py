@@ -7,11 +7,11 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torchtune.modules.peft import get_adapter_params
 
+from emarecipes._torchtune import assign_whole, plain_name
 
-@torch.no_grad()
+
 def initialize_adapter(model: nn.Module, seed: int) -> None:
     """Set every LoRA A to torchtune's own distribution; B stays zero, DoRA's magnitude as it is.
 
@@ -26,16 +26,7 @@ def initialize_adapter(model: nn.Module, seed: int) -> None:
     """
     for name, parameter in get_adapter_params(model).items():
         if name.endswith("lora_a.weight"):
-            # Activation checkpointing wraps layers and so changes the names of what is inside.
-            plain_name = name.replace("_checkpoint_wrapped_module.", "")
-            values = _draw(parameter.shape, seed, plain_name).to(parameter.dtype)
-            if isinstance(parameter, DTensor):
-                values = distribute_tensor(
-                    values.to(parameter.device_mesh.device_type),
-                    parameter.device_mesh,
-                    parameter.placements,
-                )
-            parameter.copy_(values)
+            assign_whole(parameter, _draw(parameter.shape, seed, plain_name(name)))
 
 
 def _draw(shape: torch.Size, seed: int, name: str) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchtune import training, utils
 from torchtune.modules.peft import disable_adapter
 
-from emarecipes._torchtune import full_state
+from emarecipes._torchtune import assign_base_weights, full_state
 from emarecipes.training.checks import CheckedRun
 from emarecipes.training.export import merge_adapter, rounding_error, save_adapter, save_merged
 
@@ -99,12 +99,7 @@ def _report_logits(
     adapted = [_logits(model, prompt) for prompt in prompts]
     with disable_adapter(model):
         before = [_logits(model, prompt) for prompt in prompts]
-        if training.is_distributed():
-            training.load_from_full_model_state_dict(
-                model, merged, device, strict=False, cpu_offload=run.cfg.fsdp_cpu_offload
-            )
-        else:
-            model.load_state_dict(merged, strict=False)
+        assign_base_weights(model, merged)
         after = [_logits(model, prompt) for prompt in prompts]
     log.info(
         f"Merged logits on {count} prompts, run in {run.cfg.dtype}: largest distance from the "

@@ -1,6 +1,8 @@
 """torchtune's options beside a defense: that they run, and what must not change does not."""
 
 import json
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +148,8 @@ def test_two_processes_give_the_losses_of_one(
     models: dict[bool, Path], tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     alone = write(models, tmp_path / "one", shuffle=True, **changes)
-    together = write(models, tmp_path / "two", shuffle=True, **(changes | {"batch_size": 2}))
+    shared = changes | {"batch_size": 2, "save_merged": "use_dora" in changes.get("model", {})}
+    together = write(models, tmp_path / "two", shuffle=True, **shared)
     done = toy_run.tune_run(together, processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     expected = train(alone)
@@ -157,6 +160,16 @@ def test_two_processes_give_the_losses_of_one(
     )
     for key, tensor in one.items():
         assert_close(two[key], tensor, rtol=1e-4, atol=1e-4)
+    if shared["save_merged"]:
+        assert (tmp_path / "two/out/merged/model.safetensors").is_file()
+        distance, effect = merged_distance(done.stderr)
+        assert distance < 1e-3 < 0.1 < effect
+
+
+def merged_distance(log: str) -> tuple[float, float]:
+    found = re.search(r"from the adapter's ([\d.e-]+), where .* whole effect is ([\d.e-]+)", log)
+    assert found is not None, log[-2000:]
+    return float(found[1]), float(found[2])
 
 
 def test_stock_loggers_profiler_and_merged_weights(
@@ -185,7 +198,10 @@ def test_stock_loggers_profiler_and_merged_weights(
         },
         save_merged=True,
     )
-    train(config)
+    with caplog.at_level("INFO"):
+        train(config)
+    distance, effect = merged_distance(caplog.text)
+    assert distance < 1e-3 < 0.1 < effect
     out = tmp_path / "a/out"
     assert list(out.glob("logs/**/events.out.tfevents.*"))
     assert list(out.glob("profile/**/*.json*"))
@@ -222,3 +238,54 @@ def test_a_users_own_defense(
     for row in rows:
         assert row["loss"] == pytest.approx(row["ce"] + 0.1 * row["entropy"])
     assert rows[0]["entropy"] > 0
+
+
+NO_LABELS = """
+from torchtune.data import padded_collate_sft
+
+def no_labels(batch, **kwargs):
+    collated = padded_collate_sft(batch, **kwargs)
+    collated["labels"].fill_(-100)
+    return collated
+"""
+NOT_A_NUMBER = """
+from emarecipes.defenses import Defense
+
+class NotANumber(Defense):
+    def logit_term(self, policy_logits_TV, reference_logits_TV):
+        return policy_logits_TV.sum(dim=-1) * float("nan")
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "changes", "expected"),
+    [
+        (
+            NO_LABELS,
+            {"collate_fn": "broken.no_labels"},
+            "step 1: none of its rows (0, 1, 2, 3) has a label",
+        ),
+        (
+            NOT_A_NUMBER,
+            {"defenses": {"bad": {"_component_": "broken.NotANumber"}}},
+            "step 1: the loss is not finite (loss nan, ",
+        ),
+    ],
+    ids=["a batch without any label", "a loss that is not a number"],
+)
+def test_what_shows_only_in_training(
+    models: dict[bool, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    code: str,
+    changes: dict[str, Any],
+    expected: str,
+) -> None:
+    (tmp_path / "broken.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "broken", raising=False)
+    assert run_lora(["--config", str(write(models, tmp_path / "a", **changes))]) == 1
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+    assert expected in line
+    assert not (tmp_path / "a/out/adapter").exists()
