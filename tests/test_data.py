@@ -1,4 +1,4 @@
-"""The shipped data: well-formed, paired, labelled, without overlap between training and held out."""
+"""The shipped data: well-formed, paired, labelled; training and held out do not overlap."""
 
 import json
 from pathlib import Path
