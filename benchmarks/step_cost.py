@@ -1,26 +1,23 @@
 """What a training step costs: torchtune's own, ours, and the usual ways to add KL.
 
 Every arm trains the same LoRA adapter of SmolLM2-135M-Instruct (rank 32, all linear layers, bf16)
-on the same 4 x 256 tokens; the first 40 % of each row carry no label. A step is forward, backward,
-gradient clipping and AdamW. Losses and gradient norm of the first step must agree.
+on the same 4 x 256 tokens, 40 % of them unlabelled, and must agree with the others at first.
 
-Time: all arms live in one process and take turns, so that a machine that slows down slows all of
-them; medians after two warm-up steps. Memory: each arm alone in a fresh process, the peak of its
-resident memory in a step, over what it held after loading and a step on 16 tokens. Run it on an
-idle machine: an OpenMP step that shares its cores with other work takes up to ten times as long.
+Time: the arms take turns in one process; medians after two warm-up steps. The machine must be idle:
+an OpenMP step that shares its cores takes up to ten times as long. Memory: each arm in a fresh
+process, peak resident memory of a step over what was held after loading and a step on 16 tokens.
+malloc maps every block there: its fragmentation differs by hundreds of MB from run to run.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import gc
 import json
 import logging
 import os
 import re
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -32,6 +29,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from peft import PeftModel
@@ -54,43 +52,36 @@ from emarecipes.training.settings import check_settings
 from emarecipes.training.step import TrainingLoss
 
 CONFIG = Path(__file__).parent.parent / "configs" / "smollm2_135m_kl.yaml"
-LENGTH, PROMPT = 256, 0.4
-TOLERANCE = {"CE": 0.01, "KL": 0.05, "grad norm": 0.05}  # Relative: bf16, in different orders.
 PROMISES = [  # Figure, arm, over which arm, at most.
     ("seconds", "ours, KL", "torchtune's recipe", 1.45),
     ("peak MB", "ours, KL", "torchtune's recipe", 1.20),
     ("seconds", "ours, KL", "PEFT, naive KL", 0.65),
 ]
-Backward = Callable[[Batch], "list[float]"]  # Returns CE, and KL if it has it.
-Model = tuple[nn.Module, Backward]
+Model = tuple[nn.Module, Callable[[Batch], "list[float]"]]  # The latter returns CE, and any KL.
 
 
-class Setting:
-    """Config, adapter and tokens: the same in every process."""
-
+class Setting:  # The same in every process.
     def __init__(self, scratch: str) -> None:
         raw, origin = load_config(["--config", str(CONFIG), f"output_dir={scratch}", "device=cpu"])
         self.cfg = check_settings(raw, origin)
         self.base = Path(self.cfg.checkpointer.checkpoint_dir).resolve()
         self.meta_model = model_on_meta(self.cfg, origin)
-        generator = torch.Generator().manual_seed(0)
-        draw = partial(torch.randn, generator=generator, dtype=torch.bfloat16)
-        adapter = get_adapter_params(self.meta_model)
+        weights = get_adapter_params(self.meta_model)
+        torch.manual_seed(0)
         # B is not zero, as it would be at the start of a run: KL would be zero too.
-        self.adapter = {name: 0.03 * draw(weight.shape) for name, weight in adapter.items()}
+        self.adapter = {k: 0.03 * torch.randn(w.shape).bfloat16() for k, w in weights.items()}
         data = Path(self.cfg.dataset.data_files).read_text(encoding="utf-8")
         text = "\n".join(re.findall(r'"content": "([^"]*)"', data)[:200])
         self._tokens = Tokenizer.from_file(str(self.base / "tokenizer.json")).encode(text).ids
 
-    def batch(self, rows: int, length: int = LENGTH) -> Batch:
-        ignored = [CROSS_ENTROPY_IGNORE_IDX] * int(PROMPT * length)
+    def batch(self, rows: int, length: int = 256) -> Batch:
+        ignored = [CROSS_ENTROPY_IGNORE_IDX] * int(0.4 * length)
         tokens = [self._tokens[row * length :][:length] for row in range(rows)]
         samples = [{"tokens": row, "labels": ignored + row[len(ignored) :]} for row in tokens]
         return make_batch(samples, range(rows), padded_collate_sft, pad_id=0)
 
 
 def in_torchtune(setting: Setting, kind: str, chunk: int | None = None) -> Model:
-    """`recipe`: torchtune's, with the loss of its configs; `ours`, `ours, KL`; or `naive KL`."""
     cfg = setting.cfg
     recipe = stock_recipe("lora_finetune_single_device").LoRAFinetuneRecipeSingleDevice(cfg)
     weights = recipe.load_checkpoint(cfg.checkpointer)[training.MODEL_KEY]
@@ -101,7 +92,7 @@ def in_torchtune(setting: Setting, kind: str, chunk: int | None = None) -> Model
     if kind != "recipe":
         defenses = {"kl": KLToReference(weight=1.0)} if kind == "ours, KL" else {}
         return model, partial(ours, TrainingLoss(model, defenses, None, chunk))
-    recipe._loss_fn = CEWithChunkedOutputLoss()
+    recipe._loss_fn = CEWithChunkedOutputLoss()  # As torchtune's configs have it.
     model.set_num_output_chunks(recipe._loss_fn.num_output_chunks)
     recipe.ignore_labels_cache = torch.full((cfg.batch_size, 1), CROSS_ENTROPY_IGNORE_IDX)
     return model, partial(stock, recipe)
@@ -129,8 +120,7 @@ def in_transformers(setting: Setting, naive: bool) -> Model:
     arguments = {"dtype": torch.bfloat16, "use_cache": False}
     base = transformers.AutoModelForCausalLM.from_pretrained(setting.base, **arguments)
     # By default PEFT would hold this adapter in float32.
-    options: Any = {"is_trainable": True, "autocast_adapter_dtype": False}
-    model: Any = PeftModel.from_pretrained(base, str(folder), **options)
+    model = PeftModel.from_pretrained(base, folder, is_trainable=True, autocast_adapter_dtype=False)
     if not naive:
         return model, partial(peft, model)
     return model, partial(naive_kl, lambda t: model(input_ids=t).logits, model.disable_adapter)
@@ -153,19 +143,18 @@ def naive_kl(logits: Callable[[Tensor], Tensor], adapter_off: Any, batch: Batch)
     return [ce.item(), kl.item()]
 
 
-# Forwards in a step, and what builds the model.
-ARMS: dict[str, tuple[int, Callable[[Setting], Model]]] = {
-    "torchtune's recipe": (1, partial(in_torchtune, kind="recipe")),
-    "ours, no defense": (1, partial(in_torchtune, kind="ours")),
-    "ours, KL": (2, partial(in_torchtune, kind="ours, KL")),
-    "torchtune, naive KL": (2, partial(in_torchtune, kind="naive KL")),
-    "PEFT": (1, partial(in_transformers, naive=False)),
-    "PEFT, naive KL": (2, partial(in_transformers, naive=True)),
+ARMS: dict[str, Callable[[Setting], Model]] = {
+    "torchtune's recipe": partial(in_torchtune, kind="recipe"),
+    "ours, no defense": partial(in_torchtune, kind="ours"),
+    "ours, KL": partial(in_torchtune, kind="ours, KL"),
+    "torchtune, naive KL": partial(in_torchtune, kind="naive KL"),
+    "PEFT": partial(in_transformers, naive=False),
+    "PEFT, naive KL": partial(in_transformers, naive=True),
 }
 
 
 class Trainer:
-    def __init__(self, model: nn.Module, backward: Backward) -> None:
+    def __init__(self, model: nn.Module, backward: Callable[[Batch], list[float]]) -> None:
         self._weights, self._backward = list(model.parameters()), backward
         self._optimizer = torch.optim.AdamW(self._weights, lr=5e-4, weight_decay=0.01)
 
@@ -174,15 +163,13 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(self._weights, max_norm=1.0)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        return {**losses, "grad norm": float(norm)}
+        return {"forwards": len(losses), **losses, "|grad|": float(norm)}
 
 
 def measure_memory(trainer: Trainer, small: Batch, batch: Batch) -> float:
     trainer.step(small)
     gc.collect()
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-        # Resets the peak, on Linux. Elsewhere the peak of loading may hide the step's.
+    with suppress(OSError):  # Resets the peak; elsewhere than on Linux that of loading may hide it.
         Path("/proc/self/clear_refs").write_text("5")
     before = peak_mb()
     trainer.step(batch)
@@ -195,8 +182,8 @@ def peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
-def measure_time(trainers: dict[str, Trainer], batch: Batch, repetitions: int) -> Any:
-    figures: Any = {name: {**trainer.step(batch), "all": []} for name, trainer in trainers.items()}
+def measure_time(trainers: Any, batch: Batch, repetitions: int, peaks: dict[str, float]) -> Any:
+    figures: Any = {name: trainer.step(batch) | {"all": []} for name, trainer in trainers.items()}
     for repetition in range(1 + repetitions):
         for name, trainer in trainers.items():
             gc.collect()
@@ -204,19 +191,19 @@ def measure_time(trainers: dict[str, Trainer], batch: Batch, repetitions: int) -
             trainer.step(batch)
             if repetition > 0:
                 figures[name]["all"].append(time.perf_counter() - started)
-    for figure in figures.values():
-        low, figure["seconds"], high = statistics.quantiles(figure["all"], method="inclusive")
-        figure["IQR"] = high - low
+    for name, figure in figures.items():
+        low, middle, high = np.percentile(figure["all"], (25, 50, 75))
+        figure |= {"seconds": float(middle), "IQR": float(high - low), "peak MB": peaks[name]}
     return figures
 
 
 def print_report(figures: Any) -> None:
-    columns = {"CE": 4, "KL": 4, "grad norm": 3, "seconds": 2, "IQR": 2, "peak MB": 0}
-    table = Table("", "forwards", *columns, "time ratio", "memory ratio")
+    columns = {"forwards": 0, "CE": 4, "KL": 4, "|grad|": 3, "seconds": 2, "IQR": 2, "peak MB": 0}
+    table = Table("", *columns, "time ratio", "memory ratio")
     for name, figure in figures.items():
         cells = [f"{figure[k]:.{d}f}" if k in figure else "" for k, d in columns.items()]
         ratios = (figure[k] / figures["torchtune's recipe"][k] for k in ("seconds", "peak MB"))
-        table.add_row(name, str(ARMS[name][0]), *cells, *(f"{ratio:.2f}" for ratio in ratios))
+        table.add_row(name, *cells, *(f"{ratio:.2f}" for ratio in ratios))
     Console(width=120).print(table)
     for key, name, over, limit in PROMISES:
         ratio = figures[name][key] / figures[over][key]
@@ -224,7 +211,7 @@ def print_report(figures: Any) -> None:
         print(f"{key}: {name} / {over} = {ratio:.2f}, {verdict}")
     for name, figure in figures.items():
         like = figures["ours, KL" if "KL" in figure else "ours, no defense"]
-        for key, tolerance in TOLERANCE.items():
+        for key, tolerance in (("CE", 0.01), ("KL", 0.05), ("|grad|", 0.05)):
             if key in figure and abs(figure[key] - like[key]) > tolerance * like[key]:
                 sys.exit(f"{name} computes something else: {key} {figure[key]}, not {like[key]}")
 
@@ -243,17 +230,15 @@ def main() -> None:
         setting = Setting(scratch)
         batch = setting.batch(rows=2 if options.quick else 4)
         if options.memory:
-            trainer = Trainer(*ARMS[options.arm][1](setting))
+            trainer = Trainer(*ARMS[options.arm](setting))
             return print(measure_memory(trainer, setting.batch(1, length=16), batch))
-        cpu = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[:1]
-        load = f"load before the start {os.getloadavg()[0]:.2f}"
-        machine = f"torch {torch.__version__}, {torch.get_num_threads()} threads, {cpu}, {load}"
-        command = [sys.executable, *sys.argv, "--memory", "--arm"]
-        peaks = {name: float(subprocess.check_output([*command, name])) for name in ARMS}
-        trainers = {name: Trainer(*build(setting)) for name, (_, build) in ARMS.items()}
-        figures = measure_time(trainers, batch, 3 if options.quick else options.repetitions)
-    for name, peak in peaks.items():
-        figures[name]["peak MB"] = peak
+        cpu = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[0]
+        machine = f"torch {torch.__version__}, {torch.get_num_threads()} threads, {cpu}"
+        machine += f", load before the start {os.getloadavg()[0]:.2f}"
+        command = ["env", "MALLOC_MMAP_THRESHOLD_=131072", sys.executable, *sys.argv, "--memory"]
+        peaks = {name: float(subprocess.check_output([*command, "--arm", name])) for name in ARMS}
+        trainers = {name: Trainer(*build(setting)) for name, build in ARMS.items()}
+        figures = measure_time(trainers, batch, 3 if options.quick else options.repetitions, peaks)
     if options.json:
         options.json.write_text(json.dumps({"machine": machine, "arms": figures}, indent=2))
     print(f"{batch.inputs['tokens'].numel()} tokens a step, {machine}")

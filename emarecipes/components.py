@@ -47,13 +47,13 @@ def check_components(cfg: DictConfig, origin: Origin) -> None:
         _check_types(target, arguments, key, origin)
 
 
-def build(cfg: DictConfig, key: str, origin: Origin, *args: Any) -> Any:
+def build(cfg: DictConfig, key: str, origin: Origin, *args: Any, **kwargs: Any) -> Any:
     """Instantiate `cfg[key]`, turning what it raises into a UserError with its place."""
     try:
-        return instantiate(OmegaConf.select(cfg, key), *args)
+        return instantiate(OmegaConf.select(cfg, key), *args, **kwargs)
     except UserError as error:
         raise UserError(f"{origin.at(key)}: {error}") from None
-    except (ValueError, TypeError, KeyError, OSError, AssertionError, RuntimeError) as error:
+    except Exception as error:
         raise UserError(f"{origin.at(key)}: {_first_line(error)}") from error
 
 

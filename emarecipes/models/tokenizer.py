@@ -40,6 +40,8 @@ def hf_chat_tokenizer(
         ...     [Message("user", "Hi", masked=True), Message("assistant", "Hello!")]
         ... )
     """
+    if max_seq_len is not None and max_seq_len < 1:
+        raise UserError(f"max_seq_len must be at least 1, not {max_seq_len}")
     return HFChatTokenizer(path, max_seq_len, chat_template)
 
 

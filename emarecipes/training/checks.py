@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 from torchtune import training
+from torchtune.data import CROSS_ENTROPY_IGNORE_IDX, padded_collate_packed
 
 from emarecipes._torchtune import NF4_BLOCK, checkpoint_shapes, is_nf4, model_on_meta
 from emarecipes._torchtune_convert import MODEL_TYPES
@@ -21,6 +24,7 @@ from emarecipes.datasets.chat_files import check_data_files
 from emarecipes.datasets.rows import Rows, load_rows
 from emarecipes.defenses import Defense
 from emarecipes.errors import UserError
+from emarecipes.training.batch import Collate, make_batch
 from emarecipes.training.run_folder import check_output_dir
 from emarecipes.training.settings import check_settings
 from emarecipes.training.step import check_hidden_layers
@@ -35,6 +39,7 @@ class CheckedRun:
     tokenizer: Any
     defenses: dict[str, Defense]
     rows: Rows
+    collate: Collate
     data_files: list[Path]
     meta_model: Any
 
@@ -58,14 +63,17 @@ def check_run(argv: Sequence[str], world_size: int, rank: int) -> CheckedRun:
     _check_checkpoint_files(cfg, origin)
     data_files = check_data_files(cfg, origin)
 
+    _check_lora(cfg, origin)
     model = model_on_meta(cfg, origin)
+    _check_optimizer(cfg, origin)
     _check_sharding(cfg, origin, model, world_size)
     defenses = _build_defenses(cfg, origin, model)
     _check_checkpoint_fits(cfg, origin, model)
     tokenizer = build(cfg, "tokenizer", origin)
     rows = load_rows(cfg, origin, tokenizer, list(defenses.values()), quiet=rank != 0)
+    collate = _build_collate(cfg, origin, tokenizer, rows)
     _check_rows(cfg, origin, rows, model, defenses, world_size)
-    return CheckedRun(cfg, origin, tokenizer, defenses, rows, data_files, model)
+    return CheckedRun(cfg, origin, tokenizer, defenses, rows, collate, data_files, model)
 
 
 def _check_device(cfg: DictConfig, origin: Origin) -> None:
@@ -93,6 +101,34 @@ def _check_device(cfg: DictConfig, origin: Origin) -> None:
             f"{origin.at('enable_activation_offloading')}: works on CUDA only, and only with "
             "enable_activation_checkpointing: true"
         )
+
+
+def _check_lora(cfg: DictConfig, origin: Origin) -> None:
+    # torchtune's recipe reads them from the config, not from the builder's defaults.
+    for key in ("lora_rank", "lora_alpha", "lora_attn_modules", "apply_lora_to_mlp"):
+        if cfg.model.get(key) is None:
+            raise UserError(f"{origin.at('model')}: the config must give {key}")
+    for key in ("lora_rank", "lora_alpha"):
+        if not 0 < cfg.model[key] < float("inf"):
+            raise UserError(f"{origin.at(f'model.{key}')}: must be > 0, not {cfg.model[key]}")
+
+
+def _check_optimizer(cfg: DictConfig, origin: Origin) -> None:
+    """Build optimizer and scheduler for one number; their own checks then come before weights."""
+    optimizer = build(cfg, "optimizer", origin, [nn.Parameter(torch.zeros(1))])
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise UserError(f"{origin.at('optimizer')}: it needs a closure; use one that does not")
+    rates = [float(group["lr"]) for group in optimizer.param_groups]
+    if not all(0 <= rate < float("inf") for rate in rates):
+        raise UserError(f"{origin.at('optimizer.lr')}: must be a finite number >= 0")
+    if cfg.lr_scheduler is not None:
+        key = "lr_scheduler"
+        build(cfg, key, origin, optimizer, num_training_steps=100, last_epoch=-1)
+    if cfg.metric_logger is not None:
+        component = locate(str(cfg.metric_logger["_component_"]), origin.at("metric_logger"))
+        if not hasattr(component, "log_dict"):
+            raise UserError(f"{origin.at('metric_logger')}: not one of torchtune's metric loggers")
 
 
 def _check_checkpoint_files(cfg: DictConfig, origin: Origin) -> None:
@@ -213,6 +249,23 @@ def _check_rows(
                 f"{origin.at(f'defenses.{name}.samples')}: no row has the source "
                 f"{defense.samples}; packed rows have none, safe ones come with an interleaved set"
             )
+
+
+def _build_collate(cfg: DictConfig, origin: Origin, tokenizer: Any, rows: Rows) -> Collate:
+    if rows.packed:
+        return padded_collate_packed
+    where = origin.at("collate_fn")
+    collate = partial(
+        locate(cfg.collate_fn, where),
+        padding_idx=tokenizer.pad_id,
+        ignore_idx=CROSS_ENTROPY_IGNORE_IDX,
+    )
+    try:
+        make_batch([rows[0]], [0], collate, tokenizer.pad_id)
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{where}: {cfg.collate_fn} does not collate rows: {reason}") from error
+    return collate
 
 
 def _size(shape: tuple[int, ...] | None) -> str:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torchtune.modules.peft import disable_adapter
 
 from emarecipes._torchtune import final_norm_and_cap, unsharded
+from emarecipes.errors import UserError
 
 LogitTerm = Callable[[Tensor, Tensor | None, Tensor], Tensor]
 
@@ -32,6 +33,7 @@ class Term:
     """One term of the loss that is computed from logits.
 
     Attributes:
+        name: Its key in the log.
         compute: (policy (C, V), reference (C, V) or None, targets (C,)) -> values (C,), from
             log-probabilities in float32.
         positions_BS: The positions it acts on.
@@ -39,6 +41,7 @@ class Term:
         needs_reference: Whether it reads the reference's logits.
     """
 
+    name: str
     compute: LogitTerm
     positions_BS: Tensor
     scale: float
@@ -199,6 +202,13 @@ class _Chunk:
                     self.request.reference_TD[self.part]
                 )
             values = self._values(term, rows_C, policy_CV, reference_CV)
+            expected = (int(rows_C.sum()),)
+            if not isinstance(values, Tensor) or values.shape != expected:
+                found = tuple(values.shape) if isinstance(values, Tensor) else values
+                raise UserError(
+                    f"defenses.{term.name}: logit_term must return one value a position, a tensor "
+                    f"of shape {expected}, not {found}"
+                )
             self.request.sums[index] += values.detach().sum(dtype=torch.float64)
             total = total + term.scale * values.sum()
         return total

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torchtune import training, utils
 from torchtune.config import instantiate
-from torchtune.data import CROSS_ENTROPY_IGNORE_IDX, padded_collate_packed
 from tqdm import tqdm
 
 from emarecipes._torchtune import adapter_state, stock_recipe
 from emarecipes._torchtune_convert import fix_dora_bias, fix_loaded_state
-from emarecipes.components import locate
 from emarecipes.datasets.rows import micro_batch_rows, step_rows
 from emarecipes.defenses import TrainingContext
 from emarecipes.errors import UserError
@@ -88,7 +85,6 @@ class LoRATraining:
         )
         for defense in self.run.defenses.values():
             defense.setup(self._model, context)
-        self._collate = self._build_collate()
 
     def _build_model(self) -> Any:
         cfg = self.cfg
@@ -114,14 +110,6 @@ class LoRATraining:
         model = self._setup_model(**arguments)  # type: ignore[attr-defined]
         fix_dora_bias(model)
         return model
-
-    def _build_collate(self) -> Any:
-        if self.run.rows.packed:
-            return padded_collate_packed
-        collate = locate(self.cfg.collate_fn, self.run.origin.at("collate_fn"))
-        return partial(
-            collate, padding_idx=self.run.tokenizer.pad_id, ignore_idx=CROSS_ENTROPY_IGNORE_IDX
-        )
 
     # --- train ---------------------------------------------------------------------------------
 
@@ -225,7 +213,7 @@ class LoRATraining:
         data, pad_id = self.run.rows, self.run.tokenizer.pad_id
         multiple = self.cfg.pad_to_multiple_of
         return [
-            make_batch([data[i] for i in block], block, self._collate, pad_id, multiple)
+            make_batch([data[i] for i in block], block, self.run.collate, pad_id, multiple)
             for block in dealt
         ]
 

@@ -27,7 +27,7 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
 
-    output_dir: str
+    output_dir: Annotated[str, Field(min_length=1)]
     model: Entry
     tokenizer: Entry
     checkpointer: Entry
@@ -66,7 +66,7 @@ class Settings(BaseModel):
     save_adapter_weights_only: bool | None = None
 
     # emarecipes' own.
-    defenses: dict[str, Entry] = Field(default_factory=dict)
+    defenses: dict[str, Entry] | None = Field(default_factory=dict)
     pad_to_multiple_of: Positive = 1
     save_merged: bool | None = None
     merged_dtype: Literal["bf16", "fp32"] = "fp32"
@@ -88,7 +88,8 @@ def check_settings(cfg: DictConfig, origin: Origin) -> DictConfig:
         settings = Settings.model_validate(plain)
     except ValidationError as error:
         raise UserError(_explain(error, origin)) from None
-    _check_defenses(settings, origin)
+    settings.defenses = settings.defenses or {}
+    _check_defenses(settings.defenses, origin)
     loss = (settings.loss or {}).get("_component_", "CrossEntropyLoss")
     if str(loss).rpartition(".")[2] not in _LOSSES:
         raise UserError(
@@ -116,8 +117,8 @@ def _check_known(plain: dict[str, Any], origin: Origin) -> None:
             )
 
 
-def _check_defenses(settings: Settings, origin: Origin) -> None:
-    for name, entry in settings.defenses.items():
+def _check_defenses(defenses: dict[str, Entry], origin: Origin) -> None:
+    for name, entry in defenses.items():
         key = f"defenses.{name}"
         if "_component_" not in entry:
             raise UserError(f"{origin.at(key)}: a defense needs a _component_, its import path")

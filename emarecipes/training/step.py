@@ -106,10 +106,12 @@ class TrainingLoss:
         return torch.stack(sums)
 
     def _logit_terms(self, batch: Batch, scales: Sequence[float]) -> list[Term]:
-        terms = [Term(cross_entropy, batch.labelled_BS, scales[0])]
-        for (_, defense), scale in zip(self._on_logits.items(), scales[1:], strict=False):
+        terms = [Term("ce", cross_entropy, batch.labelled_BS, scales[0])]
+        for (name, defense), scale in zip(self._on_logits.items(), scales[1:], strict=False):
             compute = partial(_without_targets, defense)
-            terms.append(Term(compute, defense.positions(batch), scale, defense.needs_reference))
+            terms.append(
+                Term(name, compute, defense.positions(batch), scale, defense.needs_reference)
+            )
         return terms
 
     @torch.no_grad()

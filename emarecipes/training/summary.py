@@ -21,7 +21,9 @@ def print_summary(
     output_dir: Path,
 ) -> None:
     """Print steps, tokens, time, and each term's first and last value, and where to look next."""
-    table = Table(title=f"{int(last['step'])} steps, {tokens:,} tokens, {seconds:.0f} s")
+    steps = int(last["step"])
+    title = f"{steps} step{'s' if steps > 1 else ''}, {tokens:,} tokens, {seconds:.0f} s"
+    table = Table(title=title)
     table.add_column("term")
     for heading in ("weight", "first", "last"):
         table.add_column(heading, justify="right")

@@ -118,6 +118,26 @@ GOOD = chat(("user", "Hello?"), ("assistant", "Hello."))
         ({"optimizer._component_": "torch.optim.AdamWW"}, r"torch.optim has no AdamWW"),
         ({"batch_size": 8, "gradient_accumulation_steps": 2}, r"12 rows are too few for one step"),
         ({"output_dir": "${nothing}"}, r"cannot be resolved"),
+        ({"tokenizer.max_seq_len": -5}, r"max_seq_len must be at least 1, not -5"),
+        ({"output_dir": ""}, r"output_dir: string should have at least 1 character"),
+        ({"model.lora_rank": 0}, r"model.lora_rank: must be > 0, not 0"),
+        ({"model.lora_alpha": 0}, r"model.lora_alpha: must be > 0, not 0"),
+        ({"model.lora_dropout": 2.0}, r"model: dropout probability has to be between 0 and 1"),
+        ({"optimizer.lr": float("nan")}, r"optimizer: Invalid learning rate"),
+        ({"optimizer": {"_component_": "torch.optim.LBFGS"}}, r"optimizer: it needs a closure"),
+        (
+            {"lr_scheduler": {"_component_": "torch.optim.lr_scheduler.StepLR", "step_size": 1}},
+            r"lr_scheduler: StepLR",
+        ),
+        (
+            {"metric_logger": {"_component_": "builtins.int"}},
+            r"metric_logger: not one of",
+        ),
+        (
+            {"collate_fn": "torchtune.data.left_pad_sequence"},
+            r"collate_fn: torchtune.data.l",
+        ),
+        ({"dataset.source": "csv"}, r"dataset: An error occurred while generating"),
         ({"tokenizer.max_seq_len": 5}, r"none of its 12 rows has a label"),
         (
             {"save_merged": True, "save_adapter_weights_only": True},
@@ -135,6 +155,11 @@ def test_config(case: Case, change: dict[str, Any], expected: str) -> None:
     message = case.error()
     assert expected in message
     assert "config.yaml" in message or "rows.jsonl" in message
+
+
+def test_a_key_that_torchtunes_recipe_reads_from_the_config(case: Case) -> None:
+    del case.config["model"]["apply_lora_to_mlp"]
+    assert "model: the config must give apply_lora_to_mlp" in case.error()
 
 
 def test_line_of_the_key_is_named(case: Case) -> None:

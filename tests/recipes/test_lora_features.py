@@ -255,6 +255,13 @@ class NotANumber(Defense):
     def logit_term(self, policy_logits_TV, reference_logits_TV):
         return policy_logits_TV.sum(dim=-1) * float("nan")
 """
+WRONG_SHAPE = """
+from emarecipes.defenses import Defense
+
+class WholeSum(Defense):
+    def logit_term(self, policy_logits_TV, reference_logits_TV):
+        return policy_logits_TV.sum()
+"""
 
 
 @pytest.mark.parametrize(
@@ -270,8 +277,13 @@ class NotANumber(Defense):
             {"defenses": {"bad": {"_component_": "broken.NotANumber"}}},
             "step 1: the loss is not finite (loss nan, ",
         ),
+        (
+            WRONG_SHAPE,
+            {"defenses": {"bad": {"_component_": "broken.WholeSum"}}},
+            "defenses.bad: logit_term must return one value a position, a tensor of shape (",
+        ),
     ],
-    ids=["a batch without any label", "a loss that is not a number"],
+    ids=["a batch without any label", "a loss that is not a number", "a term of a wrong shape"],
 )
 def test_what_shows_only_in_training(
     models: dict[bool, Path],
