@@ -10,7 +10,7 @@ RUN := runs/demo
 help:
 	@echo "make demo   train SmolLM2-135M-Instruct with a KL defense on a CPU, in minutes"
 	@echo "make test   lint, types, tests"
-	@echo "make bench  the figures of the README, quick form"
+	@echo "make bench  time and memory of a step, beside torchtune and PEFT"
 	@echo "make clean  remove .venv, models/ and runs/"
 
 # The stamps say which dependencies the environment was last installed with.
