@@ -137,8 +137,8 @@ def _check_checkpoint_files(cfg: DictConfig, origin: Origin) -> None:
     folder = Path(str(entry.get("checkpoint_dir")))
     if not folder.is_dir():
         raise UserError(
-            f"{origin.at(key)}: no such folder: {folder}; get the model as the config's header says, "
-            "or point to it"
+            f"{origin.at(key)}: no such folder: {folder}; get the model as the config's header "
+            "says, or point to it"
         )
     files = entry.get("checkpoint_files")
     names = [] if files is None or hasattr(files, "keys") else list(files)
