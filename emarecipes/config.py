@@ -78,6 +78,9 @@ def load_config(argv: Sequence[str]) -> tuple[DictConfig, Origin]:
     )
     try:
         OmegaConf.resolve(cfg)
+        missing = OmegaConf.missing_keys(cfg)
+        if missing:
+            raise UserError(f"{origin.at(min(missing))}: ??? must be given a value")
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or ""
         reason = str(error).splitlines()[0]
@@ -143,7 +146,7 @@ def _apply_override(cfg: DictConfig, override: str) -> DictConfig:
         raise UserError(f"command line: {override}: an override is written key=value, or ~key")
     # As torchtune has it: `optimizer=torch.optim.SGD` replaces the component, `None` is null.
     node = OmegaConf.select(cfg, key, throw_on_missing=False)
-    if isinstance(node, DictConfig) and "_component_" in node:
+    if value not in ("null", "None") and isinstance(node, DictConfig) and "_component_" in node:
         key += "._component_"
     try:
         parsed = value if "max_filename" in key else OmegaConf.from_dotlist([f"x={value}"])["x"]

@@ -77,6 +77,8 @@ def check_chat_file(path: Path, column: str, style: str) -> None:
             raise UserError(
                 f"{where}: not valid JSON: {error.msg} at column {error.colno}"
             ) from None
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{where}: cannot be read: {str(error).splitlines()[0]}") from None
         if not isinstance(row, dict) or not isinstance(row.get(column), list):
             raise UserError(f'{where}: a row needs a list of messages under "{column}"')
         _check_conversation(row[column], where, style)
@@ -111,11 +113,25 @@ def _check_conversation(messages: list[Any], where: str, style: str) -> None:
             raise UserError(
                 f"{at}: unknown role {message[role_key]!r}; roles are {', '.join(roles)}"
             )
-        if not isinstance(message[text_key], str | list):
-            raise UserError(f"{at}: {text_key} must be text, not {message[text_key]!r}")
+        if not _is_text(message[text_key]):
+            raise UserError(f"{at}: {text_key} must be text, not {message[text_key]!r:.60}")
+        if message.get("weight", 1) != 1:
+            raise UserError(f"{at}: a weight of its own is not supported")
     assistant = "assistant" if style == "openai" else "gpt"
     if not any(message[role_key] == assistant for message in messages):
         raise UserError(f"{where}: the conversation has no {assistant} message to learn from")
+
+
+def _is_text(content: Any) -> bool:
+    """A string, or OpenAI's list of text parts; anything else would be dropped silently."""
+    if isinstance(content, list):
+        return bool(content) and all(
+            isinstance(part, dict)
+            and part.get("type") == "text"
+            and isinstance(part.get("text"), str)
+            for part in content
+        )
+    return isinstance(content, str)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:

@@ -60,7 +60,7 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
                 **self._variables,
             )
-        except (jinja2.TemplateError, TypeError) as error:
+        except Exception as error:  # A template is a program: it may raise anything.
             raise UserError(f"{self._origin}: the chat template failed: {error}") from error
 
     def fail(self, problem: str) -> UserError:

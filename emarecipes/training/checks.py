@@ -24,6 +24,7 @@ from emarecipes.datasets.chat_files import check_data_files
 from emarecipes.datasets.rows import Rows, load_rows
 from emarecipes.defenses import Defense
 from emarecipes.errors import UserError
+from emarecipes.training.agreement import check_agreement
 from emarecipes.training.batch import Collate, make_batch
 from emarecipes.training.run_folder import check_output_dir
 from emarecipes.training.settings import check_settings
@@ -62,6 +63,7 @@ def check_run(argv: Sequence[str], world_size: int, rank: int) -> CheckedRun:
     check_output_dir(cfg, origin)
     _check_checkpoint_files(cfg, origin)
     data_files = check_data_files(cfg, origin)
+    _check_inputs_outlive_outputs(cfg, origin, data_files)
 
     _check_lora(cfg, origin)
     model = model_on_meta(cfg, origin)
@@ -91,8 +93,10 @@ def _check_device(cfg: DictConfig, origin: Origin) -> None:
         )
     try:
         kind = torch.device(device)
+        if kind.type != "cpu" and not getattr(torch, kind.type).is_available():
+            raise RuntimeError(f"no {kind.type} device here; say device=cpu")
         training.get_dtype(cfg.dtype, device=kind)
-    except RuntimeError as error:
+    except (RuntimeError, AttributeError) as error:
         raise UserError(f"{origin.at('device')}: {str(error).splitlines()[0]}") from None
     if cfg.enable_activation_offloading and (
         kind.type != "cuda" or not cfg.enable_activation_checkpointing
@@ -103,11 +107,29 @@ def _check_device(cfg: DictConfig, origin: Origin) -> None:
         )
 
 
+def _check_inputs_outlive_outputs(
+    cfg: DictConfig, origin: Origin, data_files: Sequence[Path]
+) -> None:
+    """`overwrite` must not delete what the run reads."""
+    output = Path(cfg.output_dir).resolve()
+    inputs = [origin.path, Path(str(cfg.checkpointer.checkpoint_dir)), *data_files]
+    if cfg.tokenizer.get("path") is not None:
+        inputs.append(Path(str(cfg.tokenizer.path)))
+    for path in inputs:
+        if path.resolve().is_relative_to(output):
+            raise UserError(
+                f"{origin.at('output_dir')}: the run reads {path}, which lies in its own output "
+                "folder; choose another output_dir"
+            )
+
+
 def _check_lora(cfg: DictConfig, origin: Origin) -> None:
     # torchtune's recipe reads them from the config, not from the builder's defaults.
     for key in ("lora_rank", "lora_alpha", "lora_attn_modules", "apply_lora_to_mlp"):
         if cfg.model.get(key) is None:
             raise UserError(f"{origin.at('model')}: the config must give {key}")
+    if not 0 <= float(cfg.model.get("lora_dropout") or 0.0) <= 1:
+        raise UserError(f"{origin.at('model.lora_dropout')}: must be from 0 to 1")
     for key in ("lora_rank", "lora_alpha"):
         if not 0 < cfg.model[key] < float("inf"):
             raise UserError(f"{origin.at(f'model.{key}')}: must be > 0, not {cfg.model[key]}")
@@ -145,6 +167,11 @@ def _check_checkpoint_files(cfg: DictConfig, origin: Origin) -> None:
     for name in names:
         if not (folder / str(name)).is_file():
             raise UserError(f"{origin.at('checkpointer.checkpoint_files')}: {folder} has no {name}")
+    for key in ("adapter_checkpoint", "recipe_checkpoint"):
+        if entry.get(key) is not None:
+            raise UserError(
+                f"{origin.at(f'checkpointer.{key}')}: starting from an adapter is not supported yet"
+            )
     path = cfg.tokenizer.get("path")
     if path is not None and not Path(str(path)).exists():
         raise UserError(f"{origin.at('tokenizer.path')}: no such file or folder: {path}")
@@ -183,6 +210,10 @@ def _build_defenses(cfg: DictConfig, origin: Origin, model: nn.Module) -> dict[s
                 "emarecipes.defenses.Defense"
             )
         defenses[name] = build(cfg, key, origin)
+        if not hasattr(defenses[name], "samples"):
+            raise UserError(
+                f"{origin.at(key)}: its __init__ must call super().__init__(weight=...)"
+            )
         try:
             check_hidden_layers({name: defenses[name]}, model)
             defenses[name].check(model)
@@ -210,6 +241,10 @@ def _check_checkpoint_fits(cfg: DictConfig, origin: Origin, model: nn.Module) ->
         for name in sorted(expected.keys() | found.keys())
         if found.get(name) != expected.get(name)
     ]
+    try:
+        check_agreement(Path(cfg.checkpointer.checkpoint_dir), model, model_type)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
     if wrong:
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         raise UserError(
@@ -231,6 +266,12 @@ def _check_rows(
             f"{origin.at('dataset')}: {len(rows)} rows are too few for one step of {needed}: "
             f"batch_size {cfg.batch_size} x gradient_accumulation_steps "
             f"{cfg.gradient_accumulation_steps} x {world_size} process(es)"
+        )
+    multiple = cfg.pad_to_multiple_of
+    if -(-rows.longest // multiple) * multiple > model.max_seq_len >= rows.longest:
+        raise UserError(
+            f"{origin.at('pad_to_multiple_of')}: pads {rows.longest} tokens to more than the "
+            f"{model.max_seq_len} that the model takes"
         )
     if rows.longest > model.max_seq_len:
         raise UserError(

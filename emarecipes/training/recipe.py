@@ -139,6 +139,8 @@ class LoRATraining:
             self._profiler.step()
             if step % self.steps_per_epoch == 0:
                 self._save(final=step == self.total_steps)
+                if self._folder is not None:
+                    self._folder.discard_replaced()
         self._profiler.stop()
         if self._folder is not None:
             self._folder.close()
@@ -241,10 +243,17 @@ class LoRATraining:
     # --- save ----------------------------------------------------------------------------------
 
     def _save(self, *, final: bool) -> None:
+        adapter = adapter_state(self._model, self._device)
+        broken = [name for name, tensor in adapter.items() if not tensor.isfinite().all()]
+        if broken:
+            raise UserError(
+                f"the last step left values in the adapter that are not finite ({broken[0]}); "
+                "it is not saved. Lower the learning rate"
+            )
         save_weights(
             self.run,
             self._model,
-            adapter_state(self._model, self._device),
+            adapter,
             self._device,
             first_process=self.rank == 0,
             merged=final and self.cfg.save_merged,

@@ -42,18 +42,29 @@ def check_output_dir(cfg: DictConfig, origin: Origin) -> None:
     base = Path(str(cfg.checkpointer.get("checkpoint_dir"))).resolve()
     if folder.resolve().is_relative_to(base):
         raise UserError(f"{where}: {folder} lies in the base model's folder; choose another")
-    if not cfg.overwrite and any((folder / name).exists() for name in _RUN_FILES):
+    present = [name for name in _RUN_FILES if (folder / name).exists()]
+    if present and cfg.overwrite and not _holds_a_run(folder):
+        raise UserError(
+            f"{where}: {folder} has {', '.join(present)} but no config.yaml of a run; not "
+            "overwritten. Choose another output_dir"
+        )
+    if present and not cfg.overwrite:
         raise UserError(
             f"{where}: {folder} already holds a run; choose another output_dir, or say "
             "overwrite=true to replace it"
         )
 
 
+def _holds_a_run(folder: Path) -> bool:
+    config = folder / "config.yaml"
+    return config.is_file() and "\nprovenance:" in config.read_text(encoding="utf-8")
+
+
 class RunFolder:
     """A run's output folder, written by the first process.
 
     Args:
-        cfg: The resolved config; its `output_dir` is created, and emptied of an older run.
+        cfg: The resolved config; its `output_dir` is created; an older run in it is set aside.
         rows: The data, for its fingerprint.
         data_files: Local files it was read from.
         world_size: Number of processes.
@@ -63,17 +74,30 @@ class RunFolder:
         self, cfg: DictConfig, rows: Rows, data_files: Iterable[Path], world_size: int
     ) -> None:
         self.path = Path(cfg.output_dir)
-        for name in _RUN_FILES:
-            old = self.path / name
-            if old.is_dir() and not old.is_symlink():
-                shutil.rmtree(old)
-            elif old.exists():
-                old.unlink()
         self.path.mkdir(parents=True, exist_ok=True)
+        self._replaced = self.path / ".replaced"
+        self._set_aside()
         provenance = _provenance(rows, list(data_files), world_size)
         resolved = OmegaConf.to_yaml(OmegaConf.merge(cfg, {"provenance": provenance}))
         write_text(self.path / "config.yaml", resolved)
         self._metrics = (self.path / "metrics.jsonl").open("w", encoding="utf-8")
+
+    def _set_aside(self) -> None:
+        """Keep an older run until this one has saved an adapter."""
+        old = [self.path / name for name in _RUN_FILES if (self.path / name).exists()]
+        keep = not self._replaced.exists()  # Else what is here is of a run that never saved.
+        for path in old:
+            if keep:
+                self._replaced.mkdir(exist_ok=True)
+                path.rename(self._replaced / path.name)
+            elif path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+    def discard_replaced(self) -> None:
+        """Delete the run that was replaced: this one has an adapter now."""
+        shutil.rmtree(self._replaced, ignore_errors=True)
 
     def log(self, metrics: Mapping[str, float]) -> None:
         """Append one line to `metrics.jsonl`."""

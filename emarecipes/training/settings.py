@@ -5,6 +5,7 @@ Component entries (`model`, `dataset`, ...) are checked by `emarecipes.component
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
@@ -17,6 +18,15 @@ Positive = Annotated[int, Field(ge=1)]
 Entry = dict[str, Any]
 
 _LOSSES = ("CEWithChunkedOutputLoss", "CrossEntropyLoss", "LinearCrossEntropyLoss")
+
+
+# What these may say without changing the loss; None: any value.
+_LOSS_KEYS = {
+    "_component_": None,
+    "num_output_chunks": None,
+    "reduction": "mean",
+    "ignore_index": -100,
+}
 
 
 class Settings(BaseModel):
@@ -91,6 +101,12 @@ def check_settings(cfg: DictConfig, origin: Origin) -> DictConfig:
     settings.defenses = settings.defenses or {}
     _check_defenses(settings.defenses, origin)
     loss = (settings.loss or {}).get("_component_", "CrossEntropyLoss")
+    for key, value in (settings.loss or {}).items():
+        if key not in _LOSS_KEYS or (_LOSS_KEYS[key] is not None and value != _LOSS_KEYS[key]):
+            raise UserError(
+                f"{origin.at(f'loss.{key}')}: has no effect here: the loss is the mean cross "
+                "entropy of labelled tokens; leave the key out"
+            )
     if str(loss).rpartition(".")[2] not in _LOSSES:
         raise UserError(
             f"{origin.at('loss')}: the loss head computes token cross entropy; {loss} is not "
@@ -120,6 +136,8 @@ def _check_known(plain: dict[str, Any], origin: Origin) -> None:
 def _check_defenses(defenses: dict[str, Entry], origin: Origin) -> None:
     for name, entry in defenses.items():
         key = f"defenses.{name}"
+        if not re.fullmatch(r"[A-Za-z]\w*", name):
+            raise UserError(f"{origin.at(key)}: a defense's name is letters, digits and _")
         if "_component_" not in entry:
             raise UserError(f"{origin.at(key)}: a defense needs a _component_, its import path")
         if name in _LOGGED:
@@ -129,7 +147,18 @@ def _check_defenses(defenses: dict[str, Entry], origin: Origin) -> None:
 
 
 _LOGGED = frozenset(
-    {"step", "epoch", "loss", "ce", "ce_task", "ce_safe", "lr", "grad_norm", "tokens_per_second"}
+    {
+        "step",
+        "tokens",
+        "epoch",
+        "loss",
+        "ce",
+        "ce_task",
+        "ce_safe",
+        "lr",
+        "grad_norm",
+        "tokens_per_second",
+    }
 )
 
 

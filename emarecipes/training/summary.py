@@ -29,7 +29,8 @@ def print_summary(
         table.add_column(heading, justify="right")
     table.add_row("loss", "", f"{first['loss']:.4f}", f"{last['loss']:.4f}", style="bold")
     for name, weight in zip(terms, weights, strict=True):
-        table.add_row(name, f"{weight:g}", f"{first[name]:.4f}", f"{last[name]:.4f}")
+        if name in first:
+            table.add_row(name, f"{weight:g}", f"{first[name]:.4f}", f"{last[name]:.4f}")
     console = Console()
     console.print(table)
     if dropped_rows:

@@ -119,10 +119,25 @@ GOOD = chat(("user", "Hello?"), ("assistant", "Hello."))
         ({"batch_size": 8, "gradient_accumulation_steps": 2}, r"12 rows are too few for one step"),
         ({"output_dir": "${nothing}"}, r"cannot be resolved"),
         ({"tokenizer.max_seq_len": -5}, r"max_seq_len must be at least 1, not -5"),
+        ({"model.norm_eps": 0.1}, r"the model is built with norm_eps 0.1, "),
+        ({"model.rope_base": 500000}, r"the model is built with rope_base 500000, "),
+        ({"model.scale_factor": 32}, r"the model is built with scale_factor 32, "),
+        ({"model.num_heads": 8, "model.num_kv_heads": 4}, r"4 heads and 2 key-value heads, but"),
+        (
+            {"checkpointer.model_type": "QWEN2"},
+            r"is of a llama model: checkpointer.model_type m",
+        ),
+        ({"checkpointer.adapter_checkpoint": "a.pt"}, r"starting from an adapter is not supported"),
+        ({"loss.label_smoothing": 0.5}, r"loss.label_smoothing: has no effect here"),
+        ({"model.lora_dropout": float("nan")}, r"model.lora_dropout: must be from 0 to 1"),
+        ({"defenses.tokens": KL}, r"defenses.tokens: the name tokens is taken"),
+        ({"pad_to_multiple_of": 600}, r"pad_to_multiple_of: pads 117 tokens to more than the 512"),
+        ({"batch_size": "???"}, r"batch_size: ??? must be given a value"),
+        ({"device": "xpu"}, r"device: no xpu device here"),
         ({"output_dir": ""}, r"output_dir: string should have at least 1 character"),
         ({"model.lora_rank": 0}, r"model.lora_rank: must be > 0, not 0"),
         ({"model.lora_alpha": 0}, r"model.lora_alpha: must be > 0, not 0"),
-        ({"model.lora_dropout": 2.0}, r"model: dropout probability has to be between 0 and 1"),
+        ({"model.lora_dropout": 2.0}, r"model.lora_dropout: must be from 0 to 1"),
         ({"optimizer.lr": float("nan")}, r"optimizer: Invalid learning rate"),
         ({"optimizer": {"_component_": "torch.optim.LBFGS"}}, r"optimizer: it needs a closure"),
         (
@@ -177,6 +192,11 @@ def test_line_of_the_key_is_named(case: Case) -> None:
         (chat(("usr", "a"), ("assistant", "b")), "rows.jsonl:2: message 0: unknown role 'usr'"),
         (chat(("user", None), ("assistant", "b")), "rows.jsonl:2: message 0: content must be text"),
         ({"messages": [{"role": "user"}]}, "rows.jsonl:2: message 0: a message is"),
+        (
+            chat(("user", [{"type": "image"}]), ("assistant", "b")),
+            "rows.jsonl:2: message 0: conten",
+        ),
+        ("[" * 5000, "rows.jsonl:2: "),
         ({"messages": "hello"}, "rows.jsonl:2: a row needs a list of messages"),
         ({"text": "hello"}, "rows.jsonl:2: a row needs a list of messages"),
         ([1, 2], "rows.jsonl:2: a row needs a list of messages"),
@@ -238,6 +258,24 @@ def test_an_output_folder_that_holds_a_run(case: Case) -> None:
 def test_an_output_folder_in_the_base_model(case: Case, toy_model_dir: Path) -> None:
     case.config["output_dir"] = str(toy_model_dir / "out")
     assert "lies in the base model's folder" in case.error()
+
+
+def test_overwriting_spares_what_is_not_a_run(case: Case) -> None:
+    (case.output / "adapter").mkdir(parents=True)
+    (case.output / "adapter" / "mine.bin").write_text("precious")
+    assert "has adapter but no config.yaml of a run; not overwritten" in case.error(
+        "overwrite=true"
+    )
+
+
+@pytest.mark.parametrize("name", ["merged", "logs"])
+def test_overwriting_spares_what_the_run_reads(case: Case, name: str) -> None:
+    (case.output / name).mkdir(parents=True)
+    (case.output / "config.yaml").write_text("seed: 0\nprovenance: {}\n")
+    rows = case.output / name / "rows.jsonl"
+    rows.write_text(case.rows.read_text())
+    case.config["dataset"]["data_files"] = str(rows)
+    assert "lies in its own output folder" in case.error("overwrite=true")
 
 
 def test_an_output_folder_that_is_a_file(case: Case) -> None:

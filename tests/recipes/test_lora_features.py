@@ -301,3 +301,20 @@ def test_what_shows_only_in_training(
     (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
     assert expected in line
     assert not (tmp_path / "a/out/adapter").exists()
+
+
+def test_a_replaced_run_is_kept_until_the_new_one_has_an_adapter(
+    models: dict[bool, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = write(models, tmp_path / "a")
+    train(config)
+    out = tmp_path / "a/out"
+    old = (out / "adapter/adapter_model.safetensors").read_bytes()
+    # It ends in a loss that is not finite: nothing is saved, and nothing lost.
+    assert run_lora(["--config", str(config), "overwrite=true", "optimizer.lr=1e30",
+                     "lr_scheduler=null", "max_steps_per_epoch=3"]) == 1  # fmt: skip
+    assert not (out / "adapter").exists()
+    assert (out / ".replaced/adapter/adapter_model.safetensors").read_bytes() == old
+    assert run_lora(["--config", str(config), "overwrite=true", "seed=8"]) == 0
+    assert not (out / ".replaced").exists()
+    assert (out / "adapter/adapter_model.safetensors").read_bytes() != old
