@@ -147,6 +147,8 @@ def test_compiled_layers(models: dict[bool, Path], tmp_path: Path) -> None:
 def test_two_processes_give_the_losses_of_one(
     models: dict[bool, Path], tmp_path: Path, changes: dict[str, Any]
 ) -> None:
+    # Where a gradient is nearly zero, Adam makes up to a learning rate of its rounding.
+    changes = changes | {"optimizer": {"_component_": "torch.optim.AdamW", "lr": 2e-3}}
     alone = write(models, tmp_path / "one", shuffle=True, **changes)
     shared = changes | {"batch_size": 2, "save_merged": "use_dora" in changes.get("model", {})}
     together = write(models, tmp_path / "two", shuffle=True, **shared)
@@ -163,7 +165,7 @@ def test_two_processes_give_the_losses_of_one(
     if shared["save_merged"]:
         assert (tmp_path / "two/out/merged/model.safetensors").is_file()
         distance, effect = merged_distance(done.stderr)
-        assert distance < 1e-3 < 0.1 < effect
+        assert distance < 1e-4 < 1e-2 < effect
 
 
 def merged_distance(log: str) -> tuple[float, float]:

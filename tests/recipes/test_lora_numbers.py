@@ -81,6 +81,8 @@ def test_one_process_accumulation_and_two_processes_agree(
             tmp_path / name,
             defenses=KL,
             shuffle=True,
+            # Where a gradient is nearly zero, Adam makes up to a learning rate of its rounding.
+            optimizer={"_component_": "torch.optim.AdamW", "lr": 2e-3},
             batch_size=batch_size,
             gradient_accumulation_steps=accumulation,
         )
@@ -91,7 +93,7 @@ def test_one_process_accumulation_and_two_processes_agree(
         adapters[name] = load_file(tmp_path / name / "out/adapter/adapter_model.safetensors")
     assert len(losses["one"]) == 5
     assert losses["one"][0][2] == 0.0
-    assert losses["one"][-1][2] > 1e-3
+    assert losses["one"][-1][2] > 1e-5
     for name in ("accumulated", "two"):
         for expected, found in zip(losses["one"], losses[name], strict=True):
             assert found == pytest.approx(expected, rel=1e-4, abs=1e-7)
