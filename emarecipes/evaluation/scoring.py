@@ -1,0 +1,163 @@
+"""Token likelihoods of given answers under a base model and adapters of it, each computed once."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from omegaconf import DictConfig, OmegaConf
+from torchtune.data import CROSS_ENTROPY_IGNORE_IDX, padded_collate_sft
+from torchtune.modules.peft import disable_adapter
+from torchtune.utils import get_device
+from tqdm import tqdm
+
+from emarecipes.defenses import ModelSource
+from emarecipes.errors import UserError
+from emarecipes.evaluation.contrast import AnswerRow
+from emarecipes.evaluation.nll import token_nll
+from emarecipes.models.adapter import check_adapter, load_adapter
+from emarecipes.models.load import load_model
+from emarecipes.selection.score_file import digest, sampled_digest
+from emarecipes.training.batch import Batch, make_batch
+from emarecipes.training.loss_head import LossHead
+
+TokenNLLs = NDArray[np.float32]
+
+# Batches after which what was computed is written, so that little is lost with a killed run.
+_BATCHES_A_SAVE = 16
+
+
+class Scorer:
+    """Scores rows under one base and any number of its adapters.
+
+    The base is loaded once, and only when something has to be computed. Results go into one file an
+    adapter, under the content of the row, the adapter and the base: what was computed for the same
+    contents is read back, whatever the files are called.
+
+    Args:
+        cfg: With `model`, `checkpointer`, `dtype`, `device`.
+        source: The model on the meta device and its folder, see `check_model`.
+        pad_id: The tokenizer's padding token.
+        batch_size: Rows at a time. In float32 it moves an NLL by some 1e-5.
+        pad_to_multiple_of: Row lengths are rounded up to a multiple of this.
+    """
+
+    def __init__(
+        self,
+        cfg: DictConfig,
+        source: ModelSource,
+        pad_id: int,
+        *,
+        batch_size: int = 8,
+        pad_to_multiple_of: int = 8,
+    ) -> None:
+        self._cfg, self._source, self._pad_id = cfg, source, pad_id
+        self._batch_size, self._multiple = batch_size, pad_to_multiple_of
+        self._head: LossHead | None = None
+        self._current: Path | None = None
+        base = Path(cfg.checkpointer.checkpoint_dir)
+        weights = sorted([*base.glob("*.safetensors"), *base.glob("*.bin"), base / "config.json"])
+        self._base = digest(OmegaConf.to_container(cfg.model), cfg.dtype, sampled_digest(weights))
+
+    def token_nlls(
+        self, rows: Sequence[AnswerRow], adapter: Path | None, cache: Path
+    ) -> list[TokenNLLs]:
+        """-log p of each answer token, in nats: one array (answer's tokens,) a row.
+
+        Args:
+            rows: What to score.
+            adapter: PEFT folder; None for the reference, the base alone.
+            cache: The .npz file that holds what is known, and gets what is not.
+
+        Raises:
+            UserError: The adapter does not belong on the base, the cache is broken, or an NLL is
+                not finite.
+        """
+        # The rank and alpha of cfg.model are in the base's digest, though the reference has none.
+        mark = digest(self._base, self._adapter_digest(adapter))
+        keys = [digest(mark, row.tokens, row.labels)[:32] for row in rows]
+        known = _read(cache)
+        todo = {key: row for key, row in zip(keys, rows, strict=True) if key not in known}
+        if todo:
+            self._compute(todo, adapter, known, cache)
+        return [known[key] for key in keys]
+
+    def _adapter_digest(self, adapter: Path | None) -> str:
+        if adapter is None:
+            return ""
+        check_adapter(adapter, self._source)
+        return digest(*sorted(adapter.glob("adapter_*")))
+
+    def _compute(
+        self,
+        todo: dict[str, AnswerRow],
+        adapter: Path | None,
+        known: dict[str, TokenNLLs],
+        cache: Path,
+    ) -> None:
+        head = self._load(adapter)
+        # The longest first: what fits once fits to the end.
+        order = sorted(todo, key=lambda key: -len(todo[key].tokens))
+        batches = [order[i : i + self._batch_size] for i in range(0, len(order), self._batch_size)]
+        label = "reference" if adapter is None else adapter.parent.name
+        context = disable_adapter(head.model) if adapter is None else nullcontext()
+        with context, tqdm(total=len(order), desc=label, unit="row") as bar:
+            for number, keys in enumerate(batches, start=1):
+                nll_T, tokens_B = token_nll(head.model, head, self._batch([todo[k] for k in keys]))
+                for key, values in zip(keys, nll_T.split(tokens_B.tolist()), strict=True):
+                    if not values.isfinite().all():
+                        raise UserError(f"{label}: an answer's likelihood is not finite")
+                    known[key] = values.numpy().astype(np.float32)
+                if number % _BATCHES_A_SAVE == 0 or number == len(batches):
+                    _write(cache, known)
+                bar.update(len(keys))
+
+    def _load(self, adapter: Path | None) -> LossHead:
+        if self._head is None:
+            self._head = LossHead(load_model(self._cfg))
+        if adapter is not None and adapter != self._current:
+            load_adapter(self._head.model, adapter, self._source)
+            self._current = adapter
+        return self._head
+
+    def _batch(self, rows: Sequence[AnswerRow]) -> Batch:
+        collate = partial(
+            padded_collate_sft, padding_idx=self._pad_id, ignore_idx=CROSS_ENTROPY_IGNORE_IDX
+        )
+        samples: list[dict[str, Any]] = [
+            {"tokens": list(row.tokens), "labels": list(row.labels)} for row in rows
+        ]
+        batch = make_batch(samples, range(len(rows)), collate, self._pad_id, self._multiple)
+        return batch.to(get_device(self._cfg.device or "cpu"))
+
+
+def _read(path: Path) -> dict[str, TokenNLLs]:
+    if not path.exists():
+        return {}
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            keys, counts, values = file["keys"], file["counts"], file["values"]
+        parts = np.split(values, np.cumsum(counts)[:-1])
+        return dict(zip(keys.tolist(), parts, strict=True))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: a broken cache ({reason}); delete it") from None
+
+
+def _write(path: Path, known: dict[str, TokenNLLs]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial_path = path.with_name(f".{path.name}.partial")
+    with partial_path.open("wb") as file:
+        np.savez(
+            file,
+            keys=np.array(list(known)),
+            counts=np.array([len(values) for values in known.values()]),
+            values=np.concatenate(list(known.values())),
+        )
+    partial_path.replace(path)
