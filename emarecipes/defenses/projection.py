@@ -160,8 +160,10 @@ def _project_module(
         new_a = _shrink_outside(a_RI.T, basis.right_IK, keep).T
     else:
         new_b = basis.left_OK @ (basis.left_OK.T @ b_OR)
-    before, after, inner = _norms_and_product(a_RI, b_OR, new_a, new_b)
-    cosine = inner / (before * after) if before > 0 and after > 0 else math.nan
+    before = math.sqrt(max(0.0, _inner(a_RI, b_OR, a_RI, b_OR)))
+    after = math.sqrt(max(0.0, _inner(new_a, new_b, new_a, new_b)))
+    product = _inner(a_RI, b_OR, new_a, new_b)
+    cosine = product / (before * after) if before > 0 and after > 0 else math.nan
     if options.mode == "rescale" and before > 0:
         new_b = b_OR * (after / before)
     return ModuleProjection(name, cosine, True, before, after, new_a, new_b)
@@ -216,15 +218,6 @@ def _shrink_outside(rows: Tensor, basis: Tensor, keep: float) -> Tensor:
     return keep * rows + (1.0 - keep) * (basis @ (basis.T @ rows))
 
 
-def _norms_and_product(
-    a: Tensor, b: Tensor, other_a: Tensor, other_b: Tensor
-) -> tuple[float, float, float]:
-    """|B A|, |B' A'| and <B A, B' A'>, Frobenius, from matrices no larger than 2 R x 2 R.
-
-    <B A, B' A'> = tr((B^T B') (A' A^T)), and likewise with themselves.
-    """
-    rank = b.shape[1]
-    columns, rows = torch.cat((b, other_b), dim=1), torch.cat((a, other_a))
-    products = (columns.T @ columns).double() * (rows @ rows.T).double()
-    own, other = products[:rank, :rank].sum(), products[rank:, rank:].sum()
-    return float(own.sqrt()), float(other.sqrt()), float(products[:rank, rank:].sum())
+def _inner(one_a: Tensor, one_b: Tensor, other_a: Tensor, other_b: Tensor) -> float:
+    """<B A, B' A'> = tr((B^T B') (A' A^T)), from matrices of R x R."""
+    return float(((one_b.T @ other_b).double() * (one_a @ other_a.T).double()).sum())
