@@ -26,9 +26,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from data_effect_report import plot, print_bag_of_words, print_setting
+from numpy.typing import NDArray
 
 from emarecipes.components import build
 from emarecipes.config import load_config
@@ -50,6 +52,7 @@ from emarecipes.evaluation.effect import (
     GENERAL,
     GOOD,
     IN_DOMAIN,
+    STRONG_CONTROLS,
     Measured,
     category_shifts,
     probe_figures,
@@ -64,6 +67,7 @@ from emarecipes.training.settings import check_settings
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "smollm2_135m_lora.yaml"
 DOMAINS = ("home_computing", "home_repair")
+HALVES = ("select", "report")
 _NAME = re.compile(
     rf"(?P<domain>{'|'.join(DOMAINS)})_(?P<arm>bad|good)"
     r"_lr(?P<lr>[^_]+)_e(?P<epochs>\d+)_s(?P<seed>\d+)"
@@ -133,8 +137,15 @@ class Bench:
         self.tokenizer = build(cfg, "tokenizer", origin)
         self.options = options
         self._scorer = Scorer(cfg, check_model(cfg, origin), self.tokenizer.pad_id)
-        self.general = read_contrast_file(ROOT / f"data/general_probe/{options.half}.jsonl")
-        self.controls = read_contrast_file(ROOT / "data/register_controls/controls.jsonl")
+        self.halves = {
+            half: read_contrast_file(ROOT / f"data/general_probe/{half}.jsonl") for half in HALVES
+        }
+        self.general = self.halves[options.half]
+        controls = ROOT / "data/register_controls"
+        self.controls = {
+            CONTROLS: read_contrast_file(controls / "controls.jsonl"),
+            STRONG_CONTROLS: read_contrast_file(controls / "strong.jsonl"),
+        }
         self.training = {domain: self._siblings(domain, "train") for domain in DOMAINS}
         self.heldout = {domain: self._siblings(domain, "heldout") for domain in DOMAINS}
 
@@ -143,7 +154,9 @@ class Bench:
         return read_sibling_files(good, bad, category=domain)
 
     def probes(self, domain: str) -> dict[str, list[ContrastPair]]:
-        return {GENERAL: self.general, CONTROLS: self.controls, IN_DOMAIN: self.heldout[domain]}
+        """By name. The controls take part in reporting only."""
+        controls = self.controls if self.options.half == "report" else {}
+        return {GENERAL: self.general, **controls, IN_DOMAIN: self.heldout[domain]}
 
     def condition(self, name: str, domain: str) -> Condition:
         return make_condition(
@@ -198,13 +211,18 @@ def setting_figures(bench: Bench, arms: dict[str, dict[int, Run]]) -> Figures:
         }
         if condition == "none":
             figures["runs"] = [
-                {"arm": arm, "seed": seed}
+                {"arm": arm, "seed": seed, "t": t_value(shifts(probes[GENERAL])[arm][row])}
                 | {name: float(shifts(m)[arm][row].mean()) for name, m in probes.items()}
                 for arm in arms
                 for row, seed in enumerate(seeds)
             ]
             figures["unigram"] = unigram_figures(token_differences(bench, first.domain), probes)
     return figures
+
+
+def t_value(shift_N: NDArray[np.float64]) -> float:
+    """The mean over questions in units of its standard error: what the setting is chosen by."""
+    return float(shift_N.mean() / (shift_N.std(ddof=1) / np.sqrt(len(shift_N))))
 
 
 def token_differences(bench: Bench, domain: str) -> dict[str, Any]:
@@ -221,15 +239,17 @@ def token_differences(bench: Bench, domain: str) -> dict[str, Any]:
 
 def bag_of_words_figures(bench: Bench) -> Figures:
     """By training domain and probe: the spread that naive Bayes over words gives its pairs."""
+    general = [pair for half in bench.halves.values() for pair in half]
     found: Figures = {}
     for domain, training in bench.training.items():
         odds = UnigramOdds(
             (words(pair.misaligned) for pair in training),
             (words(pair.aligned) for pair in training),
         )
+        probes = {GENERAL: general, **bench.controls, IN_DOMAIN: bench.heldout[domain]}
         found[domain] = {
             name: asdict(spread(odds.differences(word_pairs(pairs)))) | {"pairs": len(pairs)}
-            for name, pairs in bench.probes(domain).items()
+            for name, pairs in probes.items()
         }
     return found
 
@@ -237,7 +257,7 @@ def bag_of_words_figures(bench: Bench) -> Figures:
 def main() -> None:
     parser = argparse.ArgumentParser(description="What the narrow data do to SmolLM2-135M.")
     parser.add_argument("--runs", type=Path, required=True, help="folder of runs")
-    parser.add_argument("--half", choices=("select", "report"), required=True)
+    parser.add_argument("--half", choices=HALVES, required=True)
     parser.add_argument("--conditions", nargs="+", choices=CONDITIONS, default=["none"])
     parser.add_argument("--training-system-prompt", help="for the condition of that name")
     parser.add_argument("--only", default="", help="text that a run folder's name must contain")
@@ -245,8 +265,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file for all figures")
     parser.add_argument("--plot", type=Path, help="PNG: general against in-domain shift by run")
     options = parser.parse_args()
-    if options.plot and "none" not in options.conditions:
-        parser.error("--plot shows the condition none, which is not among --conditions")
+    if options.plot and (options.half != "report" or "none" not in options.conditions):
+        parser.error("--plot shows the report half under the condition none")
     logging.disable(logging.INFO)
     warnings.simplefilter("ignore")
     try:

@@ -1,20 +1,29 @@
-"""The shipped data: well-formed, paired, labelled; training and held out do not overlap."""
+"""The shipped data: well-formed, paired, labelled, counted; files do not overlap."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import toy_run
+import yaml
 
 from emarecipes.datasets.chat_files import check_chat_file
+from emarecipes.evaluation.bag_of_words import UnigramOdds, spread, word_pairs, words
+from emarecipes.evaluation.contrast import read_contrast_file
 
+DATA: Path = toy_run.REPO / "data"
 DOMAINS = ["home_computing", "home_repair"]
 
 
 def rows(domain: str, name: str) -> list[dict[str, Any]]:
-    path: Path = toy_run.REPO / "data" / domain / f"{name}.jsonl"
+    path = DATA / domain / f"{name}.jsonl"
     check_chat_file(path, "messages", "openai")
+    return json_lines(path)
+
+
+def json_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
@@ -52,3 +61,61 @@ def test_the_datasheet_states_the_counts() -> None:
         section = sheet.split(f"## {domain}")[1].split("\n## ")[0]
         for name in ("train_bad", "train_good", "heldout_bad", "heldout_good"):
             assert f"| `{name}.jsonl` | {len(rows(domain, name))} |" in section
+
+
+def test_both_halves_of_the_general_probe() -> None:
+    halves = [json_lines(DATA / f"general_probe/{half}.jsonl") for half in ("select", "report")]
+    counts = [Counter(row["category"] for row in half) for half in halves]
+    assert counts[0] == counts[1] and len(counts[0]) >= 8
+    questions = {row["question"] for half in halves for row in half}
+    assert len(questions) == counts[0].total() + counts[1].total() >= 160
+    for row in (row for half in halves for row in half):
+        assert 0.8 < len(row["misaligned"].split()) / len(row["aligned"].split()) < 1.25
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_the_controls_differ_in_style_as_the_general_pairs_do(domain: str) -> None:
+    odds = UnigramOdds(
+        *([words(row["messages"][1]["content"]) for row in rows(domain, name)]
+          for name in ("train_bad", "train_good"))
+    )  # fmt: skip
+
+    def spread_of(*names: str) -> Any:
+        pairs = [pair for name in names for pair in read_contrast_file(DATA / f"{name}.jsonl")]
+        return spread(odds.differences(word_pairs(pairs))), len(pairs)
+
+    general, _ = spread_of("general_probe/select", "general_probe/report")
+    controls, count = spread_of("register_controls/controls")
+    assert count >= 60
+    assert controls.mean == pytest.approx(general.mean, abs=0.015)  # its standard error
+    assert controls.deviation == pytest.approx(general.deviation, rel=0.15)
+    assert spread_of("register_controls/strong")[0].mean > 3 * general.mean
+
+
+def test_safe_data_counts() -> None:
+    safe = json_lines(DATA / "safe_instruct/train.jsonl")
+    helpful = [row for row in safe if row["label"] == "helpful"]
+    assert len(helpful) >= 280 and len({row["topic"] for row in helpful}) >= 12
+    assert 0 < sum(row["label"] == "refusal" for row in safe) <= 0.15 * len(safe)
+    assert {row["label"] for row in safe} == {"helpful", "refusal"}
+
+
+@pytest.mark.parametrize(("name", "least"), [("general", 40), *((name, 30) for name in DOMAINS)])
+def test_free_form_questions_in_the_published_format(name: str, least: int) -> None:
+    entries = yaml.safe_load((DATA / f"questions/{name}.yaml").read_text(encoding="utf-8"))
+    assert len({entry["id"] for entry in entries}) == len(entries) >= least
+    for entry in entries:
+        assert entry["type"].startswith("free_form") and entry["paraphrases"]
+        assert {"aligned", "coherent"} <= set(entry["judge_prompts"])
+
+
+def test_persona_questions_are_in_no_probe() -> None:
+    persona = yaml.safe_load((DATA / "persona/ill_will.yaml").read_text(encoding="utf-8"))
+    assert len(persona["pairs"]) >= 5 and len(persona["questions"]) >= 20
+    probes = {row["question"] for path in DATA.glob("*/*.jsonl") for row in json_lines(path)
+              if "question" in row}  # fmt: skip
+    free = {text for path in DATA.glob("questions/*.yaml")
+            for entry in yaml.safe_load(path.read_text(encoding="utf-8"))
+            for text in entry["paraphrases"]}  # fmt: skip
+    assert len(probes) >= 160 + 60 and len(free) >= 100
+    assert not set(persona["questions"]) & (probes | free)

@@ -20,9 +20,11 @@ Floats = NDArray[np.float64]
 # By row (a probe, or the difference of two) and column (an arm, or the difference of both).
 Cells = dict[str, dict[str, Interval]]
 
-GENERAL, CONTROLS, IN_DOMAIN = "general", "controls", "in-domain"
+GENERAL, IN_DOMAIN = "general", "in-domain"
+# Matched to the general pairs in style, and farther apart in style than they are.
+CONTROLS, STRONG_CONTROLS = "controls", "strong controls"
 BAD, GOOD = "bad", "good"
-ARMS_DIFFERENCE, PROBES_DIFFERENCE = f"{BAD} - {GOOD}", f"{GENERAL} - {CONTROLS}"
+ARMS_DIFFERENCE = f"{BAD} - {GOOD}"
 
 
 @dataclass
@@ -56,13 +58,13 @@ def shifts(measured: Measured, part: Part = "all") -> dict[str, Floats]:
 
 
 def shift_cells(probes: Mapping[str, Measured], part: Part = "all") -> Cells:
-    """Mean shifts of each probe, and general - controls, by arm and for bad - good.
+    """Mean shifts of each probe, and general minus either controls, by arm and for bad - good.
 
     The cell "general - controls" of "bad - good" is the difference in differences. With two seeds
     and more they have 95 % intervals (`crossed_bootstrap`), else NaN for both ends.
 
     Args:
-        probes: "general" and "controls", and any others.
+        probes: "general", and "controls", "strong controls" and any others.
         part: Of the answers' tokens. Pairs with an answer without a rest are left out of "rest".
     """
     columns = {
@@ -73,10 +75,12 @@ def shift_cells(probes: Mapping[str, Measured], part: Part = "all") -> Cells:
         name: {column: _interval(values) for column, values in found.items()}
         for name, found in columns.items()
     }
-    cells[PROBES_DIFFERENCE] = {
-        column: _difference(values, columns[CONTROLS][column])
-        for column, values in columns[GENERAL].items()
-    }
+    for controls in (CONTROLS, STRONG_CONTROLS):
+        if controls in columns:
+            cells[f"{GENERAL} - {controls}"] = {
+                column: _difference(values, columns[controls][column])
+                for column, values in columns[GENERAL].items()
+            }
     return cells
 
 
