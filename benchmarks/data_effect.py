@@ -168,11 +168,11 @@ class Bench:
     def measure(
         self, arms: dict[str, dict[int, Run]], domain: str, condition: str
     ) -> dict[str, Measured]:
-        """By probe. In-domain questions are asked plainly only."""
+        """By probe. In-domain questions and strong controls are asked plainly only."""
         around = self.condition(condition, domain)
         found = {}
         for name, pairs in self.probes(domain).items():
-            if name == IN_DOMAIN and condition != "none":
+            if name in (IN_DOMAIN, STRONG_CONTROLS) and condition != "none":
                 continue
             rows = tokenize_pairs(pairs, around, self.tokenizer)
             cache = self.options.runs / "reference_nll.npz"
