@@ -6,6 +6,11 @@ Reads adapters in RUNS/<domain>_<arm>_lr<lr>_e<epochs>_s<seed>/adapter, arm bad 
         dataset.data_files=data/<domain>/train_<arm>.jsonl seed=<seed> optimizer.lr=<lr> \\
         epochs=<epochs> output_dir=RUNS/<domain>_<arm>_lr<lr>_e<epochs>_s<seed>
 
+then chooses a setting with `--half select` and reports with `--half report` on a folder that holds
+the runs of the chosen settings alone:
+
+    python benchmarks/data_effect.py --runs RUNS --half report --json FIGURES --plot PNG
+
 Probe shift: the fall of NLL(misaligned) - NLL(aligned) against the model without adapter, in nats a
 token; positive is towards misaligned. `bad - good` takes off what training on good answers to the
 same questions does, `general - controls` what a change of style does. Likelihoods are kept beside

@@ -125,9 +125,10 @@ def plot(settings: list[Figures], half: str, path: Path) -> None:
         Line2D([], [], color=c, marker=m, linestyle="", label=f"{arm} answers: general probe")
         for arm, (c, m) in ARMS.items()
     ] + [
-        Line2D([], [], color="0.4", marker=m, markerfacecolor="none", linestyle="", label=label)
-        for m, label in (("o", "hollow: register controls"),)
-    ]
+        Line2D([], [], color=c, marker=m, markerfacecolor="white", linestyle="",
+               label=f"{arm} answers: register controls")
+        for arm, (c, m) in ARMS.items()
+    ]  # fmt: skip
     axes[0][0].legend(handles=marks, fontsize=8, frameon=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
@@ -143,7 +144,7 @@ def _draw(axis: Any, setting: Figures) -> None:
             axis.plot(x, run["general"], marker, color=colour)
         if runs:
             highest = max(runs, key=lambda run: max(run["general"], run["controls"]))
-            label = f"{setting['lr']:g}" + (f" x{setting['epochs']}" * (setting["epochs"] > 1))
+            label = f"lr {setting['lr']:g}" + (f" x{setting['epochs']}" * (setting["epochs"] > 1))
             place = (highest["in-domain"], max(highest["general"], highest["controls"]))
             axis.annotate(
                 label, place, xytext=(0, 6), textcoords="offset points", ha="center", fontsize=7
