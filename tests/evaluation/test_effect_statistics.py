@@ -121,7 +121,9 @@ def probes(seeds: int) -> dict[str, Measured]:
 
 def test_cells_by_hand() -> None:
     for seeds in (1, 2):
-        cells = shift_cells(probes(seeds))
+        measured = probes(seeds)
+        measured["strong controls"] = measured["in-domain"]
+        cells = shift_cells(measured)
         estimates = {
             row: [round(cell.estimate, 12) for cell in columns.values()]
             for row, columns in cells.items()
@@ -131,6 +133,8 @@ def test_cells_by_hand() -> None:
             "controls": [0.2, 0.1, 0.1],
             "in-domain": [0.9, 0.0, 0.9],
             "general - controls": [0.3, 0.0, 0.3],
+            "strong controls": [0.9, 0.0, 0.9],
+            "general - strong controls": [-0.4, 0.1, -0.5],
         }
         did = cells["general - controls"]["bad - good"]
         assert (did.low, did.high) == pytest.approx((0.3, 0.3) if seeds > 1 else (did.low,) * 2,
