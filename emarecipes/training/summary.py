@@ -27,7 +27,8 @@ def print_summary(
     table.add_column("term")
     for heading in ("weight", "first", "last"):
         table.add_column(heading, justify="right")
-    table.add_row("loss", "", f"{first['loss']:.4f}", f"{last['loss']:.4f}", style="bold")
+    if "loss" in first:  # Else every step was skipped.
+        table.add_row("loss", "", f"{first['loss']:.4f}", f"{last['loss']:.4f}", style="bold")
     for name, weight in zip(terms, weights, strict=True):
         if name in first:
             table.add_row(name, f"{weight:g}", f"{first[name]:.4f}", f"{last[name]:.4f}")
