@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 import emarecipes._torchtune
-import emarecipes.training.run
+import emarecipes.training.recipe
 from emarecipes.training import run_lora
 from emarecipes.training.checkpoint_save import CheckpointSaver
 from emarecipes.training.recipe import LoRATraining
@@ -34,33 +34,48 @@ emarecipes._torchtune.stock_recipe("lora_finetune_distributed")
 
 
 class Calls:
-    """Counts Python calls from the start of training; kills the process at one of them."""
+    """Counts Python calls from the start of training; kills the process at one of them.
 
-    def __init__(self, fatal: int | None) -> None:
+    Args:
+        fatal: (place, n): the n-th call after that place is first entered.
+    """
+
+    def __init__(self, fatal: tuple[str, int] | None) -> None:
         self.count = 0
-        self.fatal = fatal
-        self.spans: list[tuple[str, int, int]] = []
+        self.place, self.left = fatal or ("", 0)
+        self.at = self.left if self.place == "run" else 0
+        self.sizes: dict[str, int] = {}
 
     def start(self) -> None:
         def count(frame: Any, event: str, argument: Any) -> None:
             if event == "call":
                 self.count += 1
-                if self.count == self.fatal:
+                if self.count == self.at:
                     os.kill(os.getpid(), signal.SIGKILL)
 
         sys.setprofile(count)
 
-    def spanned(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
+    def watch(
+        self, place: str, owner: Any, name: str, when: Callable[..., bool] = lambda *_: True
+    ) -> None:
+        function = getattr(owner, name)
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            if not when(*args):
+                return function(*args, **kwargs)
             before = self.count
-            result = method(*args, **kwargs)
-            self.spans.append((name, before, self.count))
+            if place == self.place and not self.at:
+                self.at = before + self.left
+            result = function(*args, **kwargs)
+            self.sizes[place] = self.count - before
             return result
 
-        return wrapped
+        setattr(owner, name, watched)
 
 
-def child(config: Path, overrides: list[str], fatal: int | None, report: Path | None) -> None:
+def child(
+    config: Path, overrides: list[str], fatal: tuple[str, int] | None, report: Path | None
+) -> None:
     """One process of a run; never returns."""
     torch.set_num_threads(1)
     calls = Calls(fatal)
@@ -71,15 +86,14 @@ def child(config: Path, overrides: list[str], fatal: int | None, report: Path | 
         return train(self)
 
     LoRATraining.train = counted  # type: ignore[method-assign]
-    if report is not None:
-        for kind, names in ((LoRATraining, ("_step", "_save")), (CheckpointSaver, ("save",))):
-            for name in names:
-                method = getattr(kind, name)
-                setattr(kind, name, calls.spanned(f"{kind.__name__}.{name}", method))
+    calls.watch("save", CheckpointSaver, "save")
+    calls.watch("adapter", emarecipes.training.recipe, "save_weights")
+    ends = lambda run, step, rows: step % run.steps_per_epoch == 0  # noqa: E731
+    calls.watch("last step", LoRATraining, "_step", ends)
     code = run_lora(["--config", str(config), *overrides])
     sys.setprofile(None)
     if report is not None:
-        report.write_text(json.dumps({"calls": calls.count, "spans": calls.spans}))
+        report.write_text(json.dumps(calls.sizes | {"run": calls.count}))
     sys.stdout.flush()
     os._exit(code)
 
@@ -89,7 +103,7 @@ def launch(
     output: Path,
     *,
     processes: int,
-    fatal: int | None,
+    fatal: tuple[str, int] | None,
     rank: int = 0,
     report: Path | None = None,
 ) -> list[dict[str, Any]]:
@@ -128,16 +142,10 @@ def launch(
     return ended
 
 
-def draw(rng: random.Random, whole: dict[str, Any], left: float) -> int:
-    """A call at which to die, among the last share `left` of a whole run's calls.
-
-    A third of the time anywhere, else in a save of the checkpoint or the adapter, or in a step.
-    """
-    if rng.random() < 0.34:
-        return rng.randint(1, max(1, int(whole["calls"] * left)))
-    _, start, end = rng.choice(whole["spans"])
-    skipped = whole["calls"] * (1 - left)
-    return max(1, int(rng.randint(start, end) - skipped)) if end > skipped else 1
+def draw(rng: random.Random, sizes: dict[str, int], left: float) -> tuple[str, int]:
+    """A moment to die: anywhere in what is left of the run, or in a place of few calls."""
+    place = rng.choice(["run", "run", *sizes])
+    return place, rng.randint(1, max(1, int(sizes[place] * (left if place == "run" else 1))))
 
 
 def main() -> None:
@@ -145,18 +153,16 @@ def main() -> None:
     folder = config.parent
     rng = random.Random(seed)
     report = folder / "report.json"
-    (ended, *_) = launch(
-        config, folder / "whole", processes=processes, fatal=None, report=report
-    )
+    (ended, *_) = launch(config, folder / "whole", processes=processes, fatal=None, report=report)
     assert ended["code"] == 0, ended["log"]
-    whole = json.loads(report.read_text())
-    print(json.dumps({"whole": len(whole["spans"])}), flush=True)
+    sizes = json.loads(report.read_text())
+    print(json.dumps(sizes), flush=True)
+    total = len((folder / "whole/metrics.jsonl").read_text().splitlines())
     output, number = folder / "killed_0", 0
     while True:
         steps = sorted(int(p.name[5:]) for p in (output / "checkpoints").glob("step_*"))
-        total = sum(name == "LoRATraining._step" for name, *_ in whole["spans"])
         left = 1 - (steps[-1] if steps else 0) / total
-        fatal = draw(rng, whole, max(left, 0.02)) if kills > 0 else None
+        fatal = draw(rng, sizes, max(left, 0.02)) if kills > 0 else None
         rank = rng.randrange(processes)
         ended = launch(config, output, processes=processes, fatal=fatal, rank=rank)
         died = ended[rank]["code"] == -signal.SIGKILL

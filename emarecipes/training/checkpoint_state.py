@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -105,7 +105,7 @@ class TrainingState:
     def _whole(self, value: Any) -> Any:
         if isinstance(value, DTensor):
             # Offloaded shards are gathered on the device.
-            value = value.to(self._device).full_tensor()
+            value = cast(DTensor, value.to(self._device)).full_tensor()
         return value.cpu() if isinstance(value, Tensor) else value
 
 

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torchtune
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torchtune import training, utils
 from torchtune.config import instantiate
 from tqdm import tqdm
@@ -31,11 +30,11 @@ from emarecipes.training.checkpoint_save import CheckpointSaver
 from emarecipes.training.checkpoint_state import TrainingState
 from emarecipes.training.checkpoint_stop import StopRequest
 from emarecipes.training.checks import CheckedRun
+from emarecipes.training.gradients import Gradients
 from emarecipes.training.initialize import initialize_adapter
 from emarecipes.training.nonfinite import SkippedSteps, broken_gradient, broken_loss
-from emarecipes.training.run_folder import RunFolder
+from emarecipes.training.run_log import RunLog
 from emarecipes.training.step import TrainingLoss
-from emarecipes.training.summary import print_summary
 from emarecipes.training.weights import save_weights
 
 log = utils.get_logger("INFO")
@@ -91,6 +90,7 @@ class LoRATraining:
             safe_ce_weight=self.run.rows.safe_ce_weight,
             forward_context=self.activations_handling_ctx,
         )
+        self._gradients = Gradients(self._model, self.loss, self.world_size)
         context = TrainingContext(
             self._device,
             self._dtype,
@@ -149,17 +149,13 @@ class LoRATraining:
         Returns:
             Whether the run is complete. Else a signal stopped it, and there is a checkpoint.
         """
-        self._folder: RunFolder | None = None
-        self._logger = None
         if self.rank == 0:
             self.checkpoints.delete_newer()
-            self._folder = RunFolder(
-                self.cfg, self.run.rows, self.run.data_files, self.world_size, self.run.resumed
-            )
-            self._logger = instantiate(self.cfg.metric_logger)
+        self._log = RunLog(self.run, self.counters, self.world_size, first_process=self.rank == 0)
         started = time.perf_counter() - self.counters.seconds
         self._optimizer.zero_grad(set_to_none=True)
         self._profiler.start()
+        complete = True
         with StopRequest(alone=self.world_size == 1) as self._stop:
             self._end_epoch()  # A resumed run may have died between its checkpoint and its adapter.
             for epoch, rows in self._plan():
@@ -167,56 +163,16 @@ class LoRATraining:
                 self.counters.seconds = time.perf_counter() - started
                 if figures is None:
                     self._save_checkpoint()
-                    return False
-                self._count(epoch, figures)
+                    complete = False
+                    break
+                self._log.step(epoch, figures)
                 self._profiler.step()
                 if self.checkpoints.due(self.counters.step):
                     self._save_checkpoint()
                 self._end_epoch()
         self._profiler.stop()
-        if self._folder is not None:
-            self._folder.close()
-            print_summary(
-                self.loss.names,
-                self.loss.weights,
-                self.counters.first,
-                self.counters.last,
-                seconds=time.perf_counter() - started,
-                tokens=self.counters.tokens,
-                dropped_rows=self.run.rows.dropped,
-                output_dir=self._folder.path,
-            )
-        if self._logger is not None:
-            self._logger.close()
-        return True
-
-    def _count(self, epoch: int, figures: dict[str, float]) -> None:
-        """Count and log a step that is done."""
-        counters = self.counters
-        counters.step += 1
-        counters.tokens += int(figures.pop("tokens"))
-        counters.skipped = self._skipped.count
-        metrics = {"step": counters.step, "epoch": epoch, **figures}
-        counters.first = metrics | counters.first
-        counters.last |= metrics
-        if self._folder is not None and counters.step % self.cfg.log_every_n_steps == 0:
-            self._folder.log(metrics)
-            if self._logger is not None:
-                figures = {k: v for k, v in metrics.items() if k != "step"}
-                self._logger.log_dict(figures, step=counters.step)
-
-    def _save_checkpoint(self) -> None:
-        if self._folder is not None:
-            self._folder.sync()
-        self.checkpoints.save(self.counters)
-
-    def _end_epoch(self) -> None:
-        step = self.counters.step
-        if step == 0 or step % self.steps_per_epoch:
-            return
-        self._save(final=step == self.total_steps)
-        if self._folder is not None:
-            self._folder.discard_replaced()
+        self._log.close(self.loss, complete=complete)
+        return complete
 
     def _plan(self) -> Iterator[tuple[int, list[int]]]:
         """Epoch, from 0, and rows of every step to come, with a bar on the first process."""
@@ -255,18 +211,18 @@ class LoRATraining:
             raise UserError(f"step {step}: none of its rows ({rows}) has a label")
 
         batches = [batch.to(self._device) for batch in batches]
-        ratios = self._gradient_ratios(step, batches[0], counts)
+        ratios = self._gradients.ratios(step, batches[0], counts, self.run.defenses)
         scale = self.world_size
         sums = [self.loss.backward(b, counts, gradient_scale=scale).cpu() for b in batches]
         figures = self.loss.means(self._summed(torch.stack(sums).sum(dim=0)), counts)
         names = [name for name in figures if name != "ce" or "ce_task" not in figures]
         shown = " ".join(f"{name} {figures[name]:.3f}" for name in names)
-        norm = self._clipped_norm(float(self.cfg.clip_grad_norm or math.inf))
+        norm = self._gradients.clip(float(self.cfg.clip_grad_norm or math.inf))
+        broken = broken_loss(figures, batches, sums) or broken_gradient(
+            norm, lambda n: self._gradients.norm_of([n], batches, counts), self.loss.names, rows
+        )
         if self.cfg.clip_grad_norm is not None:
             figures["grad_norm"] = norm
-        broken = broken_loss(figures, batches, sums) or broken_gradient(
-            norm, lambda term: self._norm_of(batches, counts, term), self.loss.names, rows
-        )
         if broken is not None:
             self._skipped.skip(step, broken)
             figures = {k: v for k, v in figures.items() if math.isfinite(v)} | {"skipped": 1.0}
@@ -290,36 +246,6 @@ class LoRATraining:
             for block in dealt
         ]
 
-    def _gradient_ratios(self, step: int, batch: Batch, counts: Tensor) -> dict[str, float]:
-        """Norm of each due term's gradient over cross entropy's, on the first micro-batch."""
-        due = [
-            name
-            for name, defense in self.run.defenses.items()
-            if name in self.loss.names
-            and defense.gradient_ratio_every
-            and step % defense.gradient_ratio_every == 10 % defense.gradient_ratio_every
-        ]
-        if not due:
-            return {}
-
-        cross_entropy = self._norm_of([batch], counts, "ce", "ce_task", "ce_safe")
-        norms = {name: self._norm_of([batch], counts, name) for name in due}
-        # Nothing to compare with: cross entropy of weight 0 on every row of this micro-batch.
-        return {f"{n}_gradient_ratio": v / cross_entropy for n, v in norms.items() if cross_entropy}
-
-    def _norm_of(self, batches: list[Batch], counts: Tensor, *terms: str) -> float:
-        """Norm of some terms' gradient; leaves no gradient behind."""
-        self._optimizer.zero_grad(set_to_none=True)
-        for batch in batches:
-            self.loss.backward(batch, counts, gradient_scale=self.world_size, only=terms)
-        norm = self._clipped_norm(math.inf)
-        self._optimizer.zero_grad(set_to_none=True)
-        return norm
-
-    def _clipped_norm(self, max_norm: float) -> float:
-        norm: Any = torch.nn.utils.clip_grad_norm_(self._model.parameters(), max_norm=max_norm)
-        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-
     def _update(self, step: int, *, skip: bool) -> dict[str, float]:
         figures: dict[str, float] = {}
         if not skip:
@@ -340,15 +266,24 @@ class LoRATraining:
 
     # --- save ----------------------------------------------------------------------------------
 
-    def _save(self, *, final: bool) -> None:
+    def _save_checkpoint(self) -> None:
+        self._log.sync()
+        self.checkpoints.save(self.counters)
+
+    def _end_epoch(self) -> None:
+        """After an epoch's last step: the adapter, and after the last epoch merged weights."""
+        step = self.counters.step
+        if step == 0 or step % self.steps_per_epoch:
+            return
         save_weights(
             self.run,
             self._model,
             self._state.adapter(),
             self._device,
             first_process=self.rank == 0,
-            merged=final and self.cfg.save_merged,
+            merged=step == self.total_steps and self.cfg.save_merged,
         )
+        self._log.adapter_saved()
 
 
 def recipe_class(*, distributed: bool) -> type[LoRATraining]:

@@ -7,7 +7,6 @@ import shlex
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -36,8 +35,9 @@ def run_lora(argv: Sequence[str]) -> int:
         run = _check_together(argv) if distributed else check_run(argv, world_size=1, rank=0)
         if run.cfg.fsdp_cpu_offload:
             training.set_torch_num_threads()
-        recipe = recipe_class(distributed=distributed)(run)
-        recipe.setup()
+        built = recipe_class(distributed=distributed)(run)
+        built.setup()
+        recipe = built
         if not recipe.train() and rank == 0:
             print(f"Stopped after step {recipe.counters.step}.", _advice(recipe, argv), flush=True)
     except UserError as error:
@@ -48,14 +48,12 @@ def run_lora(argv: Sequence[str]) -> int:
         return 1
     except OSError as error:
         # Of one process alone, as a full disk is. The others find out that this one has gone.
-        _end_alone(f"{error.filename or 'writing'}: {error.strerror or error}", recipe, argv)
+        return _end_alone(f"{error.filename or 'writing'}: {error.strerror or error}", recipe, argv)
     except RuntimeError as error:
         if not _is_lost_contact(error):
             raise
-        reason = (
-            f"another process has gone ({str(error).splitlines()[0]}); its own message says why"
-        )
-        _end_alone(reason, recipe, argv)
+        reason = f"another process has gone, its own message says why ({_first_line(error)})"
+        return _end_alone(reason, recipe, argv)
     _leave()
     return 0
 
@@ -65,9 +63,8 @@ def _advice(recipe: LoRATraining, argv: Sequence[str]) -> str:
     step = recipe.checkpoints.last_step
     if step is None:
         return "There is no checkpoint yet: start it again with overwrite=true"
-    processes = (
-        f" --nproc_per_node {os.environ['LOCAL_WORLD_SIZE']}" if dist.is_initialized() else ""
-    )
+    workers = os.environ.get("LOCAL_WORLD_SIZE")
+    processes = f" --nproc_per_node {workers}" if workers and dist.is_initialized() else ""
     kept = [a for a in argv if not a.startswith(("resume=", "overwrite="))]
     command = f"tune run{processes} recipes/ema_lora.py {shlex.join([*kept, 'resume=auto'])}"
     return f"Resume from step {step} with: {command}"
@@ -80,14 +77,18 @@ def _is_lost_contact(error: RuntimeError) -> bool:
     return dist.is_initialized() and known
 
 
-def _end_alone(reason: str, recipe: LoRATraining | None, argv: Sequence[str]) -> NoReturn:
+def _end_alone(reason: str, recipe: LoRATraining | None, argv: Sequence[str]) -> int:
     """Say why, and end this process without waiting for the others, who may never answer."""
     prefix = f"[rank {dist.get_rank()}] " if dist.is_initialized() else ""
     advice = "" if recipe is None else f"\n{prefix}{_advice(recipe, argv)}"
     print(f"{prefix}error: {reason}{advice}", file=sys.stderr, flush=True)
     if dist.is_initialized():
         os._exit(1)  # Leaving a broken process group the ordinary way can hang.
-    raise SystemExit(1)
+    return 1
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _check_together(argv: Sequence[str]) -> CheckedRun:
