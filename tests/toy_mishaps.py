@@ -15,9 +15,9 @@ class SignalAfter(Defense):
 
     def after_step(self, model: torch.nn.Module, step: int) -> None:
         rank = dist.get_rank() if dist.is_initialized() else 0
-        if os.environ.get("SIGNAL_AFTER") == str(step):
-            if rank == int(os.environ.get("SIGNAL_RANK", 0)):
-                os.kill(os.getpid(), signal.SIGTERM)
+        chosen = rank == int(os.environ.get("SIGNAL_RANK", 0))
+        if chosen and os.environ.get("SIGNAL_AFTER") == str(step):
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 class Broken(Defense):

@@ -124,8 +124,7 @@ def test_damaged_newest_and_named_older_checkpoints(
     assert run("out", f"resume={damaged}") == 1
     assert f"{damaged}: does not match its checksums (training.pt)" in capfd.readouterr().err
     assert run("out", "resume=auto") == 0
-    log = capfd.readouterr().err
-    assert log.count("DAMAGED CHECKPOINT") == 2
+    assert caplog.text.count("DAMAGED CHECKPOINT") == 2
     assert run.steps("out") == [4, 6, 8]
     assert same(run.result("out"), whole.result("out"))
     # A named one, into another folder; then in its own, where newer ones are given up.
@@ -141,8 +140,7 @@ def test_damaged_newest_and_named_older_checkpoints(
     [
         (
             ["defenses.kl.weight=0.25", "optimizer.lr=0.1"],
-            "these keys change the result: defenses.kl.weight: 0.5 -> 0.25; "
-            "optimizer.lr: 0.002 -> 0.1.",
+            "change the result: defenses.kl.weight: 0.5 -> 0.25; optimizer.lr: 0.002 -> 0.1.",
         ),
         (["~defenses.kl"], "defenses.kl.weight: 0.5 -> None"),
         (["seed=8"], "seed: 7 -> 8"),
@@ -176,13 +174,7 @@ def test_harmless_keys_and_more_epochs(run: Run, whole: Run) -> None:
     moved = run.folder / "moved.jsonl"
     run.rows.rename(moved)
     changes = ["epochs=3", "log_every_n_steps=2", "save_every_n_steps=5", "keep_last=9"]
-    changes += [
-        "skip_nonfinite=1",
-        "batch_size=2",
-        "gradient_accumulation_steps=2",
-        "save_merged=1",
-    ]
-    changes[-1] = "save_merged=true"
+    changes += ["batch_size=2", "gradient_accumulation_steps=2", "save_merged=true"]
     assert run("out", "resume=auto", f"dataset.task.data_files={moved}", *changes) == 0
     rows = toy_run.metrics(run.folder / "out")
     assert [row["step"] for row in rows] == [*range(1, 9), 10, 12]
@@ -204,9 +196,7 @@ def test_other_numbers_of_processes(
     monkeypatch.setenv("PYTHONPATH", str(Path(toy_run.__file__).parent))
     done = toy_run.tune_run(Path(arguments[1]), *arguments[2:], processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert (
-        "Stopped after step 6. Resume from step 6 with: tune run --nproc_per_node 2" in done.stdout
-    )
+    assert "Resume from step 6 with: tune run --nproc_per_node 2 recipes/" in done.stdout
     assert "now batch_size 2 x gradient_accumulation_steps 1 x 2" in done.stdout + done.stderr
     stored = json.loads((run.folder / "out/checkpoints/step_6/run.json").read_text())
     assert stored["processes"] == 2
