@@ -7,13 +7,14 @@ RUN := runs/demo
 ALIGNED := runs/smollm2_135m_aligned/merged
 VECTORS := runs/smollm2_135m_persona_vectors/vectors.safetensors
 
-.PHONY: help demo all-defenses test lint types bench clean
+.PHONY: help demo all-defenses test test-long lint types bench clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo          train SmolLM2-135M-Instruct with a KL defense on a CPU, in minutes"
 	@echo "make all-defenses  all defenses at once, with what they need made before, in about 12 min"
 	@echo "make test          lint, types, tests"
+	@echo "make test-long     the tests that kill runs at many moments, in about 20 min"
 	@echo "make bench         time and memory of a step beside torchtune and PEFT, and of each defense"
 	@echo "make clean         remove .venv, models/ and runs/"
 
@@ -59,6 +60,9 @@ types: .venv/installed-dev
 # Two workers of one thread each: most tests wait for a `tune run` of their own.
 test: lint types $(MODEL)/prepared.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+test-long: .venv/installed-dev $(MODEL)/prepared.json
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long
 
 bench: .venv/installed-dev $(MODEL)/prepared.json
 	$(BIN)/python benchmarks/step_cost.py --quick

@@ -151,7 +151,10 @@ class Defense:
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """What must be stored to resume this defense."""
+        """What must be stored to resume this defense; the same on every process.
+
+        Tensors, numbers, strings and containers of these.
+        """
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

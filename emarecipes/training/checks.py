@@ -22,6 +22,14 @@ from emarecipes.datasets.rows import Rows, load_rows
 from emarecipes.defenses import Defense, ModelSource
 from emarecipes.errors import UserError
 from emarecipes.training.batch import Collate, make_batch
+from emarecipes.training.checkpoint import Checkpoint
+from emarecipes.training.checkpoint_resume import (
+    check_same_rows,
+    check_same_run,
+    describe_run,
+    find_checkpoint,
+    plain_config,
+)
 from emarecipes.training.model_checks import (
     check_checkpoint_files,
     check_device,
@@ -35,7 +43,12 @@ from emarecipes.training.step import check_hidden_layers
 
 @dataclass
 class CheckedRun:
-    """A run that passed every check, with what was built on the way."""
+    """A run that passed every check, with what was built on the way.
+
+    Attributes:
+        resumed: What it goes on from, if anything.
+        stated: Its config before a resumed step's rows were shared out.
+    """
 
     cfg: DictConfig
     origin: Origin
@@ -45,6 +58,12 @@ class CheckedRun:
     collate: Collate
     data_files: list[Path]
     source: ModelSource
+    resumed: Checkpoint | None
+    stated: dict[str, Any]
+
+    def description(self, world_size: int) -> dict[str, Any]:
+        """What its checkpoints say of it, so that it can be told from another run."""
+        return describe_run(self.cfg, self.stated, self.rows, world_size)
 
     @property
     def meta_model(self) -> Any:
@@ -75,9 +94,14 @@ def check_run(argv: Sequence[str], world_size: int, rank: int) -> CheckedRun:
             "enable_activation_checkpointing: true"
         )
     check_output_dir(cfg, origin)
+    stated = plain_config(cfg)
+    resumed = find_checkpoint(cfg, origin)
+    if resumed is not None:
+        check_same_run(cfg, resumed, origin, world_size)
     check_checkpoint_files(cfg, origin)
     data_files = check_data_files(cfg, origin)
-    _check_inputs_outlive_outputs(cfg, origin, data_files)
+    if resumed is None:
+        _check_inputs_outlive_outputs(cfg, origin, data_files)
 
     source = check_model(cfg, origin)
     model = source.meta_model
@@ -86,9 +110,13 @@ def check_run(argv: Sequence[str], world_size: int, rank: int) -> CheckedRun:
     defenses = _build_defenses(cfg, origin, source)
     tokenizer = build(cfg, "tokenizer", origin)
     rows = load_rows(cfg, origin, tokenizer, list(defenses.values()), quiet=rank != 0)
+    if resumed is not None:
+        check_same_rows(rows, resumed, origin)
     collate = _build_collate(cfg, origin, tokenizer, rows)
     _check_rows(cfg, origin, rows, model, defenses, world_size)
-    return CheckedRun(cfg, origin, tokenizer, defenses, rows, collate, data_files, source)
+    return CheckedRun(
+        cfg, origin, tokenizer, defenses, rows, collate, data_files, source, resumed, stated
+    )
 
 
 def _check_inputs_outlive_outputs(

@@ -15,22 +15,26 @@ from typing import Any
 import torch
 import torchtune
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torchtune import training, utils
 from torchtune.config import instantiate
 from tqdm import tqdm
 
-from emarecipes._torchtune import adapter_state, stock_recipe
+from emarecipes._torchtune import stock_recipe
 from emarecipes._torchtune_convert import fix_dora_bias, fix_loaded_state
 from emarecipes.datasets.rows import micro_batch_rows
 from emarecipes.defenses import TrainingContext
 from emarecipes.errors import UserError
 from emarecipes.training.batch import Batch, make_batch
+from emarecipes.training.checkpoint import Counters
+from emarecipes.training.checkpoint_save import CheckpointSaver
+from emarecipes.training.checkpoint_state import TrainingState
+from emarecipes.training.checkpoint_stop import StopRequest
 from emarecipes.training.checks import CheckedRun
+from emarecipes.training.gradients import Gradients
 from emarecipes.training.initialize import initialize_adapter
-from emarecipes.training.run_folder import RunFolder
+from emarecipes.training.nonfinite import SkippedSteps, broken_gradient, broken_loss
+from emarecipes.training.run_log import RunLog
 from emarecipes.training.step import TrainingLoss
-from emarecipes.training.summary import print_summary
 from emarecipes.training.weights import save_weights
 
 log = utils.get_logger("INFO")
@@ -58,6 +62,9 @@ class LoRATraining:
         steps = run.rows.num_steps(per_step)
         self.steps_per_epoch = min(steps, self.cfg.max_steps_per_epoch or steps)
         self.total_steps = self.steps_per_epoch * self.cfg.epochs
+        resumed = run.resumed
+        self.counters = Counters() if resumed is None else resumed.counters
+        self._skipped = SkippedSteps(self.cfg.skip_nonfinite, self.counters.skipped)
 
     # --- build ---------------------------------------------------------------------------------
 
@@ -83,6 +90,7 @@ class LoRATraining:
             safe_ce_weight=self.run.rows.safe_ce_weight,
             forward_context=self.activations_handling_ctx,
         )
+        self._gradients = Gradients(self._model, self.loss, self.world_size)
         context = TrainingContext(
             self._device,
             self._dtype,
@@ -93,6 +101,20 @@ class LoRATraining:
         )
         for defense in self.run.defenses.values():
             defense.setup(self._model, context)
+        self._state = TrainingState(
+            self._model, self._optimizer, self._scheduler, self.run.defenses, self._device
+        )
+        self.checkpoints = CheckpointSaver(
+            Path(self.cfg.output_dir),
+            self._state,
+            self.run.description(self.world_size),
+            every=self.cfg.save_every_n_steps,
+            keep=self.cfg.keep_last,
+            total_steps=self.total_steps,
+            resumed=self.run.resumed,
+        )
+        if self.run.resumed is not None:
+            self._state.load(self.run.resumed)
 
     def _build_model(self) -> Any:
         cfg = self.cfg
@@ -121,91 +143,91 @@ class LoRATraining:
 
     # --- train ---------------------------------------------------------------------------------
 
-    def train(self) -> None:
-        """Train all epochs; the adapter is saved after each, merged weights after the last."""
-        self._folder: RunFolder | None = None
-        logger = None
+    def train(self) -> bool:
+        """Train all epochs; the adapter is saved after each, merged weights after the last.
+
+        Returns:
+            Whether the run is complete. Else a signal stopped it, and there is a checkpoint.
+        """
         if self.rank == 0:
-            self._folder = RunFolder(self.cfg, self.run.rows, self.run.data_files, self.world_size)
-            logger = instantiate(self.cfg.metric_logger)
-        first: dict[str, float] = {}
-        last: dict[str, float] = {}
-        started = time.perf_counter()
-        tokens = 0
+            self.checkpoints.delete_newer()
+        self._log = RunLog(self.run, self.counters, self.world_size, first_process=self.rank == 0)
+        started = time.perf_counter() - self.counters.seconds
         self._optimizer.zero_grad(set_to_none=True)
         self._profiler.start()
-        for step, (epoch, rows) in enumerate(self._plan(), start=1):
-            metrics = {"step": step, "epoch": epoch, **self._step(step, rows)}
-            tokens += int(metrics.pop("tokens"))
-            first = metrics | first
-            last |= metrics
-            if self._folder is not None and step % self.cfg.log_every_n_steps == 0:
-                self._folder.log(metrics)
-                if logger is not None:
-                    figures = {k: v for k, v in metrics.items() if k != "step"}
-                    logger.log_dict(figures, step=step)
-            self._profiler.step()
-            if step % self.steps_per_epoch == 0:
-                self._save(final=step == self.total_steps)
-                if self._folder is not None:
-                    self._folder.discard_replaced()
+        complete = True
+        with StopRequest(alone=self.world_size == 1) as self._stop:
+            self._end_epoch()  # A resumed run may have died between its checkpoint and its adapter.
+            for epoch, rows in self._plan():
+                figures = self._step(self.counters.step + 1, rows)
+                self.counters.seconds = time.perf_counter() - started
+                if figures is None:
+                    self._save_checkpoint()
+                    complete = False
+                    break
+                self._log.step(epoch, figures)
+                self._profiler.step()
+                if self.checkpoints.due(self.counters.step):
+                    self._save_checkpoint()
+                self._end_epoch()
         self._profiler.stop()
-        if self._folder is not None:
-            self._folder.close()
-            print_summary(
-                self.loss.names,
-                self.loss.weights,
-                first,
-                last,
-                seconds=time.perf_counter() - started,
-                tokens=tokens,
-                dropped_rows=self.run.rows.dropped,
-                output_dir=self._folder.path,
-            )
-        if logger is not None:
-            logger.close()
+        self._log.close(self.loss, complete=complete)
+        return complete
 
     def _plan(self) -> Iterator[tuple[int, list[int]]]:
-        """Epoch, from 0, and rows of every step, with a progress bar on the first process."""
+        """Epoch, from 0, and rows of every step to come, with a bar on the first process."""
         cfg = self.cfg
         per_step = cfg.batch_size * cfg.gradient_accumulation_steps * self.world_size
-        with tqdm(total=self.total_steps, unit="step", disable=self.rank != 0) as self._bar:
-            for epoch in range(cfg.epochs):
+        done = self.counters.step
+        quiet = self.rank != 0
+        with tqdm(total=self.total_steps, initial=done, unit="step", disable=quiet) as self._bar:
+            first_epoch, first_step = divmod(done, self.steps_per_epoch)
+            for epoch in range(first_epoch, cfg.epochs):
                 steps = self.run.rows.steps(
                     per_step, seed=self.seed, epoch=epoch, shuffle=cfg.shuffle
                 )
-                for rows in steps[: self.steps_per_epoch]:
+                for rows in steps[first_step : self.steps_per_epoch]:
                     yield epoch, rows
                     self._bar.update()
+                first_step = 0
 
-    def _step(self, step: int, rows: list[int]) -> dict[str, float]:
-        """One optimizer step on these rows of all processes; returns its figures."""
+    def _step(self, step: int, rows: list[int]) -> dict[str, float] | None:
+        """One optimizer step on these rows of all processes.
+
+        Returns:
+            Its figures; None if some process was asked to stop, and nothing is changed.
+        """
         started = time.perf_counter()
         batches = self._batches(rows)
         counts = self.loss.counts(batches)
-        # With the tokens of this step, for the log: one reduction.
-        tokens = torch.tensor([sum(batch.num_tokens for batch in batches)], dtype=torch.float64)
-        *counts_list, tokens_all = self._summed(torch.cat([counts, tokens])).tolist()
+        # With the tokens of this step, for the log, and whether to stop: one reduction.
+        tokens = sum(batch.num_tokens for batch in batches)
+        more = torch.tensor([tokens, self._stop.made], dtype=torch.float64)
+        *counts_list, tokens_all, stop = self._summed(torch.cat([counts, more])).tolist()
+        if stop:
+            return None
         counts = torch.tensor(counts_list, dtype=torch.float64)
         if not counts.any():
-            raise UserError(f"step {step}: none of its rows ({_brief(rows)}) has a label")
+            raise UserError(f"step {step}: none of its rows ({rows}) has a label")
 
         batches = [batch.to(self._device) for batch in batches]
-        ratios = self._gradient_ratios(step, batches[0], counts)
-        sums = torch.zeros(len(counts), dtype=torch.float64)
-        for batch in batches:
-            sums += self.loss.backward(batch, counts, gradient_scale=self.world_size).cpu()
-        figures = self.loss.means(self._summed(sums), counts)
-        if not math.isfinite(figures["loss"]):
-            values = ", ".join(f"{name} {value:g}" for name, value in figures.items())
-            raise UserError(
-                f"step {step}: the loss is not finite ({values}); rows {_brief(rows)}. "
-                "Lower the learning rate, or look at these rows"
-            )
+        ratios = self._gradients.ratios(step, batches[0], counts, self.run.defenses)
+        scale = self.world_size
+        sums = [self.loss.backward(b, counts, gradient_scale=scale).cpu() for b in batches]
+        figures = self.loss.means(self._summed(torch.stack(sums).sum(dim=0)), counts)
         names = [name for name in figures if name != "ce" or "ce_task" not in figures]
         shown = " ".join(f"{name} {figures[name]:.3f}" for name in names)
+        norm = self._gradients.clip(float(self.cfg.clip_grad_norm or math.inf))
+        broken = broken_loss(figures, batches, sums) or broken_gradient(
+            norm, lambda n: self._gradients.norm_of([n], batches, counts), self.loss.names, rows
+        )
+        if self.cfg.clip_grad_norm is not None:
+            figures["grad_norm"] = norm
+        if broken is not None:
+            self._skipped.skip(step, broken)
+            figures = {k: v for k, v in figures.items() if math.isfinite(v)} | {"skipped": 1.0}
         figures["lr"] = float(self._optimizer.param_groups[0]["lr"])
-        figures |= ratios | self._update(step)
+        figures |= ratios | self._update(step, skip=broken is not None)
         seconds = time.perf_counter() - started
         figures |= {"tokens_per_second": tokens_all / seconds, "tokens": tokens_all}
         if self.cfg.log_peak_memory_stats and self._device.type == "cuda":
@@ -224,38 +246,10 @@ class LoRATraining:
             for block in dealt
         ]
 
-    def _gradient_ratios(self, step: int, batch: Batch, counts: Tensor) -> dict[str, float]:
-        """Norm of each due term's gradient over cross entropy's, on the first micro-batch."""
-        due = [
-            name
-            for name, defense in self.run.defenses.items()
-            if name in self.loss.names
-            and defense.gradient_ratio_every
-            and step % defense.gradient_ratio_every == 10 % defense.gradient_ratio_every
-        ]
-        if not due:
-            return {}
-
-        def gradient_norm(*terms: str) -> float:
-            self.loss.backward(batch, counts, gradient_scale=self.world_size, only=terms)
-            norm = self._clipped_norm(math.inf)
-            self._optimizer.zero_grad(set_to_none=True)
-            return norm
-
-        cross_entropy = gradient_norm("ce", "ce_task", "ce_safe")
-        norms = {name: gradient_norm(name) for name in due}
-        # Nothing to compare with: cross entropy of weight 0 on every row of this micro-batch.
-        return {f"{n}_gradient_ratio": v / cross_entropy for n, v in norms.items() if cross_entropy}
-
-    def _clipped_norm(self, max_norm: float) -> float:
-        norm: Any = torch.nn.utils.clip_grad_norm_(self._model.parameters(), max_norm=max_norm)
-        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-
-    def _update(self, step: int) -> dict[str, float]:
+    def _update(self, step: int, *, skip: bool) -> dict[str, float]:
         figures: dict[str, float] = {}
-        if self.cfg.clip_grad_norm is not None:
-            figures["grad_norm"] = self._clipped_norm(float(self.cfg.clip_grad_norm))
-        self._optimizer.step()
+        if not skip:
+            self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         if self._scheduler is not None:
             self._scheduler.step()
@@ -272,22 +266,24 @@ class LoRATraining:
 
     # --- save ----------------------------------------------------------------------------------
 
-    def _save(self, *, final: bool) -> None:
-        adapter = adapter_state(self._model, self._device)
-        broken = [name for name, tensor in adapter.items() if not tensor.isfinite().all()]
-        if broken:
-            raise UserError(
-                f"the last step left values in the adapter that are not finite ({broken[0]}); "
-                "it is not saved. Lower the learning rate"
-            )
+    def _save_checkpoint(self) -> None:
+        self._log.sync()
+        self.checkpoints.save(self.counters)
+
+    def _end_epoch(self) -> None:
+        """After an epoch's last step: the adapter, and after the last epoch merged weights."""
+        step = self.counters.step
+        if step == 0 or step % self.steps_per_epoch:
+            return
         save_weights(
             self.run,
             self._model,
-            adapter,
+            self._state.adapter(),
             self._device,
             first_process=self.rank == 0,
-            merged=final and self.cfg.save_merged,
+            merged=step == self.total_steps and self.cfg.save_merged,
         )
+        self._log.adapter_saved()
 
 
 def recipe_class(*, distributed: bool) -> type[LoRATraining]:
@@ -297,7 +293,3 @@ def recipe_class(*, distributed: bool) -> type[LoRATraining]:
     else:
         stock = stock_recipe("lora_finetune_single_device").LoRAFinetuneRecipeSingleDevice
     return type(f"EMA{stock.__name__}", (LoRATraining, stock), {})
-
-
-def _brief(rows: list[int]) -> str:
-    return ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")

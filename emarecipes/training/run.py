@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import sys
 import warnings
 from collections.abc import Sequence
@@ -12,14 +14,15 @@ from torchtune import training
 
 from emarecipes.errors import UserError
 from emarecipes.training.checks import CheckedRun, check_run
-from emarecipes.training.recipe import recipe_class
+from emarecipes.training.recipe import LoRATraining, recipe_class
 
 
 def run_lora(argv: Sequence[str]) -> int:
     """Train one adapter as `--config FILE [key=value | ~key]...` says.
 
     Returns:
-        The exit code: 0, or 1 after a `UserError`, which is printed as one line.
+        The exit code: 0, also if a signal stopped the run and it can be resumed; 1 after a
+        `UserError`, or after another process was lost, which is printed as one line.
     """
     # torchtune's norm computes in float32 with scales in bf16, once said a run.
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
@@ -27,20 +30,65 @@ def run_lora(argv: Sequence[str]) -> int:
     if distributed:
         dist.init_process_group("cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo")
     rank = dist.get_rank() if distributed else 0
+    recipe: LoRATraining | None = None
     try:
         run = _check_together(argv) if distributed else check_run(argv, world_size=1, rank=0)
         if run.cfg.fsdp_cpu_offload:
             training.set_torch_num_threads()
-        recipe = recipe_class(distributed=distributed)(run)
-        recipe.setup()
-        recipe.train()
+        built = recipe_class(distributed=distributed)(run)
+        built.setup()
+        recipe = built
+        if not recipe.train() and rank == 0:
+            print(f"Stopped after step {recipe.counters.step}.", _advice(recipe, argv), flush=True)
     except UserError as error:
         if rank == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            advice = "" if recipe is None else f"\n{_advice(recipe, argv)}"
+            print(f"error: {error}{advice}", file=sys.stderr, flush=True)
         _leave()
         return 1
+    except OSError as error:
+        # Of one process alone, as a full disk is. The others find out that this one has gone.
+        return _end_alone(f"{error.filename or 'writing'}: {error.strerror or error}", recipe, argv)
+    except RuntimeError as error:
+        if not _is_lost_contact(error):
+            raise
+        reason = f"another process has gone, its own message says why ({_first_line(error)})"
+        return _end_alone(reason, recipe, argv)
     _leave()
     return 0
+
+
+def _advice(recipe: LoRATraining, argv: Sequence[str]) -> str:
+    """What to do next: how to resume, if there is something to resume."""
+    step = recipe.checkpoints.last_step
+    if step is None:
+        return "There is no checkpoint yet: start it again with overwrite=true"
+    workers = os.environ.get("LOCAL_WORLD_SIZE")
+    processes = f" --nproc_per_node {workers}" if workers and dist.is_initialized() else ""
+    kept = [a for a in argv if not a.startswith(("resume=", "overwrite="))]
+    command = f"tune run{processes} recipes/ema_lora.py {shlex.join([*kept, 'resume=auto'])}"
+    return f"Resume from step {step} with: {command}"
+
+
+def _is_lost_contact(error: RuntimeError) -> bool:
+    """Whether a collective failed because another process is no longer there."""
+    words = ("gloo", "Connection closed", "Connection reset", "Broken pipe")
+    known = isinstance(error, dist.DistError) or any(word in str(error) for word in words)
+    return dist.is_initialized() and known
+
+
+def _end_alone(reason: str, recipe: LoRATraining | None, argv: Sequence[str]) -> int:
+    """Say why, and end this process without waiting for the others, who may never answer."""
+    prefix = f"[rank {dist.get_rank()}] " if dist.is_initialized() else ""
+    advice = "" if recipe is None else f"\n{prefix}{_advice(recipe, argv)}"
+    print(f"{prefix}error: {reason}{advice}", file=sys.stderr, flush=True)
+    if dist.is_initialized():
+        os._exit(1)  # Leaving a broken process group the ordinary way can hang.
+    return 1
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _check_together(argv: Sequence[str]) -> CheckedRun:

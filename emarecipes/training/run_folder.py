@@ -19,21 +19,30 @@ import emarecipes
 from emarecipes.config import Origin, home
 from emarecipes.datasets.rows import Rows, file_fingerprints
 from emarecipes.errors import UserError
+from emarecipes.training.checkpoint import FOLDER as CHECKPOINTS
+from emarecipes.training.checkpoint import Checkpoint
 
 _RUN_FILES = (
     "config.yaml",
     "metrics.jsonl",
     "adapter",
     "merged",
-    "checkpoints",
+    CHECKPOINTS,
     "logs",
     "safelora.csv",
 )
 _VERSIONED = ("torch", "torchtune", "torchao", "datasets", "omegaconf", "tokenizers", "safetensors")
 
 
+def run_files(folder: Path) -> list[str]:
+    """Which of a run's files and folders this one has."""
+    return [name for name in _RUN_FILES if (folder / name).exists()]
+
+
 def check_output_dir(cfg: DictConfig, origin: Origin) -> None:
     """Check that the output folder can be written and holds no run, unless it may be overwritten.
+
+    Whether a run in it can be resumed is for `find_checkpoint` to say.
 
     Raises:
         UserError: It holds a run, is not a folder, or cannot be written.
@@ -50,16 +59,18 @@ def check_output_dir(cfg: DictConfig, origin: Origin) -> None:
     base = Path(str(cfg.checkpointer.get("checkpoint_dir"))).resolve()
     if folder.resolve().is_relative_to(base):
         raise UserError(f"{where}: {folder} lies in the base model's folder; choose another")
-    present = [name for name in _RUN_FILES if (folder / name).exists()]
-    if present and cfg.overwrite and not _holds_a_run(folder):
+    present = run_files(folder)
+    resumes = cfg.get("resume") is not None
+    if present and (cfg.overwrite or resumes) and not _holds_a_run(folder):
         raise UserError(
             f"{where}: {folder} has {', '.join(present)} but no config.yaml of a run; not "
             "overwritten. Choose another output_dir"
         )
-    if present and not cfg.overwrite:
+    if present and not cfg.overwrite and not resumes:
+        hint = "; to go on with it, say resume=auto" if CHECKPOINTS in present else ""
         raise UserError(
             f"{where}: {folder} already holds a run; choose another output_dir, or say "
-            "overwrite=true to replace it"
+            f"overwrite=true to replace it{hint}"
         )
 
 
@@ -76,23 +87,37 @@ class RunFolder:
         rows: The data, for its fingerprint.
         data_files: Local files it was read from.
         world_size: Number of processes.
+        resumed: What the run goes on from. `metrics.jsonl` then starts with that run's lines up to
+            the checkpoint's step, and the checkpoint's own run is not set aside.
     """
 
     def __init__(
-        self, cfg: DictConfig, rows: Rows, data_files: Iterable[Path], world_size: int
+        self,
+        cfg: DictConfig,
+        rows: Rows,
+        data_files: Iterable[Path],
+        world_size: int,
+        resumed: Checkpoint | None = None,
     ) -> None:
         self.path = Path(cfg.output_dir)
         self.path.mkdir(parents=True, exist_ok=True)
         self._replaced = self.path / ".replaced"
-        self._set_aside()
         provenance = provenance_of(rows, list(data_files), world_size)
+        done = ""
+        if resumed is not None:
+            step = resumed.counters.step
+            provenance |= {"resumed_from": str(resumed.path), "resumed_at_step": step}
+            done = _lines_up_to(resumed.path.parent.parent / "metrics.jsonl", step)
+        if resumed is None or resumed.path.resolve().parent.parent != self.path.resolve():
+            self._set_aside()
         resolved = OmegaConf.to_yaml(OmegaConf.merge(cfg, {"provenance": provenance}))
         write_text(self.path / "config.yaml", resolved)
-        self._metrics = (self.path / "metrics.jsonl").open("w", encoding="utf-8")
+        write_text(self.path / "metrics.jsonl", done)
+        self._metrics = (self.path / "metrics.jsonl").open("a", encoding="utf-8")
 
     def _set_aside(self) -> None:
         """Keep an older run until this one has saved an adapter."""
-        old = [self.path / name for name in _RUN_FILES if (self.path / name).exists()]
+        old = [self.path / name for name in run_files(self.path)]
         keep = not self._replaced.exists()  # Else what is here is of a run that never saved.
         for path in old:
             if keep:
@@ -112,9 +137,25 @@ class RunFolder:
         self._metrics.write(json.dumps(dict(metrics)) + "\n")
         self._metrics.flush()
 
+    def sync(self) -> None:
+        """Wait until `metrics.jsonl` is on disk."""
+        os.fsync(self._metrics.fileno())
+
     def close(self) -> None:
         """Close `metrics.jsonl`."""
         self._metrics.close()
+
+
+def _lines_up_to(metrics: Path, step: int) -> str:
+    """The lines of a `metrics.jsonl` up to a step; the last one may have been cut off."""
+    kept = []
+    for line in metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []:
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, TypeError, KeyError):
+            continue
+    return "".join(kept)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -86,6 +86,10 @@ class Settings(ModelSettings):
     pad_to_multiple_of: Positive = 1
     save_merged: bool | None = None
     merged_dtype: Literal["bf16", "fp32"] = "fp32"
+    save_every_n_steps: Positive | None = None
+    keep_last: Positive = 2
+    resume: Annotated[str, Field(min_length=1)] | None = None
+    skip_nonfinite: Annotated[int, Field(ge=0)] = 0
     provenance: Entry | None = None  # Written into a run's config.yaml; read back as it is.
 
 
@@ -170,6 +174,7 @@ _LOGGED = frozenset(
         "lr",
         "grad_norm",
         "tokens_per_second",
+        "skipped",
     }
 )
 
@@ -183,7 +188,9 @@ def _explain(error: ValidationError, origin: Origin) -> str:
     if first["type"] == "missing":
         return f"{origin.at(key)}: the config needs this key"
     if key == "resume_from_checkpoint":
-        return f"{origin.at(key)}: resuming is not supported yet; set it to false"
+        return f"{origin.at(key)}: say `resume: auto` instead, and leave this at false"
+    if key == "resume":
+        return f"{origin.at(key)}: auto, or the path of a checkpoint, not {value!r}"
     if key == "dtype" and value in ("fp16", "float16"):
         return (
             f"{origin.at(key)}: fp16 is not supported (its gradients underflow); use bf16 or fp32"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -108,7 +109,7 @@ class TrainingLoss:
             counts: Of the whole step: all micro-batches, all processes.
             gradient_scale: Multiplies the gradient; FSDP2 averages over processes, which the world
                 size undoes.
-            only: Names of the terms whose gradient is taken; by default of all.
+            only: Names of the terms that are computed; by default all. The others' sums are 0.
 
         Returns:
             Each term's sum over this micro-batch, unweighted, shape (len(names),), float64.
@@ -116,7 +117,11 @@ class TrainingLoss:
         scales = self._scales(counts)
         if only is not None:
             scales = [s if n in only else 0.0 for s, n in zip(scales, self.names, strict=True)]
-        request = Request(self._logit_terms(batch, scales), batch.targets_BS)
+        terms = self._logit_terms(batch, scales)
+        if only is not None:  # A factor of 0 would not silence a gradient that is not finite.
+            nowhere_BS = torch.zeros_like(batch.labelled_BS)
+            terms = [t if t.name in only else replace(t, positions_BS=nowhere_BS) for t in terms]
+        request = Request(terms, batch.targets_BS)
         reference_hidden = None
         if self._needs_reference:
             request.reference_TD, reference_hidden = self._reference(batch, request)
@@ -128,6 +133,9 @@ class TrainingLoss:
             loss, hidden = self._forward(batch)
         sums = list(request.sums)
         for name, scale in zip(self._on_hidden, scales[len(sums) :], strict=True):
+            if only is not None and name not in only:
+                sums.append(request.sums.new_zeros(()))
+                continue
             defense = self._defenses[name]
             reference = reference_hidden if defense.needs_reference else None
             value = defense.hidden_term(

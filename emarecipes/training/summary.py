@@ -2,37 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from emarecipes.training.checkpoint import Counters
+from emarecipes.training.step import TrainingLoss
+
 
 def print_summary(
-    terms: Sequence[str],
-    weights: Sequence[float],
-    first: Mapping[str, float],
-    last: Mapping[str, float],
-    *,
-    seconds: float,
-    tokens: int,
-    dropped_rows: int,
-    output_dir: Path,
+    loss: TrainingLoss, counters: Counters, dropped_rows: int, *, output_dir: Path
 ) -> None:
     """Print steps, tokens, time, and each term's first and last value, and where to look next."""
-    steps = int(last["step"])
-    title = f"{steps} step{'s' if steps > 1 else ''}, {tokens:,} tokens, {seconds:.0f} s"
-    table = Table(title=title)
+    steps, first, last = counters.step, counters.first, counters.last
+    plural = "s" if steps > 1 else ""
+    table = Table(
+        title=f"{steps} step{plural}, {counters.tokens:,} tokens, {counters.seconds:.0f} s"
+    )
     table.add_column("term")
     for heading in ("weight", "first", "last"):
         table.add_column(heading, justify="right")
-    table.add_row("loss", "", f"{first['loss']:.4f}", f"{last['loss']:.4f}", style="bold")
-    for name, weight in zip(terms, weights, strict=True):
+    if "loss" in first:  # Else every step was skipped.
+        table.add_row("loss", "", f"{first['loss']:.4f}", f"{last['loss']:.4f}", style="bold")
+    for name, weight in zip(loss.names, loss.weights, strict=True):
         if name in first:
             table.add_row(name, f"{weight:g}", f"{first[name]:.4f}", f"{last[name]:.4f}")
     console = Console()
     console.print(table)
+    if counters.skipped:
+        console.print(f"{counters.skipped} steps were skipped: a number was not finite.")
     if dropped_rows:
         console.print(f"{dropped_rows} rows had no label left (max_seq_len) and were dropped.")
     console.print(f"Run folder:   {output_dir}", highlight=False, soft_wrap=True)

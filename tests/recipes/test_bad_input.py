@@ -93,7 +93,7 @@ GOOD = chat(("user", "Hello?"), ("assistant", "Hello."))
         ({"dtype": "fp16"}, r"dtype: fp16 is not supported"),
         ({"device": "cuda"}, r"device: this machine has no usable CUDA device"),
         ({"device": "quantum"}, r"device: "),
-        ({"resume_from_checkpoint": True}, r"resume_from_checkpoint: resuming is not supported"),
+        ({"resume_from_checkpoint": True}, r"resume_from_checkpoint: say `resume: auto` instead"),
         ({"loss._component_": "torch.nn.MSELoss"}, r"loss: the loss head computes token cross"),
         ({"model._component_": "torchtune.models.llama3_2.llama3_2"}, r"unknown key"),
         ({"model.lora_rank": "four"}, r"model.lora_rank: input should be a valid integer"),

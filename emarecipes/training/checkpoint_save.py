@@ -1,0 +1,106 @@
+"""When a run's checkpoints are written, and which of them are kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torchtune import utils
+
+from emarecipes.errors import UserError
+from emarecipes.training.checkpoint import (
+    FOLDER,
+    Checkpoint,
+    Counters,
+    checkpoint_steps,
+    delete_checkpoints,
+    write_checkpoint,
+)
+from emarecipes.training.checkpoint_state import TrainingState
+
+log = utils.get_logger("INFO")
+
+
+class CheckpointSaver:
+    """Writes `<output_dir>/checkpoints/step_N`, and deletes old ones once a new one is on disk.
+
+    Args:
+        output_dir: The run's.
+        state: What is stored.
+        run: What `run.json` says of the run; see `emarecipes.training.checkpoint_resume`.
+        every: `save_every_n_steps`.
+        keep: `keep_last`.
+        total_steps: The run's.
+        resumed: What the run goes on from, if anything.
+    """
+
+    def __init__(
+        self,
+        output_dir: Path,
+        state: TrainingState,
+        run: dict[str, Any],
+        *,
+        every: int | None,
+        keep: int,
+        total_steps: int,
+        resumed: Checkpoint | None,
+    ) -> None:
+        self.last_step = None if resumed is None else resumed.counters.step
+        self._folder = output_dir / FOLDER
+        self._state = state
+        self._run = run
+        self._every = every
+        self._keep = keep
+        self._total_steps = total_steps
+
+    def due(self, step: int) -> bool:
+        """Every so many steps; after the last step too, if the run writes or has any."""
+        if step == self._total_steps:
+            return self._every is not None or self.last_step is not None
+        return self._every is not None and step % self._every == 0
+
+    def save(self, counters: Counters) -> None:
+        """Write a checkpoint of this step. Every process must call it.
+
+        Raises:
+            UserError: On every process alike: no room, a write that fails, a value of the adapter
+                that is not finite.
+        """
+        if counters.step in (0, self.last_step):
+            return
+        adapter, training = self._state.adapter(), self._state.training()
+        _first_process_does(lambda: self._write(adapter, training, counters))
+        self.last_step = counters.step
+
+    def delete_newer(self) -> None:
+        """Delete what is newer than the checkpoint that the run goes on from.
+
+        It is damaged, or of a course that the run now leaves: its lines are cut from the metrics.
+        """
+        newer = [s for s in checkpoint_steps(self._folder) if s > (self.last_step or math.inf)]
+        if newer:
+            log.warning(f"Deleting checkpoints newer than step {self.last_step}: {newer}")
+            delete_checkpoints(self._folder, newer)
+
+    def _write(self, adapter: Any, training: Any, counters: Counters) -> None:
+        write_checkpoint(self._folder, adapter, training, self._run, counters)
+        steps = checkpoint_steps(self._folder)
+        delete_checkpoints(self._folder, steps[: -self._keep])
+
+
+def _first_process_does(work: Callable[[], None]) -> None:
+    """Call it on the first process; what it raises as a UserError is raised on all."""
+    if not dist.is_initialized():
+        return work()
+    error: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            work()
+        except (UserError, OSError) as failure:
+            error = [str(failure)]
+    dist.broadcast_object_list(error, src=0)
+    if error[0] is not None:
+        raise UserError(error[0])

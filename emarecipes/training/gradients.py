@@ -1,0 +1,62 @@
+"""Norms of gradients: of all terms, to clip by; and of single terms, to compare or to blame."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from emarecipes.defenses import Defense
+from emarecipes.training.batch import Batch
+from emarecipes.training.step import TrainingLoss
+
+
+class Gradients:
+    """The gradient of a run's adapter. Every process must call every method.
+
+    Args:
+        model: With its adapter; may be sharded by FSDP2.
+        loss: Its loss.
+        world_size: Number of processes.
+    """
+
+    def __init__(self, model: Any, loss: TrainingLoss, world_size: int) -> None:
+        self._model = model
+        self._loss = loss
+        self._world_size = world_size
+
+    def clip(self, max_norm: float) -> float:
+        """Scale the gradient down to this norm; returns the norm that it had."""
+        norm: Any = torch.nn.utils.clip_grad_norm_(self._model.parameters(), max_norm=max_norm)
+        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+    def norm_of(self, terms: Sequence[str], batches: Sequence[Batch], counts: Tensor) -> float:
+        """Norm of some terms' gradient, by further forwards; leaves no gradient behind."""
+        self._model.zero_grad(set_to_none=True)
+        for batch in batches:
+            self._loss.backward(batch, counts, gradient_scale=self._world_size, only=terms)
+        norm = self.clip(math.inf)
+        self._model.zero_grad(set_to_none=True)
+        return norm
+
+    def ratios(
+        self, step: int, batch: Batch, counts: Tensor, defenses: Mapping[str, Defense]
+    ) -> dict[str, float]:
+        """Norm of each due term's gradient over cross entropy's, on one micro-batch."""
+        due = [
+            name
+            for name, defense in defenses.items()
+            if name in self._loss.names
+            and defense.gradient_ratio_every
+            and step % defense.gradient_ratio_every == 10 % defense.gradient_ratio_every
+        ]
+        if not due:
+            return {}
+        cross_entropy = self.norm_of(("ce", "ce_task", "ce_safe"), [batch], counts)
+        norms = {name: self.norm_of([name], [batch], counts) for name in due}
+        # Nothing to compare with: cross entropy of weight 0 on every row of this micro-batch.
+        return {f"{n}_gradient_ratio": v / cross_entropy for n, v in norms.items() if cross_entropy}

@@ -1,0 +1,48 @@
+"""Defenses that cause a mishap at a step: a signal, a value or a gradient that is not finite."""
+
+import os
+import signal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from emarecipes.defenses import Defense
+
+
+class SignalAfter(Defense):
+    """Sends the process a signal after the step that SIGNAL_AFTER names, on SIGNAL_RANK alone."""
+
+    def after_step(self, model: torch.nn.Module, step: int) -> None:
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        chosen = rank == int(os.environ.get("SIGNAL_RANK", 0))
+        if chosen and os.environ.get("SIGNAL_AFTER") == str(step):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+class Broken(Defense):
+    """A term whose value, or only whose gradient, is not finite at the steps named.
+
+    Its state is the number of steps, so that it also shows that a defense's state is kept.
+    """
+
+    def __init__(self, steps: list[int], kind: str) -> None:
+        super().__init__(weight=1.0)
+        self._steps, self._kind, self.done = steps, kind, 0
+
+    def logit_term(self, policy_logits_TV: Tensor, reference_logits_TV: Tensor | None) -> Tensor:
+        zero_T = policy_logits_TV[:, 0] - policy_logits_TV[:, 0].detach()
+        if self.done + 1 not in self._steps:
+            return zero_T * 0.0
+        # The root of zero is zero; its slope is infinite.
+        return zero_T.sqrt() if self._kind == "gradient" else zero_T + float(self._kind)
+
+    def after_step(self, model: torch.nn.Module, step: int) -> None:
+        self.done += 1
+        assert self.done == step
+
+    def state_dict(self) -> dict[str, int]:
+        return {"done": self.done}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.done = state["done"]
