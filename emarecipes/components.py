@@ -56,7 +56,7 @@ def build(cfg: DictConfig, key: str, origin: Origin, *args: Any, **kwargs: Any) 
         return instantiate(OmegaConf.select(cfg, key), *args, **kwargs)
     except UserError as error:
         raise UserError(f"{origin.at(key)}: {error}") from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"{origin.at(key)}: {_first_line(error)}") from error
 
 
@@ -77,7 +77,7 @@ def locate(path: str, where: str) -> Callable[..., Any]:
             if error.name and not module_name.startswith(error.name):
                 raise UserError(f"{where}: {path} needs the module {error.name}") from None
             continue
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise UserError(f"{where}: importing {path} fails: {_first_line(error)}") from error
         reached = module_name
         for name in parts[split:]:
