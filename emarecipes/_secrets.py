@@ -48,6 +48,6 @@ def check_no_secrets(text: str, where: str) -> None:
 
 
 _WHY = (
-    "which looks like a secret and would be written into the run's folder; leave it out: what needs "
-    "it reads the environment itself"
+    "which looks like a secret and would be written into the run's folder; leave it out: what "
+    "needs it reads the environment itself"
 )

@@ -142,8 +142,10 @@ def _check_types(
         return
     for argument, value in arguments.items():
         # `**kwargs: Dict[str, Any]` annotates each extra keyword; torchtune means all of them.
-        if argument not in hints or argument not in named or isinstance(value, DictConfig):
+        if argument not in hints or argument not in named:
             continue
+        if isinstance(value, DictConfig) and "_component_" in value:
+            continue  # What it builds is passed, not the entry.
         try:
             adapter = TypeAdapter(
                 hints[argument], config=ConfigDict(arbitrary_types_allowed=True, strict=True)

@@ -104,7 +104,7 @@ def load_config(argv: Sequence[str]) -> tuple[DictConfig, Origin]:
 
 def suggestion(word: str, known: Iterable[str]) -> str:
     """` (did you mean X?)` for the closest known name, or an empty string."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    close = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.6)
     return f" (did you mean {close[0]}?)" if close else ""
 
 

@@ -1,6 +1,6 @@
 """Hostile input in numbers: each case is a run that passes every check, or one clear line.
 
-`make test-long` runs ten times the cases, with `EMARECIPES_FUZZ_CASES`.
+`EMARECIPES_FUZZ_FACTOR=10` runs ten times the cases, other ones each time.
 """
 
 import contextlib
@@ -123,7 +123,9 @@ def test_configs(toy: Toy, data: st.DataObject) -> None:
     line = toy.try_config(text)
     if line is not None:
         assert_one_line(line)
-        assert re.match(rf"{re.escape(str(toy.folder))}/|config\.yaml|rows\.jsonl|safe\.jsonl", line), line
+        assert re.match(
+            rf"{re.escape(str(toy.folder))}/|config\.yaml|rows\.jsonl|safe\.jsonl", line
+        ), line
 
 
 @cases(300)
@@ -149,7 +151,8 @@ def test_rows(toy: Toy, rows: bytes) -> None:
         assert_one_line(line)
         numbered = re.match(rf"{re.escape(str(path))}:(\d+): ", line)
         whole = re.search(
-            r"the file is empty|the file has no rows|not UTF-8 text|rows are too few|has a label", line
+            r"the file is empty|the file has no rows|not UTF-8 text|rows are too few|has a label",
+            line,
         )
         assert numbered or whole, line
         if numbered:
@@ -169,5 +172,7 @@ def test_control_tokens_in_text_stay_text(toy: Toy, question: str, answer: str) 
     special = set(tokenizer.special_tokens.values())
     start, end = (tokenizer.special_tokens[name] for name in ("<|im_start|>", "<|im_end|>"))
     assert [token for token in tokens if token in special] == [start, end, start, end]
-    expected = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>\n"
+    expected = (
+        f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>\n"
+    )
     assert tokenizer.decode(tokens, skip_special_tokens=False) == expected

@@ -5,6 +5,7 @@ torchtune reads them through Hugging Face `datasets`, whose errors name neither 
 
 from __future__ import annotations
 
+import glob
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,16 +36,22 @@ def check_data_files(cfg: DictConfig, origin: Origin) -> list[Path]:
     """
     files: list[Path] = []
     for key, node in _dataset_nodes(cfg.dataset, "dataset"):
+        if node.get("streaming"):
+            raise UserError(
+                f"{origin.at(f'{key}.streaming')}: every row is checked before training, which a "
+                "stream does not allow; leave the key out"
+            )
+        if node.get("source") == "pandas" or node.get("trust_remote_code"):
+            raise UserError(
+                f"{origin.at(key)}: pickles and scripts of a data set are programs, and are not "
+                f"run; name a source of {', '.join(_LOCAL_SOURCES)}, or one without a script"
+            )
         if node.get("source") not in _LOCAL_SOURCES or node.get("data_files") is None:
             continue
-        for name in _file_names(node):
-            if "://" in name or any(c in name for c in "*?["):
-                continue  # A URL or a pattern: left to the datasets library.
-            path = Path(name)
-            if not path.is_file():
-                raise UserError(f"{origin.at(f'{key}.data_files')}: no such file: {name}")
+        where = origin.at(f"{key}.data_files")
+        for path in [path for name in _file_names(node) for path in _local_files(name, where)]:
             if path.stat().st_size == 0:
-                raise UserError(f"{origin.at(f'{key}.data_files')}: the file is empty: {name}")
+                raise UserError(f"{where}: the file is empty: {path}")
             if path.suffix == ".jsonl" and node.get("conversation_column"):
                 check_chat_file(
                     path,
@@ -219,6 +226,22 @@ def _file_names(node: Any) -> list[str]:
     if names is None:
         return []
     return [str(name) for name in (names if isinstance(names, list) else [names])]
+
+
+def _local_files(name: str, where: str) -> list[Path]:
+    """The file of that name, or the files of a pattern; none for a URL."""
+    if "://" in name:
+        return []
+    try:
+        if Path(name).is_file():
+            return [Path(name)]
+        found = sorted(glob.glob(name, recursive=True)) if glob.has_magic(name) else []  # noqa: PTH207
+    except OSError as error:  # Too long a name, for one.
+        raise UserError(f"{where}: {error.strerror}: {name}") from None
+    paths = [Path(path) for path in found if Path(path).is_file()]
+    if not paths:
+        raise UserError(f"{where}: no such file: {name}")
+    return paths
 
 
 def _dataset_nodes(node: Any, key: str) -> Iterator[tuple[str, DictConfig]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Sequence
 
@@ -10,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torchtune import training
 
-from emarecipes.errors import UserError
+from emarecipes.command import explain, report
+from emarecipes.errors import UserCodeError, UserError
 from emarecipes.training.checks import CheckedRun, check_run
 from emarecipes.training.recipe import recipe_class
 
@@ -34,9 +34,14 @@ def run_lora(argv: Sequence[str]) -> int:
         recipe = recipe_class(distributed=distributed)(run)
         recipe.setup()
         recipe.train()
-    except UserError as error:
+    except Exception as error:
+        ended = explain(error)
+        if isinstance(ended, UserCodeError):
+            # Maybe on this process alone: the launcher ends the others, who wait for it.
+            report(ended, rank if distributed else None)
+            return 1
         if rank == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            report(ended)
         _leave()
         return 1
     _leave()
@@ -53,12 +58,15 @@ def _check_together(argv: Sequence[str]) -> CheckedRun:
     try:
         found = check_run(argv, dist.get_world_size(), dist.get_rank())
     except UserError as user_error:
+        if isinstance(explain(user_error), UserCodeError):
+            raise  # With its traceback.
         error = str(user_error)
     errors: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(errors, error)
     first = next((e for e in errors if e is not None), None)
-    if first is not None or found is None:
+    if first is not None:
         raise UserError(first)
+    assert found is not None
     return found
 
 
