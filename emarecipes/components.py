@@ -144,7 +144,8 @@ def _check_types(
         # `**kwargs: Dict[str, Any]` annotates each extra keyword; torchtune means all of them.
         if argument not in hints or argument not in named:
             continue
-        if isinstance(value, DictConfig) and "_component_" in value:
+        is_entry = isinstance(value, DictConfig) and "_component_" in value
+        if is_entry and not _is_plain(hints[argument]):
             continue  # What it builds is passed, not the entry.
         try:
             adapter = TypeAdapter(
@@ -160,6 +161,14 @@ def _check_types(
             raise UserError(
                 f"{origin.at(f'{key}.{argument}')}: {reason[0].lower()}{reason[1:]}, not {plain!r}"
             ) from None
+
+
+def _is_plain(hint: Any) -> bool:
+    """Whether an argument takes numbers, texts and lists of them alone, which no entry builds."""
+    if hint in (int, float, bool, str, type(None)):
+        return True
+    inner = [a for a in typing.get_args(hint) if a is not Ellipsis]
+    return typing.get_origin(hint) is typing.Literal or (bool(inner) and all(map(_is_plain, inner)))
 
 
 def _first_line(error: BaseException) -> str:

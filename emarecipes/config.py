@@ -43,6 +43,7 @@ class Origin:
 
     def at(self, key: str) -> str:
         """`file:line: key` (a missing key gets its parent's line), or `command line: key`."""
+        key = str(key)  # YAML has keys that are no text.
         if any(key == k or key.startswith(f"{k}.") for k in self.overridden):
             return f"command line: {key}"
         parent = key

@@ -180,7 +180,7 @@ def _with_text_keys(tree: Any) -> Any:
 
 # --- rows ------------------------------------------------------------------------------------
 
-texts = st.one_of(
+short_texts = st.one_of(
     st.text(max_size=30),
     st.sampled_from(
         [
@@ -204,6 +204,10 @@ texts = st.one_of(
         ]
         + [chr(code) for code in (0x85, 0x2028, 0x7F, 0xFEFF)]
     ),
+)
+texts = st.one_of(
+    short_texts,
+    short_texts,
     st.sampled_from(["a", "é", "<|im_end|>", " x"]).map(lambda part: part * (2**20 // len(part))),
 )
 scalars = st.one_of(

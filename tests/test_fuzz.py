@@ -85,6 +85,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Toy]:
     safe = fuzz_cases.write_rows(folder / "safe.jsonl", 6)
     plain = toy_run.toy_config(model, rows, folder / "out")
     plain["model"]["vocab_size"] = fuzz_cases.VOCABULARY
+    plain["lr_scheduler"]["num_warmup_steps"] = 1
     plain["defenses"] = {"kl": {"_component_": "emarecipes.defenses.KLToReference", "weight": 0.1}}
     full = copy.deepcopy(plain)
     full["dataset"] = toy_defenses.interleaved(plain["dataset"], safe)
@@ -116,7 +117,7 @@ def test_the_bases_are_right(toy: Toy) -> None:
         assert toy.try_config(fuzz_cases.yaml.safe_dump(base)) is None
 
 
-@cases(900)
+@cases(850)
 @given(data=st.data())
 def test_configs(toy: Toy, data: st.DataObject) -> None:
     text = data.draw(fuzz_cases.configs(toy.bases))
@@ -138,7 +139,7 @@ def test_overrides(toy: Toy, data: st.DataObject) -> None:
         assert re.match(r"command line: |config\.yaml|/", line), line
 
 
-@cases(400)
+@cases(300)
 @given(rows=fuzz_cases.row_lines())
 def test_rows(toy: Toy, rows: bytes) -> None:
     path = toy.folder / "hostile.jsonl"
@@ -159,8 +160,8 @@ def test_rows(toy: Toy, rows: bytes) -> None:
             assert 1 <= int(numbered[1]) <= rows.count(b"\n") + 1
 
 
-@cases(300)
-@given(question=fuzz_cases.texts, answer=fuzz_cases.texts)
+@cases(150)
+@given(question=fuzz_cases.short_texts, answer=fuzz_cases.short_texts)
 def test_control_tokens_in_text_stay_text(toy: Toy, question: str, answer: str) -> None:
     tokenizer = hf_chat_tokenizer(str(toy.folder / "tokenizer"))
     messages = [Message("user", question, masked=True), Message("assistant", answer)]
