@@ -2,7 +2,7 @@
 
 Installed beside site-packages' other modules as `_emarecipes_launch`, with a one-line .pth that
 imports it when Python starts. Start-up only registers a finder (no other import); the work happens
-if and when torchtune's command line imports its recipe registry.
+if and when torchtune's command line imports its recipe registry, or anything imports torchao.
 
 Why not a recipe path alone: `tune run recipes/ema_lora.py` makes `recipes.ema_lora` of it, and
 torchtune's own top-level package `recipes` is found first. A recipe that the registry knows is run
@@ -19,6 +19,8 @@ class _RegistryFinder:
 
     @staticmethod
     def find_spec(name, path=None, target=None):  # type: ignore[no-untyped-def]
+        if name == "torchao":
+            _silence_torchao()
         if name != _REGISTRY:
             return None
         import importlib.util
@@ -33,9 +35,31 @@ class _RegistryFinder:
             load_stock(module)
             stock_recipes = module.get_all_recipes
             module.get_all_recipes = lambda: [*stock_recipes(), *_our_recipes(module)]
+            sys.excepthook = _end
 
         spec.loader.exec_module = load  # type: ignore[method-assign]
         return spec
+
+
+def _silence_torchao():  # type: ignore[no-untyped-def]
+    """Drop the one warning that torchao gives at every import beside a later torch.
+
+    The last torchao that torchtune works with has no compiled kernels for it. Nothing here needs
+    them, and a user can do nothing about it. Its other messages stay.
+    """
+    import logging
+
+    def keep(record):  # type: ignore[no-untyped-def]
+        return not str(record.msg).startswith("Skipping import of cpp extensions")
+
+    logging.getLogger("torchao").addFilter(keep)
+
+
+def _end(kind, error, trace):  # type: ignore[no-untyped-def]
+    """`sys.excepthook` of a `tune` command."""
+    from emarecipes.command import end_launcher
+
+    end_launcher(kind, error, trace)
 
 
 def _home():  # type: ignore[no-untyped-def]

@@ -1,15 +1,25 @@
-"""What the commands that run in one process share."""
+"""What commands share: running in one process, and how a failure is told.
+
+The last line says what to do. An exception out of a user's own defense, or one that nobody
+expected, comes with its traceback above that line: who has to mend code needs it. What a user can
+mend in a config or a file is one line alone.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+import time
+import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
 
 import torch
 import torch.distributed as dist
 
-from emarecipes.errors import UserError
+from emarecipes.errors import UserCodeError, UserError
 
 
 def run_alone(name: str, work: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
@@ -21,29 +31,106 @@ def run_alone(name: str, work: Callable[[Sequence[str]], None], argv: Sequence[s
         argv: `--config FILE` and overrides.
 
     Returns:
-        The exit code: 0, or 1 after a `UserError`, a lack of memory, or several processes.
+        The exit code: 0, or 1 after an exception or several processes.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         return _refuse_processes(name)
     try:
         work(argv)
-    except UserError as error:
-        return _fail(str(error))
-    except torch.OutOfMemoryError:
-        return _fail("out of the device's memory; lower batch_size")
+    except Exception as error:
+        report(explain(error))
+        return 1
     return 0
+
+
+def explain(error: Exception) -> UserError:
+    """What ended a run, as one line. A `UserCodeError` has the exception to be shown as its cause.
+
+    A `UserError` is itself, unless an exception out of a defense that a user wrote lies behind it.
+    """
+    place = _place_in_a_defense(error)
+    if place is not None:
+        where, cause = place
+        if isinstance(error, UserError):
+            line = f"{error} (raised in {where})"
+        else:
+            line = f"{where}: {type(cause).__name__}: {cause}"
+        found = UserCodeError(line)
+        found.__cause__ = cause
+        return found
+    if isinstance(error, UserError):
+        return error
+    if isinstance(error, torch.OutOfMemoryError):
+        return UserError("out of the device's memory; lower batch_size")
+    found = UserCodeError(
+        f"unexpected {type(error).__name__}: {error}; the traceback above says where. If none of "
+        "your own code is in it, please report it, with the config"
+    )
+    found.__cause__ = error
+    return found
+
+
+def report(error: UserError, rank: int | None = None) -> None:
+    """Print what `explain` gave, its line last.
+
+    Under torchrun it is also left where the launcher looks for it, who repeats the first process's.
+
+    Args:
+        error: From `explain`.
+        rank: This process's number, where only it failed and others run.
+    """
+    prefix = "" if rank is None else f"rank {rank}: "
+    line = f"error: {prefix}{error}"
+    if isinstance(error, UserCodeError) and error.__cause__ is not None:
+        traceback.print_exception(error.__cause__)
+    print(line, file=sys.stderr, flush=True)
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        message = {"message": line, "line": line, "extraInfo": {"timestamp": str(int(time.time()))}}
+        Path(file).write_text(json.dumps({"message": message}), encoding="utf-8")
+
+
+def end_launcher(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """The `sys.excepthook` of `tune`: a failed process's own line last, no traceback on Ctrl-C."""
+    first = getattr(error, "get_first_failure", None)  # torchrun's ChildFailedError
+    message = first()[1].message if first is not None else None
+    if isinstance(error, KeyboardInterrupt) or kind.__name__ == "SignalException":
+        print("error: interrupted", file=sys.stderr)
+    elif isinstance(message, dict) and "line" in message:
+        print(f"{error}\n{message['line']}", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+def _place_in_a_defense(error: BaseException | None) -> tuple[str, BaseException] | None:
+    """`Class.method (file:line)` of a user's defense that raised, and the exception.
+
+    Read from the traceback, so that no method of a defense needs a wrapper of its own.
+    """
+    from emarecipes.defenses import Defense  # They import `emarecipes.training`, which imports us.
+
+    while error is not None:
+        if not isinstance(error, UserError):
+            for frame, line in traceback.walk_tb(error.__traceback__):
+                owner, code = frame.f_locals.get("self"), frame.f_code
+                if isinstance(owner, Defense) and not _is_ours(code.co_filename):
+                    file = Path(code.co_filename).name
+                    return f"{type(owner).__name__}.{code.co_name}, {file}:{line}", error
+        error = error.__cause__
+    return None
+
+
+def _is_ours(file: str) -> bool:
+    return Path(file).is_relative_to(Path(__file__).parent)
 
 
 def _refuse_processes(name: str) -> int:
     """Say it once; the barrier keeps the launcher from ending the first process before."""
     dist.init_process_group("gloo")
     if dist.get_rank() == 0:
-        _fail(f"{name} runs in one process; leave --nproc_per_node out")
+        report(UserError(f"{name} runs in one process; leave --nproc_per_node out"))
     dist.barrier()
     dist.destroy_process_group()
-    return 1
-
-
-def _fail(reason: str) -> int:
-    print(f"error: {reason}", file=sys.stderr, flush=True)
     return 1

@@ -56,7 +56,7 @@ def build(cfg: DictConfig, key: str, origin: Origin, *args: Any, **kwargs: Any) 
         return instantiate(OmegaConf.select(cfg, key), *args, **kwargs)
     except UserError as error:
         raise UserError(f"{origin.at(key)}: {error}") from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"{origin.at(key)}: {_first_line(error)}") from error
 
 
@@ -77,7 +77,7 @@ def locate(path: str, where: str) -> Callable[..., Any]:
             if error.name and not module_name.startswith(error.name):
                 raise UserError(f"{where}: {path} needs the module {error.name}") from None
             continue
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise UserError(f"{where}: importing {path} fails: {_first_line(error)}") from error
         reached = module_name
         for name in parts[split:]:
@@ -142,8 +142,11 @@ def _check_types(
         return
     for argument, value in arguments.items():
         # `**kwargs: Dict[str, Any]` annotates each extra keyword; torchtune means all of them.
-        if argument not in hints or argument not in named or isinstance(value, DictConfig):
+        if argument not in hints or argument not in named:
             continue
+        is_entry = isinstance(value, DictConfig) and "_component_" in value
+        if is_entry and not _is_plain(hints[argument]):
+            continue  # What it builds is passed, not the entry.
         try:
             adapter = TypeAdapter(
                 hints[argument], config=ConfigDict(arbitrary_types_allowed=True, strict=True)
@@ -158,6 +161,14 @@ def _check_types(
             raise UserError(
                 f"{origin.at(f'{key}.{argument}')}: {reason[0].lower()}{reason[1:]}, not {plain!r}"
             ) from None
+
+
+def _is_plain(hint: Any) -> bool:
+    """Whether an argument takes numbers, texts and lists of them alone, which no entry builds."""
+    if hint in (int, float, bool, str, type(None)):
+        return True
+    inner = [a for a in typing.get_args(hint) if a is not Ellipsis]
+    return typing.get_origin(hint) is typing.Literal or (bool(inner) and all(map(_is_plain, inner)))
 
 
 def _first_line(error: BaseException) -> str:

@@ -6,6 +6,7 @@ Keys and overrides are torchtune's. Two things are added: a whole entry can be r
 
 import argparse
 import difflib
+import io
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,11 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from emarecipes._secrets import check_no_secrets, texts
 from emarecipes.errors import UserError
+
+# No config comes near these. YAML's aliases can make a few lines mean billions of values.
+_MAX_BYTES, _MAX_VALUES, _MAX_DEPTH = 2**20, 10_000, 50
 
 # Keys, at any depth, that name a file or folder to read. Relative ones are looked up in the working
 # folder first, then where emarecipes itself lies, so that shipped configs run from anywhere.
@@ -38,6 +43,7 @@ class Origin:
 
     def at(self, key: str) -> str:
         """`file:line: key` (a missing key gets its parent's line), or `command line: key`."""
+        key = str(key)  # YAML has keys that are no text.
         if any(key == k or key.startswith(f"{k}.") for k in self.overridden):
             return f"command line: {key}"
         parent = key
@@ -63,22 +69,24 @@ def load_config(argv: Sequence[str]) -> tuple[DictConfig, Origin]:
     parser.add_argument("overrides", nargs="*", help="key=value, or ~key to remove an entry")
     arguments, extra = parser.parse_known_args(argv)
     overrides = [*arguments.overrides, *extra]
+    for override in overrides:
+        check_no_secrets(override, "command line")
     path = Path(arguments.config)
     if path.is_relative_to(Path.cwd()):  # As torchtune gives it, absolute; shorter in messages.
         path = path.relative_to(Path.cwd())
 
-    text, tree = _read_yaml(path)
-    cfg = OmegaConf.create(tree)
-    assert isinstance(cfg, DictConfig)
+    text, root, cfg = _read_yaml(path)
     for override in overrides:
         cfg = _apply_override(cfg, override)
     origin = Origin(
         path=path,
-        lines=dict(_key_lines(yaml.compose(text, Loader=yaml.SafeLoader), "")),
+        lines=dict(_key_lines(root, "")),
         overridden=frozenset(o.lstrip("~").split("=", 1)[0] for o in overrides),
         variables=frozenset(_VARIABLE.findall(text + " ".join(overrides))),
     )
     try:
+        for key, value in texts(OmegaConf.to_container(cfg, resolve=False)):
+            check_no_secrets(value, origin.at(key))
         OmegaConf.resolve(cfg)
         missing = OmegaConf.missing_keys(cfg)
         if missing:
@@ -87,13 +95,17 @@ def load_config(argv: Sequence[str]) -> tuple[DictConfig, Origin]:
         key = getattr(error, "full_key", None) or ""
         reason = str(error).splitlines()[0]
         raise UserError(f"{origin.at(key)}: cannot be resolved: {reason}") from None
+    for key, value in texts(OmegaConf.to_container(cfg)):
+        check_no_secrets(value, origin.at(key))
+        if "\0" in value:
+            raise UserError(f"{origin.at(key)}: must not contain the character NUL")
     _find_inputs(cfg)
     return cfg, origin
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
     """` (did you mean X?)` for the closest known name, or an empty string."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    close = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.6)
     return f" (did you mean {close[0]}?)" if close else ""
 
 
@@ -104,25 +116,72 @@ def home() -> Path:
     return clone if (clone / "recipes" / "ema_lora.py").is_file() else package / "_shipped"
 
 
-def _read_yaml(path: Path) -> tuple[str, dict[str, Any]]:
+def _read_yaml(path: Path) -> tuple[str, yaml.Node, DictConfig]:
+    """A config's text, its nodes with their lines, and its values."""
     try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: cannot read the config: not a file")
+        if path.stat().st_size > _MAX_BYTES:
+            raise UserError(f"{path}: {path.stat().st_size} bytes are no config")
         text = path.read_text(encoding="utf-8")
-        # OmegaConf's own loader reads 3e-4 as a number, which plain YAML does not.
-        tree = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except OSError as error:
         raise UserError(f"{path}: cannot read the config: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: the config is not UTF-8 text: {error.reason}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: cannot read the config: {error}") from None
+    root = _nodes(text, str(path))
+    try:
+        # OmegaConf's own loader reads 3e-4 as a number, which plain YAML does not.
+        cfg = OmegaConf.load(io.StringIO(text))
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UserError(f"{where}: not valid YAML: {problem}") from None
-    except OmegaConfBaseException as error:
-        raise UserError(f"{path}: {str(error).splitlines()[0]}") from None
-    if not isinstance(tree, dict) or not tree:
+        raise _yaml_error(error, str(path)) from None
+    except (OmegaConfBaseException, OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: not a config: {_first_line(error)}") from None
+    if not isinstance(cfg, DictConfig) or not cfg or not isinstance(root, yaml.MappingNode):
         raise UserError(f"{path}: a config is a mapping of keys to values, this file has none")
-    return text, {str(key): value for key, value in tree.items()}
+    return text, root, cfg
+
+
+def _nodes(text: str, where: str) -> yaml.Node | None:
+    """The YAML nodes of a text that is fit for OmegaConf."""
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        _check_size(root, {}, 0)
+    except yaml.YAMLError as error:
+        raise _yaml_error(error, where) from None
+    except RecursionError:
+        raise UserError(f"{where}: not valid YAML: nested too deeply") from None
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    return root
+
+
+def _yaml_error(error: yaml.YAMLError, where: str) -> UserError:
+    mark = getattr(error, "problem_mark", None)
+    line = f"{where}:{mark.line + 1}" if mark else where
+    problem = getattr(error, "problem", None) or _first_line(error)
+    return UserError(f"{line}: not valid YAML: {problem}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _check_size(node: yaml.Node | None, known: dict[int, int], depth: int) -> int:
+    """The number of values below a node, each alias written out."""
+    if depth > _MAX_DEPTH:
+        raise UserError(f"nested deeper than {_MAX_DEPTH} levels, or in itself")
+    if node is not None and id(node) not in known:
+        size = 1
+        if isinstance(node, yaml.CollectionNode):
+            for item in node.value:
+                for child in item if isinstance(item, tuple) else (item,):
+                    size += _check_size(child, known, depth + 1)
+        if size > _MAX_VALUES:
+            raise UserError(f"more than {_MAX_VALUES} values")
+        known[id(node)] = size
+    return known.get(id(node), 0)
 
 
 def _key_lines(node: yaml.Node | None, prefix: str) -> Iterable[tuple[str, int]]:
@@ -131,6 +190,10 @@ def _key_lines(node: yaml.Node | None, prefix: str) -> Iterable[tuple[str, int]]
             key = f"{prefix}{key_node.value}"
             yield key, key_node.start_mark.line + 1
             yield from _key_lines(value_node, f"{key}.")
+    elif isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            yield f"{prefix}{index}", item.start_mark.line + 1
+            yield from _key_lines(item, f"{prefix}{index}.")
 
 
 def _apply_override(cfg: DictConfig, override: str) -> DictConfig:
@@ -151,10 +214,13 @@ def _apply_override(cfg: DictConfig, override: str) -> DictConfig:
     if value not in ("null", "None") and isinstance(node, DictConfig) and "_component_" in node:
         key += "._component_"
     try:
+        _nodes(value, f"command line: {override}")
         parsed = value if "max_filename" in key else OmegaConf.from_dotlist([f"x={value}"])["x"]
         OmegaConf.update(cfg, key, None if value == "None" else parsed, merge=False)
+    except UserError:
+        raise
     except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError) as error:
-        raise UserError(f"command line: {override}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"command line: {override}: {_first_line(error)}") from None
     return cfg
 
 

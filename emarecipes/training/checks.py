@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 from torch import nn
+from torchtune import utils
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX, padded_collate_packed
 
 from emarecipes._torchtune import NF4_BLOCK, is_nf4
@@ -39,6 +40,8 @@ from emarecipes.training.model_checks import (
 from emarecipes.training.run_folder import check_output_dir
 from emarecipes.training.settings import check_settings
 from emarecipes.training.step import check_hidden_layers
+
+log = utils.get_logger("INFO")
 
 
 @dataclass
@@ -105,6 +108,7 @@ def check_run(argv: Sequence[str], world_size: int, rank: int) -> CheckedRun:
 
     source = check_model(cfg, origin)
     model = source.meta_model
+    _check_packing(cfg, origin, model)
     _check_optimizer(cfg, origin)
     _check_sharding(cfg, origin, model, world_size)
     defenses = _build_defenses(cfg, origin, source)
@@ -148,7 +152,8 @@ def _check_optimizer(cfg: DictConfig, origin: Origin) -> None:
         key = "lr_scheduler"
         build(cfg, key, origin, optimizer, num_training_steps=100, last_epoch=-1)
     if cfg.metric_logger is not None:
-        component = locate(str(cfg.metric_logger["_component_"]), origin.at("metric_logger"))
+        name = str(cfg.metric_logger.get("_component_"))
+        component = locate(name, origin.at("metric_logger._component_"))
         if not hasattr(component, "log_dict"):
             raise UserError(f"{origin.at('metric_logger')}: not one of torchtune's metric loggers")
 
@@ -218,12 +223,41 @@ def _check_rows(
             f"{cfg.gradient_accumulation_steps} x {world_size} process(es)"
         )
     check_rows_fit(cfg, origin, rows, model)
+    _check_warmup(cfg, origin, rows.num_steps(needed))
     for name, defense in defenses.items():
         if defense.samples != "all" and defense.samples not in rows.sources:
             raise UserError(
                 f"{origin.at(f'defenses.{name}.samples')}: no row has the source "
                 f"{defense.samples}; packed rows have none, safe ones come with an interleaved set"
             )
+
+
+def _check_packing(cfg: DictConfig, origin: Origin, model: Any) -> None:
+    """Packs are padded to `max_seq_len` when they are made: too large a number takes all memory."""
+    longest = cfg.tokenizer.get("max_seq_len")
+    entries = cfg.dataset if isinstance(cfg.dataset, ListConfig) else [cfg.dataset]
+    packed = any(entry.get("packed") for entry in entries)
+    if packed and isinstance(longest, int) and longest > model.max_seq_len:
+        raise UserError(
+            f"{origin.at('tokenizer.max_seq_len')}: packs of {longest} tokens are more than the "
+            f"{model.max_seq_len} that the model takes"
+        )
+
+
+def _check_warmup(cfg: DictConfig, origin: Origin, steps_per_epoch: int) -> None:
+    """torchtune's schedulers take any number, and train on with a rate that nobody asked for."""
+    warmup = (cfg.lr_scheduler or {}).get("num_warmup_steps")
+    if not isinstance(warmup, int):
+        return
+    where = origin.at("lr_scheduler.num_warmup_steps")
+    if warmup < 0:
+        raise UserError(f"{where}: must be >= 0, not {warmup}")
+    steps = cfg.epochs * min(steps_per_epoch, cfg.max_steps_per_epoch or steps_per_epoch)
+    if warmup >= steps:
+        log.warning(
+            f"{where}: {warmup} of {steps} steps are warm-up, so the learning rate never gets to "
+            f"{cfg.optimizer.get('lr')}"
+        )
 
 
 def _build_collate(cfg: DictConfig, origin: Origin, tokenizer: Any, rows: Rows) -> Collate:

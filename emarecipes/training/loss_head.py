@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torchtune.modules.peft import disable_adapter
 
 from emarecipes._torchtune import final_norm_and_cap, unsharded
-from emarecipes.errors import UserError
+from emarecipes.errors import UserCodeError
 
 LogitTerm = Callable[[Tensor, Tensor | None, Tensor], Tensor]
 
@@ -137,6 +137,19 @@ def cross_entropy(policy_TV: Tensor, reference_TV: Tensor | None, targets_T: Ten
     return -policy_TV.gather(1, targets_T[:, None])[:, 0]
 
 
+def check_gradient(name: str, method: str, values: Tensor, scale: float) -> None:
+    """Check that a term with a weight can change the model.
+
+    Raises:
+        UserCodeError: Its values carry no gradient (and are not all zero: it may have no say here).
+    """
+    if scale != 0 and not values.requires_grad and bool(values.any()):
+        raise UserCodeError(
+            f"defenses.{name}: what {method} returns carries no gradient (detached, or made under "
+            "no_grad), so it cannot act; with weight: 0 it is only measured"
+        )
+
+
 class _ChunkedLoss(torch.autograd.Function):
     """Sum over terms of scale * sum of values; its gradient is taken chunk by chunk in the forward.
 
@@ -205,10 +218,11 @@ class _Chunk:
             expected = (int(rows_C.sum()),)
             if not isinstance(values, Tensor) or values.shape != expected:
                 found = tuple(values.shape) if isinstance(values, Tensor) else values
-                raise UserError(
+                raise UserCodeError(
                     f"defenses.{term.name}: logit_term must return one value a position, a tensor "
                     f"of shape {expected}, not {found}"
                 )
+            check_gradient(term.name, "logit_term", values, term.scale)
             self.request.sums[index] += values.detach().sum(dtype=torch.float64)
             total = total + term.scale * values.sum()
         return total

@@ -19,6 +19,8 @@ from emarecipes.defenses import ModelSource
 from emarecipes.errors import UserError
 from emarecipes.training.agreement import check_agreement
 
+_MAX_LAYERS, _MAX_RANK = 1000, 2**16
+
 
 def check_model(cfg: DictConfig, origin: Origin) -> ModelSource:
     """Build the model on the meta device and check that the checkpoint is of its shape.
@@ -120,11 +122,19 @@ def _check_lora(cfg: DictConfig, origin: Origin) -> None:
     for key in ("lora_rank", "lora_alpha", "lora_attn_modules", "apply_lora_to_mlp"):
         if cfg.model.get(key) is None:
             raise UserError(f"{origin.at('model')}: the config must give {key}")
-    if not 0 <= float(cfg.model.get("lora_dropout") or 0.0) <= 1:
+    dropout = cfg.model.get("lora_dropout") or 0.0
+    if not isinstance(dropout, int | float) or not 0 <= dropout <= 1:
         raise UserError(f"{origin.at('model.lora_dropout')}: must be from 0 to 1")
     for key in ("lora_rank", "lora_alpha"):
-        if not 0 < cfg.model[key] < float("inf"):
-            raise UserError(f"{origin.at(f'model.{key}')}: must be > 0, not {cfg.model[key]}")
+        value = cfg.model[key]
+        if not isinstance(value, int | float) or not 0 < value < float("inf"):
+            raise UserError(f"{origin.at(f'model.{key}')}: must be > 0, not {value}")
+    if cfg.model.lora_rank > _MAX_RANK:
+        raise UserError(f"{origin.at('model.lora_rank')}: must be at most {_MAX_RANK}")
+    # Each layer is built before shapes can be compared: a slip of the key would take for ever.
+    layers = cfg.model.get("num_layers")
+    if isinstance(layers, int) and layers > _MAX_LAYERS:
+        raise UserError(f"{origin.at('model.num_layers')}: no model has {layers} layers")
 
 
 def _check_checkpoint_fits(cfg: DictConfig, origin: Origin, model: nn.Module) -> None:

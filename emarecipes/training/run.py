@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from torchtune import training
 
-from emarecipes.errors import UserError
+from emarecipes.command import explain, report
+from emarecipes.errors import UserCodeError, UserError
 from emarecipes.training.checks import CheckedRun, check_run
 from emarecipes.training.recipe import LoRATraining, recipe_class
 
@@ -40,22 +41,32 @@ def run_lora(argv: Sequence[str]) -> int:
         recipe = built
         if not recipe.train() and rank == 0:
             print(f"Stopped after step {recipe.counters.step}.", _advice(recipe, argv), flush=True)
-    except UserError as error:
-        if rank == 0:
-            advice = "" if recipe is None else f"\n{_advice(recipe, argv)}"
-            print(f"error: {error}{advice}", file=sys.stderr, flush=True)
-        _leave()
-        return 1
-    except OSError as error:
-        # Of one process alone, as a full disk is. The others find out that this one has gone.
-        return _end_alone(f"{error.filename or 'writing'}: {error.strerror or error}", recipe, argv)
-    except RuntimeError as error:
-        if not _is_lost_contact(error):
-            raise
-        reason = f"another process has gone, its own message says why ({_first_line(error)})"
-        return _end_alone(reason, recipe, argv)
+    except Exception as error:
+        return _end(error, recipe, argv)
     _leave()
     return 0
+
+
+def _end(error: Exception, recipe: LoRATraining | None, argv: Sequence[str]) -> int:
+    """Say why the run ended, and leave: together where all processes know, else alone."""
+    ended = explain(error)
+    rank = dist.get_rank() if dist.is_initialized() else None
+    if isinstance(error, RuntimeError) and _is_lost_contact(error):
+        reason = f"another process has gone, its own message says why ({_first_line(error)})"
+        return _end_alone(reason, recipe, argv)
+    if isinstance(error, OSError) and recipe is not None:
+        # Of one process alone, as a full disk is. The others find out that this one has gone.
+        return _end_alone(f"{error.filename or 'writing'}: {error.strerror or error}", recipe, argv)
+    if isinstance(ended, UserCodeError):
+        # Maybe on this process alone: the launcher ends the others, who wait for it.
+        report(ended, rank)
+        return 1
+    if not rank:
+        report(ended)
+        if recipe is not None:
+            print(_advice(recipe, argv), file=sys.stderr, flush=True)
+    _leave()
+    return 1
 
 
 def _advice(recipe: LoRATraining, argv: Sequence[str]) -> str:
@@ -101,12 +112,15 @@ def _check_together(argv: Sequence[str]) -> CheckedRun:
     try:
         found = check_run(argv, dist.get_world_size(), dist.get_rank())
     except UserError as user_error:
+        if isinstance(explain(user_error), UserCodeError):
+            raise  # With its traceback.
         error = str(user_error)
     errors: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(errors, error)
     first = next((e for e in errors if e is not None), None)
-    if first is not None or found is None:
+    if first is not None:
         raise UserError(first)
+    assert found is not None
     return found
 
 

@@ -50,8 +50,13 @@ def check_output_dir(cfg: DictConfig, origin: Origin) -> None:
     folder = Path(cfg.output_dir)
     where = origin.at("output_dir")
     existing = folder
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
+    try:
+        while not existing.exists() and existing != existing.parent:
+            if existing.is_symlink():
+                raise UserError(f"{where}: {existing} is a link to what is not there")
+            existing = existing.parent
+    except OSError as error:  # Too long a name, for one.
+        raise UserError(f"{where}: {error.strerror}: {folder}") from None
     if not existing.is_dir():
         raise UserError(f"{where}: {existing} is a file, not a folder")
     if not os.access(existing, os.W_OK):

