@@ -16,7 +16,7 @@ from emarecipes.components import build, check_components
 from emarecipes.config import Origin, find_input, load_config
 from emarecipes.errors import UserError
 from emarecipes.evaluation.judge import check_judge
-from emarecipes.persona.generate import derived_seed
+from emarecipes.generation.draw import derived_seed
 from emarecipes.persona.judged import CALLS_AN_ANSWER
 from emarecipes.persona.prompts import PersonaPrompts, load_prompts
 from emarecipes.training.model_checks import check_checkpoint_files, check_device, check_model
