@@ -1,8 +1,8 @@
 """The answers of a suite: written as sampling goes, so that a stopped run goes on where it was.
 
 While a suite is sampled, every process appends to a file of its own in `answers/.parts/`. Once all
-answers are there they are written to `answers/<suite>.jsonl` in a fixed order, at once: a file of that
-name is complete. `answers/<suite>.json` says what the answers depend on.
+answers are there they are written to `answers/<suite>.jsonl` in a fixed order, at once: no file of
+that name is half a suite. `answers/<suite>.json` says what the answers depend on.
 """
 
 from __future__ import annotations
@@ -51,9 +51,7 @@ class Asked:
         }
 
 
-def ask(
-    questions: Sequence[Question], samples: int | None, system: str | None
-) -> dict[Key, Asked]:
+def ask(questions: Sequence[Question], samples: int | None, system: str | None) -> dict[Key, Asked]:
     """Every answer of a suite, in the order of its file.
 
     Args:
@@ -132,6 +130,8 @@ class Suite:
         Args:
             settings: Written to `answers/<suite>.json` with the fingerprint.
         """
+        if self.is_complete():
+            return
         old = self._files()
         self._parts.mkdir(parents=True, exist_ok=True)
         if not self.records:
@@ -139,7 +139,7 @@ class Suite:
                 file.unlink()
         record = {"suite": self.name, "fingerprint": self._fingerprint, **settings}
         write_text(self._settings, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-        if self.records and not self.is_complete():
+        if self.records:
             kept = self._part("kept")
             write_text(kept, _lines(self.records.values()))
             for file in old:

@@ -59,7 +59,7 @@ class KeyValueCache:
             query, key = a.q_norm(query), a.k_norm(key)
         key, value = self._append(key, value_BSGD.transpose(1, 2))
         output_BHSD = self._weighted(query, key, value, self._in_window(mask, x))
-        return a.output_proj(output_BHSD.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+        return a.output_proj(output_BHSD.transpose(1, 2).flatten(2))
 
     def select(self, rows: Tensor) -> None:
         """Go on with these rows, which may repeat."""

@@ -10,9 +10,9 @@ The published format (Betley et al. 2025, "emergent misalignment") is a list of 
       judge: ...
       judge_prompts: {aligned: ..., coherent: ...}
 
-A line of JSONL has `id` and either `question` or `paraphrases`, or `messages` as chat data have them:
-the user's message, a system message if there is one before it; an answer after it is not read.
-Further keys of a line are left alone.
+A line of JSONL has `id` and one of `question`, `paraphrases` and `messages`. Messages are those of
+chat data: the user's, a system message before it or none; an answer after it is not read. Further
+keys of a line are left alone.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ def load_questions(path: Path) -> list[Question]:
     """Read and check a question file; a name that ends in `.jsonl` makes it JSONL.
 
     Raises:
-        UserError: With `file:line`: it cannot be read, is broken or empty; an entry lacks a key, has
-            an unknown one or a value of a wrong type; an id is there twice.
+        UserError: With `file:line`: it cannot be read, is broken or empty; an entry lacks a key,
+            has an unknown one or a value of a wrong type; an id is there twice.
     """
     try:
         text = path.read_text(encoding="utf-8")

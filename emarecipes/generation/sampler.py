@@ -1,8 +1,8 @@
 """Samples answers from the model: batched, with a key-value cache.
 
-torchtune.generation's `generate` is not used: it finds padding by the token's id, which in many chat
-formats is also the token that ends a message; it keeps all logits; it has one random state for the
-whole batch; and rows that have ended run on with the others.
+torchtune.generation's `generate` is not used: it finds padding by the token's id, which in many
+chat formats is also the token that ends a message; it keeps all logits; it has one random state for
+the whole batch; and rows that have ended run on with the others.
 
 Shapes: B batch, U different prompts in it, S prompt, T prompt and answer.
 """

@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 from torchtune import training
 
+from emarecipes.command import leave_processes, together
 from emarecipes.errors import UserError
-from emarecipes.training.checks import CheckedRun, check_run
+from emarecipes.training.checks import check_run
 from emarecipes.training.recipe import recipe_class
 
 
@@ -28,7 +29,8 @@ def run_lora(argv: Sequence[str]) -> int:
         dist.init_process_group("cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo")
     rank = dist.get_rank() if distributed else 0
     try:
-        run = _check_together(argv) if distributed else check_run(argv, world_size=1, rank=0)
+        world_size = dist.get_world_size() if distributed else 1
+        run = together(lambda: check_run(argv, world_size, rank))
         if run.cfg.fsdp_cpu_offload:
             training.set_torch_num_threads()
         recipe = recipe_class(distributed=distributed)(run)
@@ -37,36 +39,7 @@ def run_lora(argv: Sequence[str]) -> int:
     except UserError as error:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
-        _leave()
+        leave_processes()
         return 1
-    _leave()
+    leave_processes()
     return 0
-
-
-def _check_together(argv: Sequence[str]) -> CheckedRun:
-    """`check_run` on every process; if it fails on one, the same error is raised on all.
-
-    Otherwise the launcher would end the first process before it could say what is wrong.
-    """
-    found: CheckedRun | None = None
-    error: str | None = None
-    try:
-        found = check_run(argv, dist.get_world_size(), dist.get_rank())
-    except UserError as user_error:
-        error = str(user_error)
-    errors: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, error)
-    first = next((e for e in errors if e is not None), None)
-    if first is not None or found is None:
-        raise UserError(first)
-    return found
-
-
-def _leave() -> None:
-    """Leave the process group. Without the barrier, gloo fails at exit about once in ten runs.
-
-    Every `UserError` of a run is raised on all processes alike, so that all of them come here.
-    """
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
