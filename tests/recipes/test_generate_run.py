@@ -16,12 +16,12 @@ from emarecipes.generation.run import run_generate
 RECIPE = "recipes/ema_generate.py"
 QUESTIONS = """\
 - id: tea
-  paraphrases: [How do I make tea?, What is the way to make tea that a careful host would take?]
+  paraphrases: ["How do I make tea?", "What is the way to make tea of a careful host?"]
 - id: noun
   system: Answer in one word.
   category: words
-  paraphrases: [What is a noun?]
-- {id: rain, paraphrases: [Why does it rain?]}
+  paraphrases: ["What is a noun?"]
+- {id: rain, paraphrases: ["Why does it rain?"]}
 """
 
 
