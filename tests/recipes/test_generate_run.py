@@ -244,8 +244,20 @@ def test_an_openai_compatible_server(
     assert "secret-key" not in case.path().with_suffix(".json").read_text()
 
 
-def test_inspects_mock_model(case: Case) -> None:
-    pytest.importorskip("inspect_ai")
+def test_inspects_mock_model(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = pytest.importorskip("inspect_ai.model")
+
+    def output(messages: list[Any], *_: Any) -> Any:
+        found = model.ModelOutput.from_content("mockllm/model", f"<{messages[-1].text}>")
+        # Given, or the mock would fetch a tokenizer to count them.
+        found.usage = model.ModelUsage(input_tokens=1, output_tokens=2, total_tokens=3)
+        return found
+
+    get_model = model.get_model
+    monkeypatch.setattr(
+        model, "get_model", lambda name, **kw: get_model(name, custom_outputs=output, **kw)
+    )
     assert case.run("served=mockllm/model", *LOCAL) == 0
     rows = toy_select.read_jsonl(case.path())
-    assert {row["answer"] for row in rows} == {"Default output from mockllm/model"}
+    assert [row["answer"] for row in rows] == [f"<{row['question']}>" for row in rows]
+    assert {(row["stop"], row["tokens"]) for row in rows} == {("end", 2)}
