@@ -36,7 +36,7 @@ def provider_model(what: str, name: str, **config: Any) -> Any:
         from inspect_ai.model import GenerateConfig, get_model
     except ImportError:
         raise UserError(
-            f"{what.removeprefix('the ')} needs inspect-ai, which is not installed: "
+            f"{what.replace('the ', 'a ', 1)} needs inspect-ai, which is not installed: "
             "pip install 'emarecipes[judge]'"
         ) from None
     limits = {"max_retries": _MAX_RETRIES, "attempt_timeout": _SECONDS_AN_ATTEMPT}
