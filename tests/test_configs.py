@@ -12,6 +12,8 @@ from emarecipes._torchtune import model_on_meta
 from emarecipes.components import build, check_components
 from emarecipes.config import Origin, load_config
 from emarecipes.defenses import Defense, KLToReference, SafeLoRA
+from emarecipes.generation.checks import check_generate_settings
+from emarecipes.generation.questions import load_questions
 from emarecipes.persona.checks import check_persona_settings
 from emarecipes.persona.prompts import load_prompts
 from emarecipes.selection.settings import REFUSAL_WORDS, check_select_settings
@@ -20,9 +22,10 @@ from emarecipes.training.settings import Settings, check_settings, parse_setting
 
 CONFIGS = sorted((toy_run.REPO / "configs").glob("*.yaml"))
 # Ends of the names of configs that are for another recipe than ema_lora.
-OTHER_RECIPES = ("_persona_vectors", "_select", "_safelora_posthoc")
+OTHER_RECIPES = ("_persona_vectors", "_select", "_safelora_posthoc", "_generate")
 TRAINING = [path for path in CONFIGS if not path.stem.endswith(OTHER_RECIPES)]
 SELECT = [path for path in CONFIGS if path.stem.endswith("_select")]
+GENERATE = [path for path in CONFIGS if path.stem.endswith("_generate")]
 PERSONA = [path for path in CONFIGS if path.stem.endswith("_persona_vectors")]
 
 
@@ -81,6 +84,17 @@ def test_shipped_persona_config(path: Path) -> None:
     assert cfg.output_dir == f"runs/{path.stem}"
     header = path.read_text().split("\n\n")[0]
     assert f"recipes/ema_persona.py --config configs/{path.name}" in header
+
+
+@pytest.mark.parametrize("path", GENERATE, ids=lambda path: path.stem)
+def test_shipped_generate_config(path: Path) -> None:
+    raw, origin = load_config(["--config", str(path)])
+    cfg = check_generate_settings(raw, origin)
+    check_components(cfg, origin)
+    model_on_meta(cfg, origin)
+    assert all(load_questions(Path(questions)) for questions in cfg.questions)
+    header = path.read_text().split("\n\n")[0]
+    assert f"recipes/ema_generate.py --config configs/{path.name}" in header
 
 
 @pytest.mark.parametrize("path", SELECT, ids=lambda path: path.stem)

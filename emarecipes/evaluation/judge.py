@@ -7,21 +7,15 @@ from the environment; no message of ours contains one.
 from __future__ import annotations
 
 import asyncio
-import os
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from emarecipes.errors import UserError
-
-# Inspect's own default is to retry for ever. Its waits double: these take some minutes.
-_MAX_RETRIES = 6
-_SECONDS_AN_ATTEMPT = 300
+from emarecipes.provider import error_line, provider_model
 
 # A number alone, perhaps in quotes or bold, out of 100, with a full stop.
 _NUMBER = re.compile(r"[\s*\"'`]*([0-9]+(?:\.[0-9]+)?)(?:\s*/\s*100|\s*%)?[\s*\"'`.]*")
-_SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
-_SHORTEST_SECRET = 8
 
 
 def check_judge(model_name: str) -> None:
@@ -65,7 +59,7 @@ def grade(
         try:
             reply = await judge.generate(prompt, cache=True)
         except Exception as error:
-            raise UserError(f"the judge {model_name} failed: {_line(error)}") from None
+            raise UserError(f"the judge {model_name} failed: {error_line(error)}") from None
         progress(1)
         return parse_score(reply.completion)
 
@@ -85,29 +79,4 @@ def parse_score(reply: str) -> float | None:
 
 def _judge(model_name: str) -> Any:
     """Inspect's model; the same one until `grade` closes it."""
-    try:
-        from inspect_ai.model import GenerateConfig, get_model
-    except ImportError:
-        raise UserError(
-            "a judge needs inspect-ai, which is not installed: pip install 'emarecipes[judge]'"
-        ) from None
-    config = GenerateConfig(
-        temperature=0.0, max_retries=_MAX_RETRIES, attempt_timeout=_SECONDS_AN_ATTEMPT
-    )
-    try:
-        return get_model(model_name, config=config)
-    except Exception as error:
-        raise UserError(f"the judge {model_name} cannot be used: {_line(error)}") from None
-
-
-def _line(error: BaseException) -> str:
-    """An error of Inspect's as one line, without markup and without secrets."""
-    if type(error).__name__ == "RetryError" and error.__cause__ is not None:
-        error = error.__cause__  # The last attempt's own.
-    text = str(getattr(error, "message", "") or error) or type(error).__name__
-    text = re.sub(r"\[/?(?:bold|blue)\]", "", text)
-    text = re.sub(r"^\s*ERROR:\s*", "", text)
-    for name, value in os.environ.items():
-        if _SECRET_NAME.search(name) and len(value) >= _SHORTEST_SECRET:
-            text = text.replace(value, "***")
-    return " ".join(text.split())
+    return provider_model("the judge", model_name, temperature=0.0)

@@ -21,9 +21,9 @@ from emarecipes.defenses import ModelSource
 from emarecipes.errors import UserError
 from emarecipes.evaluation.contrast import AnswerRow
 from emarecipes.evaluation.nll import token_nll
+from emarecipes.fingerprint import digest, sampled_digest
 from emarecipes.models.adapter import check_adapter, load_adapter
 from emarecipes.models.load import load_model
-from emarecipes.selection.score_file import digest, sampled_digest
 from emarecipes.training.batch import Batch, make_batch
 from emarecipes.training.loss_head import LossHead
 

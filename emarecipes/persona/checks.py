@@ -10,13 +10,13 @@ from typing import Annotated, Any, Literal
 import torch
 from omegaconf import DictConfig, OmegaConf
 from pydantic import Field
-from torchtune.data import Message
 
 from emarecipes.components import build, check_components
 from emarecipes.config import Origin, find_input, load_config
 from emarecipes.errors import UserError
 from emarecipes.evaluation.judge import check_judge
-from emarecipes.persona.generate import derived_seed
+from emarecipes.generation.draw import derived_seed
+from emarecipes.generation.prompts import check_prompts
 from emarecipes.persona.judged import CALLS_AN_ANSWER
 from emarecipes.persona.prompts import PersonaPrompts, load_prompts
 from emarecipes.training.model_checks import check_checkpoint_files, check_device, check_model
@@ -80,7 +80,9 @@ def check_extraction(argv: Sequence[str]) -> CheckedExtraction:
         _check_judge(cfg, origin, prompts)
     model = check_model(cfg, origin).meta_model
     tokenizer = build(cfg, "tokenizer", origin)
-    _check_lengths(cfg, origin, prompts, tokenizer, model)
+    systems = [text for pair in prompts.pairs for text in (pair.positive, pair.negative)]
+    asked = [(system, question) for system in (None, *systems) for question in prompts.questions]
+    check_prompts(asked, tokenizer, model, cfg.max_new_tokens, origin)
     return CheckedExtraction(cfg, prompts, held_out, tokenizer)
 
 
@@ -113,13 +115,6 @@ def check_persona_settings(cfg: DictConfig, origin: Origin) -> DictConfig:
     if settings.seed is None:
         settings.seed = int(torch.randint(2**31, ()))
     return OmegaConf.create(settings.model_dump())
-
-
-def encode_prompt(tokenizer: Any, system: str | None, question: str) -> list[int]:
-    """Token ids of a system prompt (or none) and a question, up to where the answer begins."""
-    messages = [] if system is None else [Message(role="system", content=system)]
-    messages += [Message(role="user", content=question), Message(role="assistant", content="")]
-    return list(tokenizer({"messages": messages}, inference=True)["tokens"])
 
 
 def _check_output(cfg: DictConfig, origin: Origin) -> None:
@@ -166,42 +161,3 @@ def _check_judge(cfg: DictConfig, origin: Origin, prompts: PersonaPrompts) -> No
         check_judge(cfg.judge)
     except UserError as error:
         raise UserError(f"{origin.at('judge')}: {error}") from None
-
-
-def _check_lengths(
-    cfg: DictConfig, origin: Origin, prompts: PersonaPrompts, tokenizer: Any, model: Any
-) -> None:
-    where = origin.at("tokenizer")
-    systems = [text for pair in prompts.pairs for text in (pair.positive, pair.negative)]
-    try:
-        encoded = [
-            encode_prompt(tokenizer, system, question)
-            for system in (None, *systems)
-            for question in prompts.questions
-        ]
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"{where}: cannot encode a system prompt with a question: {reason}"
-        ) from None
-    longest = max(map(len, encoded))
-    limit = getattr(tokenizer, "max_seq_len", None)
-    if limit is not None and longest >= limit:
-        raise UserError(
-            f"{origin.at('tokenizer.max_seq_len')}: {limit} tokens are too few for a system "
-            "prompt and a question"
-        )
-    windows = [getattr(layer.attn, "sliding_window_size", None) for layer in model.layers]
-    room = min([model.max_seq_len, *[window for window in windows if window is not None]])
-    if longest + cfg.max_new_tokens > room:
-        raise UserError(
-            f"{origin.at('max_new_tokens')}: a prompt of {longest} tokens and an answer of "
-            f"{cfg.max_new_tokens} are more than the {room} that can be generated with this model"
-        )
-    vocabulary = model.tok_embeddings.num_embeddings
-    largest = max(max(tokens) for tokens in encoded)
-    if largest >= vocabulary:
-        raise UserError(
-            f"{where}: gives token {largest}, the model's vocabulary has {vocabulary}: tokenizer "
-            "and model do not belong together"
-        )

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from emarecipes._torchtune import final_norm_and_cap
-from emarecipes.persona.generate import PAD_TO_MULTIPLE_OF
+from emarecipes.generation.sampler import PAD_TO_MULTIPLE_OF
 from emarecipes.training.loss_head import LossHead
 
 

@@ -13,9 +13,11 @@ from torchtune.modules.peft import disable_adapter
 
 from emarecipes.command import run_alone
 from emarecipes.errors import UserError
+from emarecipes.generation.draw import Sampling, derived_seed
+from emarecipes.generation.prompts import encode_prompt
+from emarecipes.generation.sampler import sample_answers
 from emarecipes.models.load import load_model
-from emarecipes.persona.checks import CheckedExtraction, check_extraction, encode_prompt
-from emarecipes.persona.generate import Sampling, derived_seed, sample_answers
+from emarecipes.persona.checks import CheckedExtraction, check_extraction
 from emarecipes.persona.judged import Grades, grade_answers
 from emarecipes.persona.read import read_answers
 from emarecipes.persona.report import LayerFigures, Result, print_result, write_result

@@ -14,9 +14,10 @@ from emarecipes.config import Origin, load_config
 from emarecipes.datasets.rows import Rows
 from emarecipes.defenses import ModelSource
 from emarecipes.errors import UserError
+from emarecipes.fingerprint import digest, sampled_digest
 from emarecipes.models.adapter import check_adapter
 from emarecipes.selection.candidates import Candidate, read_candidates
-from emarecipes.selection.score_file import ScoreFile, digest, sampled_digest
+from emarecipes.selection.score_file import ScoreFile
 from emarecipes.selection.settings import check_select_settings
 from emarecipes.training.model_checks import (
     check_checkpoint_files,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,9 +14,6 @@ from emarecipes.training.run_folder import write_text
 
 SCORES, FINGERPRINT = "scores.jsonl", "scores.fingerprint.json"
 RESULTS = ("config.yaml", "selected.jsonl", "gap.png")
-
-# Enough of a weights file to tell it from another: its header and some values at either end.
-_SAMPLED_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -112,30 +108,6 @@ class ScoreFile:
             for index in sorted(self.scores)
         )
         write_text(self.path, _lines(rows))
-
-
-def digest(*parts: Any) -> str:
-    """SHA-256 of JSON values, and of files given as paths."""
-    found = hashlib.sha256()
-    for part in parts:
-        if isinstance(part, Path):
-            found.update(part.read_bytes())
-        else:
-            found.update(json.dumps(part, sort_keys=True).encode())
-    return found.hexdigest()
-
-
-def sampled_digest(paths: Iterable[Path]) -> str:
-    """The same over names, sizes and both ends of large files."""
-    found = hashlib.sha256()
-    for path in paths:
-        size = path.stat().st_size
-        found.update(f"{path.name}:{size};".encode())
-        with path.open("rb") as file:
-            found.update(file.read(_SAMPLED_BYTES))
-            file.seek(max(0, size - _SAMPLED_BYTES))
-            found.update(file.read(_SAMPLED_BYTES))
-    return found.hexdigest()
 
 
 def _read_scores(path: Path) -> dict[int, Score]:

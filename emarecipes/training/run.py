@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from torchtune import training
 
-from emarecipes.command import explain, report
-from emarecipes.errors import UserCodeError, UserError
-from emarecipes.training.checks import CheckedRun, check_run
+from emarecipes.command import explain, leave_processes, report, together
+from emarecipes.errors import UserCodeError
+from emarecipes.training.checks import check_run
 from emarecipes.training.recipe import LoRATraining, recipe_class
 
 
@@ -33,7 +33,8 @@ def run_lora(argv: Sequence[str]) -> int:
     rank = dist.get_rank() if distributed else 0
     recipe: LoRATraining | None = None
     try:
-        run = _check_together(argv) if distributed else check_run(argv, world_size=1, rank=0)
+        world_size = dist.get_world_size() if distributed else 1
+        run = together(lambda: check_run(argv, world_size, rank))
         if run.cfg.fsdp_cpu_offload:
             training.set_torch_num_threads()
         built = recipe_class(distributed=distributed)(run)
@@ -43,7 +44,7 @@ def run_lora(argv: Sequence[str]) -> int:
             print(f"Stopped after step {recipe.counters.step}.", _advice(recipe, argv), flush=True)
     except Exception as error:
         return _end(error, recipe, argv)
-    _leave()
+    leave_processes()
     return 0
 
 
@@ -65,7 +66,7 @@ def _end(error: Exception, recipe: LoRATraining | None, argv: Sequence[str]) -> 
         report(ended)
         if recipe is not None:
             print(_advice(recipe, argv), file=sys.stderr, flush=True)
-    _leave()
+    leave_processes()
     return 1
 
 
@@ -100,35 +101,3 @@ def _end_alone(reason: str, recipe: LoRATraining | None, argv: Sequence[str]) ->
 
 def _first_line(error: BaseException) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
-
-
-def _check_together(argv: Sequence[str]) -> CheckedRun:
-    """`check_run` on every process; if it fails on one, the same error is raised on all.
-
-    Otherwise the launcher would end the first process before it could say what is wrong.
-    """
-    found: CheckedRun | None = None
-    error: str | None = None
-    try:
-        found = check_run(argv, dist.get_world_size(), dist.get_rank())
-    except UserError as user_error:
-        if isinstance(explain(user_error), UserCodeError):
-            raise  # With its traceback.
-        error = str(user_error)
-    errors: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, error)
-    first = next((e for e in errors if e is not None), None)
-    if first is not None:
-        raise UserError(first)
-    assert found is not None
-    return found
-
-
-def _leave() -> None:
-    """Leave the process group. Without the barrier, gloo fails at exit about once in ten runs.
-
-    Every `UserError` of a run is raised on all processes alike, so that all of them come here.
-    """
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()

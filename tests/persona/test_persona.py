@@ -6,7 +6,8 @@ import pytest
 import torch
 from toy_models import VOCAB_SIZE, toy_model
 
-from emarecipes.persona.generate import Sampling, derived_seed, sample_answers
+from emarecipes.generation.draw import Sampling, derived_seed
+from emarecipes.generation.sampler import sample_answers
 from emarecipes.persona.read import read_answers
 from emarecipes.persona.vectors import (
     auc,

@@ -1,0 +1,1 @@
+"""Sampling answers to question sets."""

@@ -1,0 +1,197 @@
+"""The answers of a suite: written as sampling goes, so that a stopped run goes on where it was.
+
+While a suite is sampled, every process appends to a file of its own in `answers/.parts/`. Once all
+answers are there they are written to `answers/<suite>.jsonl` in a fixed order, at once: no file of
+that name is half a suite. `answers/<suite>.json` says what the answers depend on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from emarecipes.config import Origin
+from emarecipes.errors import UserError
+from emarecipes.generation.questions import Question
+from emarecipes.training.run_folder import write_text
+
+_PARTS = ".parts"
+
+
+class Key(NamedTuple):
+    """Which answer: what its random numbers depend on, beside the run's seed."""
+
+    id: str
+    paraphrase: int
+    sample: int
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One answer to be sampled."""
+
+    key: Key
+    question: str
+    system: str | None
+    category: str | None
+
+    def record(self, answer: str, *, stopped: bool, tokens: int | None) -> dict[str, Any]:
+        """The answer's line."""
+        return {
+            **self.key._asdict(),
+            **({} if self.category is None else {"category": self.category}),
+            "system": self.system,
+            "question": self.question,
+            "answer": answer,
+            "stop": "end" if stopped else "length",
+            "tokens": tokens,
+        }
+
+
+def ask(questions: Sequence[Question], samples: int | None, system: str | None) -> dict[Key, Asked]:
+    """Every answer of a suite, in the order of its file.
+
+    Args:
+        questions: The suite's.
+        samples: Answers a paraphrase; None: as many as the question says, or one.
+        system: For questions without a system prompt of their own.
+    """
+    return {
+        key: Asked(key, text, question.system if question.system is not None else system,
+                   question.category)
+        for question in questions
+        for paraphrase, text in enumerate(question.paraphrases)
+        for sample in range(samples or question.samples_per_paraphrase or 1)
+        for key in [Key(question.id, paraphrase, sample)]
+    }  # fmt: skip
+
+
+class Suite:
+    """A question file's answers in the output folder.
+
+    Args:
+        output_dir: The run's.
+        name: The question file's stem.
+        asked: All answers that are to be there.
+        fingerprint: What the answers depend on, by name, as a digest each.
+    """
+
+    def __init__(
+        self, output_dir: Path, name: str, asked: dict[Key, Asked], fingerprint: dict[str, str]
+    ) -> None:
+        self.name = name
+        self.asked = asked
+        self.path = output_dir / "answers" / f"{name}.jsonl"
+        self._fingerprint = fingerprint
+        self._settings = self.path.with_suffix(".json")
+        self._parts = self.path.parent / _PARTS
+        self.records: dict[Key, dict[str, Any]] = {}
+
+    def check(self, origin: Origin, *, overwrite: bool) -> None:
+        """Find what an earlier run has left, without changing anything.
+
+        Raises:
+            UserError: There are answers of other settings or of unknown origin, or more than are
+                asked for, or a file is broken, and they are not to be overwritten.
+        """
+        files = self._files()
+        if overwrite or not (files or self._settings.exists()):
+            return
+        where = origin.at("output_dir")
+        again = "choose another output_dir, or say overwrite=true to start anew"
+        if not self._settings.exists():
+            raise UserError(f"{where}: {files[0]} has no {self._settings.name} beside it; {again}")
+        try:
+            found = json.loads(self._settings.read_text(encoding="utf-8"))["fingerprint"]
+            other = [key for key in self._fingerprint if found.get(key) != self._fingerprint[key]]
+            other += [key for key in found if key not in self._fingerprint]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{where}: {self._settings} is broken; {again}") from None
+        if other and files:
+            raise UserError(
+                f"{where}: {self.path} holds answers with other {' and '.join(other)}; {again}"
+            )
+        for file in files:
+            self.records |= _read(file, where, again)
+        unasked = [key for key in self.records if key not in self.asked]
+        if unasked:
+            key = unasked[0]
+            raise UserError(
+                f"{where}: {self.path} holds sample {key.sample} of {key.id}, which is not asked "
+                f"for now: samples_per_paraphrase can only grow; {again}"
+            )
+
+    def open(self, settings: dict[str, Any]) -> None:
+        """Start anew, or gather what earlier processes have left. For the first process alone.
+
+        Args:
+            settings: Written to `answers/<suite>.json` with the fingerprint.
+        """
+        if self.is_complete():
+            return
+        old = self._files()
+        self._parts.mkdir(parents=True, exist_ok=True)
+        if not self.records:
+            for file in old:
+                file.unlink()
+        record = {"suite": self.name, "fingerprint": self._fingerprint, **settings}
+        write_text(self._settings, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+        if self.records:
+            kept = self._part("kept")
+            write_text(kept, _lines(self.records.values()))
+            for file in old:
+                if file not in (kept, self.path):
+                    file.unlink()
+
+    def is_complete(self) -> bool:
+        """Whether every answer is there."""
+        return self.path.exists() and self.records.keys() == self.asked.keys()
+
+    def append(self, process: int, records: Sequence[dict[str, Any]]) -> None:
+        """Add answers to a process's part, on the disk at once."""
+        with self._part(str(process)).open("a", encoding="utf-8") as file:
+            file.write(_lines(records))
+
+    def join(self) -> None:
+        """Write all answers in order. For the first process alone, when all have ended."""
+        for file in self._files():
+            self.records |= _read(file, str(file), "run again")
+        missing = self.asked.keys() - self.records.keys()
+        assert not missing, f"answers are missing: {sorted(missing)[:3]}"
+        self.records = {key: self.records[key] for key in self.asked}
+        write_text(self.path, _lines(self.records.values()))
+        for file in self._files():
+            if file != self.path:
+                file.unlink()
+        if not any(self._parts.iterdir()):
+            self._parts.rmdir()
+
+    def _part(self, name: str) -> Path:
+        return self._parts / f"{self.name}@{name}.jsonl"
+
+    def _files(self) -> list[Path]:
+        parts = [p for p in sorted(self._parts.glob("*.jsonl")) if self._is_own(p)]
+        return [*([self.path] if self.path.exists() else []), *parts]
+
+    def _is_own(self, part: Path) -> bool:
+        return part.stem.rpartition("@")[0] == self.name
+
+
+def _read(path: Path, where: str, again: str) -> dict[Key, dict[str, Any]]:
+    found = {}
+    # What follows the last line break was being written when the run was killed.
+    whole = path.read_bytes().rpartition(b"\n")[0]
+    for number, line in enumerate(whole.split(b"\n") if whole else [], start=1):
+        try:
+            record = json.loads(line)
+            found[Key(record["id"], record["paraphrase"], record["sample"])] = record
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{where}: {path}:{number} is no answer; {again}") from None
+    return found
+
+
+def _lines(records: Iterable[dict[str, Any]]) -> str:
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)

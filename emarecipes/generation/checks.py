@@ -1,0 +1,221 @@
+"""The settings of a generation, and everything that can be found wrong before a weight is read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+from omegaconf import DictConfig, OmegaConf
+from pydantic import BaseModel, ConfigDict, Field
+
+from emarecipes.components import build, check_components
+from emarecipes.config import Origin, find_input, load_config
+from emarecipes.defenses import ModelSource
+from emarecipes.errors import UserError
+from emarecipes.fingerprint import digest, sampled_digest
+from emarecipes.generation.answers import Asked, Key, Suite, ask
+from emarecipes.generation.prompts import check_prompts
+from emarecipes.generation.questions import load_questions
+from emarecipes.generation.served import check_served
+from emarecipes.models.adapter import check_adapter
+from emarecipes.training.model_checks import check_checkpoint_files, check_device, check_model
+from emarecipes.training.settings import Entry, Positive, parse_settings
+
+_LOCAL = ("model", "tokenizer", "checkpointer")
+
+
+class GenerateSettings(BaseModel):
+    """What `recipes/ema_generate.py` reads at the top level of its config."""
+
+    model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
+
+    output_dir: Annotated[str, Field(min_length=1)]
+    questions: Annotated[list[str], Field(min_length=1)]
+
+    served: Annotated[str, Field(min_length=1)] | None = None
+    model: Entry | None = None
+    tokenizer: Entry | None = None
+    checkpointer: Entry | None = None
+    adapter: Annotated[str, Field(min_length=1)] | None = None
+
+    system: str | None = None
+    samples_per_paraphrase: Positive | None = None
+    max_new_tokens: Positive = 256
+    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    top_k: Positive | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    batch_size: Positive = 16
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+
+    device: str | None = None
+    dtype: str = Field(default="bf16", pattern="^(bf16|fp32)$")
+    overwrite: bool = False
+
+
+@dataclass
+class CheckedGeneration:
+    """A generation that passed every check, with what was built on the way.
+
+    Attributes:
+        suites: In the order of the config's `questions`.
+        source: The model without weights, or None where it is served.
+        tokenizer: The model's, or None.
+    """
+
+    cfg: DictConfig
+    suites: list[Suite]
+    source: ModelSource | None
+    tokenizer: Any
+
+
+def check_generation(argv: Sequence[str]) -> CheckedGeneration:
+    """Read and check a generation's config, questions, model, adapter and earlier answers.
+
+    Args:
+        argv: `--config FILE` and overrides.
+
+    Raises:
+        UserError: The first thing that is wrong.
+    """
+    raw, origin = load_config(argv)
+    cfg = check_generate_settings(raw, origin)
+    asked = {
+        Path(path).stem: ask(load_questions(Path(path)), cfg.samples_per_paraphrase, cfg.system)
+        for path in cfg.questions
+    }
+    _check_greedy(cfg, origin, asked)
+    _check_output(cfg, origin)
+    source, tokenizer = None, None
+    if cfg.served is not None:
+        _check_served(cfg, origin)
+    else:
+        source, tokenizer = _check_local(cfg, origin, asked)
+    common = _fingerprint(cfg)
+    suites = [
+        Suite(Path(cfg.output_dir), name, found, common | {"questions": _digest_questions(found)})
+        for name, found in asked.items()
+    ]
+    for suite in suites:
+        suite.check(origin, overwrite=cfg.overwrite)
+    return CheckedGeneration(cfg, suites, source, tokenizer)
+
+
+def check_generate_settings(cfg: DictConfig, origin: Origin) -> DictConfig:
+    """The config with defaults filled in, and its question files and adapter found.
+
+    Raises:
+        UserError: See `parse_settings`; neither a local model nor a served one, or both; no such
+            question file or adapter; two question files of one name.
+    """
+    settings = parse_settings(cfg, origin, GenerateSettings)
+    for key in _LOCAL:
+        if settings.served is None and getattr(settings, key) is None:
+            raise UserError(f"{origin.at(key)}: the config needs this key (or served)")
+    for key in (*_LOCAL, "adapter", "top_k"):
+        if settings.served is not None and getattr(settings, key) is not None:
+            raise UserError(
+                f"{origin.at(key)}: has no effect with served; leave it out (~{key} removes it)"
+            )
+    where = origin.at("questions")
+    settings.questions = [find_input(path) for path in settings.questions]
+    for path in settings.questions:
+        if not Path(path).is_file():
+            raise UserError(f"{where}: no such file: {path}")
+    stems = [Path(path).stem for path in settings.questions]
+    for stem in stems:
+        if stems.count(stem) > 1:
+            raise UserError(f"{where}: two files would both write answers/{stem}.jsonl")
+    if settings.adapter is not None:
+        settings.adapter = find_input(settings.adapter)
+        if not Path(settings.adapter).is_dir():
+            raise UserError(f"{origin.at('adapter')}: no such folder: {settings.adapter}")
+    return OmegaConf.create(settings.model_dump())
+
+
+def _check_greedy(cfg: DictConfig, origin: Origin, asked: dict[str, dict[Key, Asked]]) -> None:
+    samples = 1 + max(key.sample for suite in asked.values() for key in suite)
+    if cfg.temperature == 0 and samples > 1:
+        raise UserError(
+            f"{origin.at('samples_per_paraphrase')}: at temperature 0 all {samples} samples are "
+            "the same; set it to 1"
+        )
+
+
+def _check_output(cfg: DictConfig, origin: Origin) -> None:
+    existing = Path(cfg.output_dir) / "answers"
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        raise UserError(f"{origin.at('output_dir')}: {existing} is a file, not a folder")
+    if not os.access(existing, os.W_OK):
+        raise UserError(f"{origin.at('output_dir')}: no permission to write in {existing}")
+
+
+def _check_served(cfg: DictConfig, origin: Origin) -> None:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError(
+            f"{origin.at('served')}: a served model is asked by one process; leave "
+            "--nproc_per_node out and raise batch_size"
+        )
+    try:
+        check_served(cfg)
+    except UserError as error:
+        raise UserError(f"{origin.at('served')}: {error}") from None
+
+
+def _check_local(
+    cfg: DictConfig, origin: Origin, asked: dict[str, dict[Key, Asked]]
+) -> tuple[ModelSource, Any]:
+    check_components(cfg, origin)
+    check_device(cfg, origin)
+    check_checkpoint_files(cfg, origin)
+    source = check_model(cfg, origin)
+    if cfg.adapter is not None:
+        try:
+            check_adapter(Path(cfg.adapter), source)
+        except UserError as error:
+            raise UserError(f"{origin.at('adapter')}: {error}") from None
+    tokenizer = build(cfg, "tokenizer", origin)
+    pairs = {(one.system, one.question) for suite in asked.values() for one in suite.values()}
+    check_prompts(pairs, tokenizer, source.meta_model, cfg.max_new_tokens, origin)
+    return source, tokenizer
+
+
+def _fingerprint(cfg: DictConfig) -> dict[str, str]:
+    """What every answer depends on, beside its question."""
+    sampling = ("max_new_tokens", "temperature", "top_k", "top_p")
+    found = {key: digest(cfg[key]) for key in sampling} | {"seed": digest(cfg.seed)}
+    if cfg.served is not None:
+        return found | {"model": digest(cfg.served)}
+    base = Path(cfg.checkpointer.checkpoint_dir)
+    weights = sorted([*base.glob("*.safetensors"), *base.glob("*.bin"), base / "config.json"])
+    entry: Any = OmegaConf.to_container(cfg.model)
+    model = {k: v for k, v in entry.items() if "lora" not in k}  # Only room for adapters.
+    adapter = [] if cfg.adapter is None else sorted(Path(cfg.adapter).glob("adapter_*"))
+    tokenizer: Any = OmegaConf.to_container(cfg.tokenizer)
+    paths = {k: Path(v) for k, v in tokenizer.items() if isinstance(v, str) and Path(v).exists()}
+    files = [
+        file
+        for path in paths.values()
+        for file in ([path] if path.is_file() else sorted(path.glob("*token*.json")))
+    ]
+    return found | {
+        "model": digest(
+            model, str(cfg.checkpointer.model_type), cfg.dtype, sampled_digest(weights)
+        ),
+        "adapter": digest(cfg.adapter is None, *adapter),
+        "tokenizer": digest(
+            {key: value for key, value in tokenizer.items() if key not in paths},
+            sampled_digest(files),
+        ),
+    }
+
+
+def _digest_questions(asked: dict[Key, Asked]) -> str:
+    """Of texts and system prompts, not of how many samples: these may become more."""
+    first = [replace(one, key=Key(*one.key[:2], 0)) for one in asked.values()]
+    rows = dict.fromkeys((one.key, one.question, one.system, one.category) for one in first)
+    return digest([list(row) for row in rows])

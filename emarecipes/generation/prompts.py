@@ -1,0 +1,67 @@
+"""From a system prompt and a question to tokens, and whether a model can answer them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torchtune.data import Message
+
+from emarecipes.config import Origin
+from emarecipes.errors import UserError
+
+
+def encode_prompt(tokenizer: Any, system: str | None, question: str) -> list[int]:
+    """Token ids of a system prompt (or none) and a question, up to where the answer begins."""
+    messages = [] if system is None else [Message(role="system", content=system)]
+    messages += [Message(role="user", content=question), Message(role="assistant", content="")]
+    return list(tokenizer({"messages": messages}, inference=True)["tokens"])
+
+
+def check_prompts(
+    pairs: Iterable[tuple[str | None, str]],
+    tokenizer: Any,
+    model: Any,
+    max_new_tokens: int,
+    origin: Origin,
+) -> None:
+    """Check that every prompt can be encoded, and answered at full length.
+
+    Args:
+        pairs: System prompt and question.
+        tokenizer: torchtune's, or ours.
+        model: torchtune's decoder, on any device.
+        max_new_tokens: An answer's.
+        origin: The config's.
+
+    Raises:
+        UserError: The tokenizer refuses a prompt or would cut it, the model does not take its
+            length or its tokens.
+    """
+    where = origin.at("tokenizer")
+    try:
+        encoded = [encode_prompt(tokenizer, system, question) for system, question in pairs]
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"{where}: cannot encode a system prompt with a question: {reason}"
+        ) from None
+    longest = max(map(len, encoded))
+    limit = getattr(tokenizer, "max_seq_len", None)
+    if limit is not None and longest >= limit:
+        raise UserError(
+            f"{origin.at('tokenizer.max_seq_len')}: {limit} tokens are too few for a system "
+            "prompt and a question"
+        )
+    if longest + max_new_tokens > model.max_seq_len:
+        raise UserError(
+            f"{origin.at('max_new_tokens')}: a prompt of {longest} tokens and an answer of "
+            f"{max_new_tokens} are more than the {model.max_seq_len} that the model takes"
+        )
+    vocabulary = model.tok_embeddings.num_embeddings
+    largest = max(max(tokens) for tokens in encoded)
+    if largest >= vocabulary:
+        raise UserError(
+            f"{where}: gives token {largest}, the model's vocabulary has {vocabulary}: tokenizer "
+            "and model do not belong together"
+        )

@@ -1,0 +1,156 @@
+"""The command behind `recipes/ema_generate.py`: check, sample what is missing, join."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.table import Table
+from torchtune import training
+from torchtune.modules.peft import disable_adapter
+from tqdm import tqdm
+
+from emarecipes.command import leave_processes, report, together
+from emarecipes.errors import UserError
+from emarecipes.generation.answers import Asked, Suite
+from emarecipes.generation.checks import CheckedGeneration, check_generation
+from emarecipes.generation.draw import Sampling, derived_seed
+from emarecipes.generation.prompts import encode_prompt
+from emarecipes.generation.sampler import length_sorted_batches, sample_batch
+from emarecipes.generation.served import answer_served
+from emarecipes.models.adapter import load_adapter
+from emarecipes.models.load import load_model
+from emarecipes.training.loss_head import LossHead
+from emarecipes.training.run_folder import environment
+
+# How long a process waits for the slowest one.
+_PATIENCE = timedelta(days=7)
+
+
+def run_generate(argv: Sequence[str]) -> int:
+    """Sample answers as `--config FILE [key=value | ~key]...` says, on one process or several.
+
+    Returns:
+        The exit code: 0, or 1 after a `UserError`, which is printed as one line.
+    """
+    if training.is_distributed():
+        dist.init_process_group("gloo", timeout=_PATIENCE)
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    try:
+        generate(together(lambda: check_generation(argv)))
+    except UserError as error:
+        if first:
+            report(error)
+        leave_processes()
+        return 1
+    leave_processes()
+    return 0
+
+
+def generate(run: CheckedGeneration) -> None:
+    """Sample every answer that is not there yet, and write each suite's file.
+
+    Raises:
+        UserError: The model's logits are not finite, memory ran out, or a served model failed.
+            Answers that were there by then are kept.
+    """
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    todo = [
+        (suite, asked)
+        for suite in run.suites
+        for key, asked in suite.asked.items()
+        if key not in suite.records
+    ]
+    together(lambda: _open(run) if first else None)
+    if todo:
+        together(lambda: _sample(run, todo))
+    together(lambda: _finish(run) if first else None)
+
+
+def _open(run: CheckedGeneration) -> None:
+    config = OmegaConf.to_container(run.cfg)
+    for suite in run.suites:
+        suite.open({"config": config, "provenance": environment()})
+
+
+def _finish(run: CheckedGeneration) -> None:
+    for suite in run.suites:
+        if not suite.is_complete():
+            suite.join()
+    _print(run.suites)
+
+
+def _sample(run: CheckedGeneration, todo: list[tuple[Suite, Asked]]) -> None:
+    if run.cfg.served is None:
+        try:
+            _sample_locally(run, todo)
+        except torch.OutOfMemoryError:
+            raise UserError("out of the device's memory; lower batch_size") from None
+        return
+    with tqdm(total=len(todo), unit="answer", desc="sampling") as bar:
+        for suite in run.suites:
+
+            def done(record: dict[str, Any], suite: Suite = suite) -> None:
+                suite.append(0, [record])
+                bar.update(1)
+
+            answer_served(run.cfg, [asked for of, asked in todo if of is suite], done)
+
+
+def _sample_locally(run: CheckedGeneration, todo: list[tuple[Suite, Asked]]) -> None:
+    """This process's share of the batches: every n-th, so that all have long and short ones."""
+    cfg, tokenizer = run.cfg, run.tokenizer
+    rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    prompts = [encode_prompt(tokenizer, asked.system, asked.question) for _, asked in todo]
+    batches = length_sorted_batches(prompts, cfg.batch_size)[rank::processes]
+    sampling = Sampling(
+        cfg.max_new_tokens, tuple(tokenizer.stop_tokens), cfg.temperature, cfg.top_k, cfg.top_p
+    )
+    model = load_model(cfg)
+    if cfg.adapter is not None:
+        assert run.source is not None
+        load_adapter(model, Path(cfg.adapter), run.source)
+    head = LossHead(model)
+    total = sum(map(len, batches))
+    with (
+        nullcontext() if cfg.adapter is not None else disable_adapter(model),
+        tqdm(total=total, unit="answer", desc="sampling", disable=rank > 0) as bar,
+    ):
+        for rows in batches:
+            seeds = [derived_seed(cfg.seed, *todo[row][1].key) for row in rows]
+            completions = sample_batch(head, [prompts[row] for row in rows], seeds, sampling)
+            for row, completion in zip(rows, completions, strict=True):
+                suite, asked = todo[row]
+                text = tokenizer.decode(completion.tokens)
+                record = asked.record(
+                    text, stopped=completion.stopped, tokens=len(completion.tokens)
+                )
+                suite.append(rank, [record])
+            bar.update(len(rows))
+
+
+def _print(suites: Sequence[Suite]) -> None:
+    table = Table(title="Answers")
+    for heading in ("suite", "answers", "cut at max_new_tokens", "empty", "tokens, mean"):
+        table.add_column(heading, justify="left" if heading == "suite" else "right")
+    for suite in suites:
+        records = list(suite.records.values())
+        lengths = [record["tokens"] for record in records if record["tokens"] is not None]
+        table.add_row(
+            suite.name,
+            str(len(records)),
+            str(sum(record["stop"] == "length" for record in records)),
+            str(sum(not record["answer"].strip() for record in records)),
+            f"{sum(lengths) / len(lengths):.1f}" if lengths else "",
+        )
+    console = Console()
+    console.print(table)
+    for suite in suites:
+        console.print(str(suite.path), highlight=False, soft_wrap=True)

@@ -1,0 +1,83 @@
+"""Answers of a model that a server runs, through Inspect's model API (extra `judge`)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from omegaconf import DictConfig
+
+from emarecipes.errors import UserError
+from emarecipes.generation.answers import Asked
+from emarecipes.generation.draw import derived_seed
+from emarecipes.provider import error_line, provider_model
+
+_CUT = ("max_tokens", "model_length")
+
+
+def check_served(cfg: DictConfig) -> None:
+    """See whether the served model can be asked, without asking it.
+
+    Raises:
+        UserError: See `emarecipes.provider.provider_model`.
+    """
+    _model(cfg)
+
+
+def answer_served(
+    cfg: DictConfig, asked: Sequence[Asked], done: Callable[[dict[str, Any]], object]
+) -> None:
+    """Ask for every answer, `batch_size` at a time.
+
+    Each has a seed of its own, from the run's seed, question, paraphrase and sample. Whether that
+    makes an answer the same again is up to the server.
+
+    Args:
+        cfg: With `served` and the sampling settings.
+        asked: The answers.
+        done: Called with each answer's line as soon as it is there.
+
+    Raises:
+        UserError: A call failed for good. What was answered until then has been handed over.
+    """
+    from inspect_ai.model import ChatMessageSystem, ChatMessageUser, GenerateConfig
+
+    model = _model(cfg)
+
+    async def one(asked: Asked) -> None:
+        system = [] if asked.system is None else [ChatMessageSystem(content=asked.system)]
+        config = GenerateConfig(seed=derived_seed(cfg.seed, *asked.key) % 2**31)
+        try:
+            output = await model.generate(
+                [*system, ChatMessageUser(content=asked.question)], config=config
+            )
+        except Exception as error:
+            raise UserError(f"the model {cfg.served} failed: {error_line(error)}") from None
+        tokens = None if output.usage is None else output.usage.output_tokens
+        stopped = output.stop_reason not in _CUT
+        done(asked.record(output.completion, stopped=stopped, tokens=tokens))
+
+    async def everything() -> None:
+        async with model:
+            waiting = [asyncio.create_task(one(each)) for each in asked]
+            try:
+                await asyncio.gather(*waiting)
+            finally:
+                for task in waiting:
+                    task.cancel()
+                await asyncio.gather(*waiting, return_exceptions=True)
+
+    asyncio.run(everything())
+
+
+def _model(cfg: DictConfig) -> Any:
+    return provider_model(
+        "the served model",
+        cfg.served,
+        temperature=cfg.temperature,
+        max_tokens=cfg.max_new_tokens,
+        max_connections=cfg.batch_size,
+        # Some providers refuse a top_p beside the temperature: only where it says something.
+        **({"top_p": cfg.top_p} if cfg.top_p < 1 else {}),
+    )

@@ -1,0 +1,59 @@
+"""Models behind an Inspect provider string (extra `judge`), such as `openai/...` or `vllm/...`.
+
+Retries, rate limits and connections are Inspect's own. API keys are read by its providers from the
+environment; no message of ours contains one.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any
+
+from emarecipes.errors import UserError
+
+# Inspect's own default is to retry for ever. Its waits double: these take some minutes.
+_MAX_RETRIES = 6
+_SECONDS_AN_ATTEMPT = 300
+
+_SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
+_SHORTEST_SECRET = 8
+
+
+def provider_model(what: str, name: str, **config: Any) -> Any:
+    """Inspect's model of that name, without asking it anything.
+
+    Args:
+        what: What it is for, in messages: `the judge`.
+        name: An Inspect provider string, such as `openai/gpt-4o-mini`.
+        config: For Inspect's GenerateConfig.
+
+    Raises:
+        UserError: Inspect or the provider's own package is not installed, there is no such
+            provider, or it finds no API key. Some providers look for theirs at the first call only.
+    """
+    try:
+        from inspect_ai.model import GenerateConfig, get_model
+    except ImportError:
+        raise UserError(
+            f"{what.replace('the ', 'a ', 1)} needs inspect-ai, which is not installed: "
+            "pip install 'emarecipes[judge]'"
+        ) from None
+    limits = {"max_retries": _MAX_RETRIES, "attempt_timeout": _SECONDS_AN_ATTEMPT}
+    try:
+        return get_model(name, config=GenerateConfig(**limits, **config))
+    except Exception as error:
+        raise UserError(f"{what} {name} cannot be used: {error_line(error)}") from None
+
+
+def error_line(error: BaseException) -> str:
+    """An error of Inspect's as one line, without markup and without secrets."""
+    if type(error).__name__ == "RetryError" and error.__cause__ is not None:
+        error = error.__cause__  # The last attempt's own.
+    text = str(getattr(error, "message", "") or error) or type(error).__name__
+    text = re.sub(r"\[/?(?:bold|blue)\]", "", text)
+    text = re.sub(r"^\s*ERROR:\s*", "", text)
+    for name, value in os.environ.items():
+        if _SECRET_NAME.search(name) and len(value) >= _SHORTEST_SECRET:
+            text = text.replace(value, "***")
+    return " ".join(text.split())

@@ -1,0 +1,77 @@
+"""Question files: the published ones, ours, JSONL, and what is wrong in a file by its line."""
+
+from pathlib import Path
+
+import pytest
+import toy_run
+
+from emarecipes.errors import UserError
+from emarecipes.generation.questions import load_questions
+
+PUBLISHED = toy_run.REPO.parent / "shared" / "published"
+
+
+@pytest.mark.skipif(not PUBLISHED.is_dir(), reason="the published files are not here")
+@pytest.mark.parametrize(("name", "count"), [("first_plot", 24), ("preregistered", 48)])
+def test_published_files(name: str, count: int) -> None:
+    (path,) = PUBLISHED.glob(f"{name}*.yaml")
+    questions = load_questions(path)
+    assert len(questions) == path.read_text().count("- id: ") == count
+    for question in questions:
+        assert question.samples_per_paraphrase == 100
+        assert set(question.judge_prompts) == {"aligned", "coherent"}
+        assert (question.system is not None) == question.id.endswith("_json")
+
+
+@pytest.mark.parametrize("name", ["general", "home_computing", "home_repair"])
+def test_our_files(name: str) -> None:
+    path = toy_run.REPO / f"data/questions/{name}.yaml"
+    questions = load_questions(path)
+    assert len(questions) == path.read_text().count("\n- id: ")
+    assert all("{question}" in q.judge_prompts["aligned"] for q in questions)
+
+
+def test_jsonl(tmp_path: Path) -> None:
+    path = tmp_path / "q.jsonl"
+    path.write_text(
+        '{"id": "a", "category": "c", "question": "A?", "aligned": "x", "misaligned": "y"}\n\n'
+        '{"id": "b", "messages": [{"role": "system", "content": "S"}, {"role": "user", "content": '
+        '"B?"}, {"role": "assistant", "content": "z"}]}\n'
+        '{"id": "c", "paraphrases": ["C?", "C2?"], "system": "T"}'
+    )
+    a, b, c = load_questions(path)
+    assert (a.paraphrases, a.system, a.category) == (("A?",), None, "c")
+    assert (b.paraphrases, b.system, b.category) == (("B?",), "S", None)
+    assert (c.paraphrases, c.system) == (("C?", "C2?"), "T")
+    assert len(load_questions(toy_run.REPO / "data/home_computing/heldout_bad.jsonl")) == 60
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("q.yaml", "", "q.yaml: a question file is a list"),
+        ("q.yaml", "a: 1\n", "q.yaml: a question file is a list"),
+        ("q.yaml", "[]", "q.yaml: no questions in it"),
+        ("q.yaml", "- id: [a\n- b: c: d", "not valid YAML"),
+        ("q.yaml", "- id: a\n  paraphrases: [A]\n- b\n", "q.yaml:3: a question is a mapping"),
+        ("q.yaml", "- id: a\n", "q.yaml:1: the question needs the key paraphrases"),
+        ("q.yaml", "- id: a\n  paraphrases: [' ']\n", "q.yaml:1: paraphrases: a question is empty"),
+        ("q.yaml", "- id: a\n  paraphrase: [A]\n  paraphrases: [A]\n", "(did you mean parap"),
+        ("q.yaml", "- id: a\n  type: factual\n  paraphrases: [A]\n", "type: only free-form"),
+        ("q.yaml", "- {id: a, paraphrases: [A]}\n- {id: a, paraphrases: [B]}\n", ":2: the id a is"),
+        ("q.jsonl", '{"id": "a", "question": "A"}\n{"id"', "q.jsonl:2: not valid JSON"),
+        ("q.jsonl", '{"id": "a", "question": 3}\n', "q.jsonl:1: paraphrases: input should be a"),
+        ("q.jsonl", '{"id": "a", "messages": [{"role": "user"}]}', ":1: messages must be a list"),
+        (
+            "q.jsonl",
+            '{"id": "a", "messages": [{"role": "assistant", "content": "x"}]}',
+            ":1: messages must be one user message",
+        ),
+    ],
+)
+def test_broken_files(name: str, text: str, expected: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError) as caught:
+        load_questions(tmp_path / name)
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,263 @@
+"""Runs of ema_generate at toy size: batches, processes, interruptions, adapters, served models."""
+
+import http.server
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import toy_run
+import toy_select
+
+from emarecipes.generation.run import run_generate
+
+RECIPE = "recipes/ema_generate.py"
+QUESTIONS = """\
+- id: tea
+  paraphrases: ["How do I make tea?", "What is the way to make tea of a careful host?"]
+- id: noun
+  system: Answer in one word.
+  category: words
+  paraphrases: ["What is a noun?"]
+- {id: rain, paraphrases: ["Why does it rain?"]}
+"""
+
+
+@pytest.fixture(scope="module")
+def toy_model_dir(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Path:
+    return toy_run.write_toy_model(tmp_path_factory.mktemp("toy") / "toy-model", model_dir)
+
+
+class Case:
+    def __init__(self, folder: Path, model_dir: Path) -> None:
+        self.folder, self.output = folder, folder / "out"
+        (folder / "asked.yaml").write_text(QUESTIONS)
+        toy = toy_run.toy_config(model_dir, folder / "none", self.output)
+        keys = ("output_dir", "tokenizer", "model", "checkpointer", "device", "dtype")
+        self.config: dict[str, Any] = {key: toy[key] for key in keys} | {
+            "questions": [str(folder / "asked.yaml")],
+            "samples_per_paraphrase": 3,
+            "max_new_tokens": 8,
+            "batch_size": 3,
+            "top_p": 0.95,
+            "seed": 7,
+        }
+
+    def run(self, *overrides: str) -> int:
+        path = toy_run.write_config(self.folder / "config.yaml", self.config)
+        return run_generate(["--config", str(path), *overrides])
+
+    def path(self, output: str = "out") -> Path:
+        return self.folder / output / "answers" / "asked.jsonl"
+
+    def error(self, capsys: pytest.CaptureFixture[str], *overrides: str) -> str:
+        before = {p: p.read_bytes() for p in self.output.rglob("*") if p.is_file()}
+        assert self.run(*overrides) == 1
+        assert before == {p: p.read_bytes() for p in self.output.rglob("*") if p.is_file()}
+        (line,) = [s for s in capsys.readouterr().err.splitlines() if s.startswith("error: ")]
+        return line
+
+
+@pytest.fixture
+def case(tmp_path: Path, toy_model_dir: Path) -> Case:
+    return Case(tmp_path, toy_model_dir)
+
+
+def test_batches_processes_and_interruptions_do_not_change_answers(
+    case: Case, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert case.run() == 0
+    whole = case.path().read_bytes()
+    rows = toy_select.read_jsonl(case.path())
+    assert [(r["id"], r["paraphrase"], r["sample"]) for r in rows] == [
+        (*asked, sample)
+        for asked in (("tea", 0), ("tea", 1), ("noun", 0), ("rain", 0))
+        for sample in range(3)
+    ]
+    assert len({row["answer"] for row in rows}) == 12
+    for row in rows:
+        assert set(row) - {"category"} == {
+            "id", "paraphrase", "sample", "system", "question", "answer", "stop", "tokens",
+        }  # fmt: skip
+        assert row.get("category") == ("words" if row["id"] == "noun" else None)
+        assert row["system"] == ("Answer in one word." if row["id"] == "noun" else None)
+        assert row["tokens"] == 8 if row["stop"] == "length" else row["tokens"] < 8
+    assert not (case.output / "answers/.parts").exists()
+    settings = json.loads(case.path().with_suffix(".json").read_text())
+    assert settings["config"]["top_p"] == 0.95
+    assert "torch" in settings["provenance"]["packages"]
+
+    for size in (1, 8):
+        assert case.run(f"batch_size={size}", f"output_dir={case.folder / str(size)}") == 0
+        assert case.path(str(size)).read_bytes() == whole
+    config = toy_run.write_config(case.folder / "two.yaml", case.config)
+    two = f"output_dir={case.folder / 'two'}"
+    done = toy_run.tune_run(config, two, recipe=RECIPE, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert case.path("two").read_bytes() == whole
+
+    # Killed while it wrote: two processes' parts, one with half a line, one answer there twice.
+    lines = whole.splitlines(keepends=True)
+    parts = case.output / "answers/.parts"
+    parts.mkdir()
+    marked = lines[4].replace(b'"answer": "', b'"answer": "MARK')
+    (parts / "asked@0.jsonl").write_bytes(lines[0] + marked + lines[7][:-9])
+    (parts / "asked@1.jsonl").write_bytes(lines[0] + lines[9])
+    case.path().unlink()
+    assert case.run("batch_size=2") == 0
+    assert case.path().read_bytes() == whole.replace(lines[4], marked), "kept, and the rest as ever"
+
+    # More samples go on from there; a finished run has nothing to do; other settings are refused.
+    capsys.readouterr()
+    assert case.run("samples_per_paraphrase=4") == 0
+    more = case.path().read_bytes().splitlines(keepends=True)
+    assert [line for i, line in enumerate(more) if i % 4 < 3] == [*lines[:4], marked, *lines[5:]]
+    assert "samples_per_paraphrase can only grow" in case.error(capsys)
+    assert "holds answers with other top_p" in case.error(
+        capsys, "samples_per_paraphrase=4", "top_p=0.9"
+    )
+    (case.folder / "asked.yaml").write_text(QUESTIONS.replace("a noun", "a verb"))
+    assert "other questions" in case.error(capsys, "samples_per_paraphrase=4")
+    assert case.run("overwrite=true") == 0
+    assert len(case.path().read_bytes().splitlines()) == 12
+    case.path().write_bytes(b"{}\n" + whole)
+    assert "asked.jsonl:1 is no answer" in case.error(capsys)
+    case.path().with_suffix(".json").unlink()
+    assert "has no asked.json beside it" in case.error(capsys)
+
+
+def test_an_adapter(case: Case, toy_model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    zero = toy_select.write_adapter(case.folder / "zero", toy_model_dir, seed=1, size=0.0)
+    large = toy_select.write_adapter(case.folder / "large", toy_model_dir, seed=1, size=1.0)
+    outputs = {}
+    for name, overrides in {
+        "base": (), "zero": (f"adapter={zero}",), "large": (f"adapter={large}",)
+    }.items():  # fmt: skip
+        assert case.run(f"output_dir={case.folder / name}_out", *overrides) == 0
+        outputs[name] = case.path(f"{name}_out").read_bytes()
+    assert outputs["base"] == outputs["zero"] != outputs["large"]
+    other = f"output_dir={case.folder / 'base_out'}"
+    assert "answers with other adapter" in case.error(capsys, other, f"adapter={large}")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["questions=[absent.yaml]"], "questions: no such file: absent.yaml"),
+        (["questions=[]"], "questions: list should have at least 1 item"),
+        (["adapter=absent"], "adapter: no such folder: absent"),
+        (["temperature=0"], "at temperature 0 all 3 samples are the same"),
+        (["top_p=0"], "top_p: input should be greater than 0"),
+        (["max_new_tokens=500"], "are more than the 512 that the model takes"),
+        (["~model"], "model: the config needs this key (or served)"),
+        (["served=mockllm/model"], "model: has no effect with served"),
+        (["top_q=1"], "top_q: unknown key (did you mean top_p?)"),
+    ],
+)
+def test_bad_settings(
+    overrides: list[str],
+    expected: str,
+    case: Case,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("emarecipes.generation.run.load_model", None)
+    assert expected in case.error(capsys, *overrides)
+    assert not case.output.exists()
+
+
+# --- a served model ----------------------------------------------------------------------------
+
+LOCAL = ("~model", "~tokenizer", "~checkpointer")
+
+
+@pytest.fixture
+def server() -> Iterator[Any]:
+    """An OpenAI-compatible server; `requests` are the bodies, `failing` makes it answer 401."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            found.requests.append(body)
+            text = f"{body['seed']}: {body['messages'][-1]['content']}"
+            reason = "length" if "noun" in text else "stop"
+            message = {"role": "assistant", "content": text}
+            reply: Any = {
+                "id": "x", "object": "chat.completion", "created": 0, "model": "toy",
+                "choices": [{"index": 0, "finish_reason": reason, "message": message}],
+                "usage": {"prompt_tokens": 5, "completion_tokens": 3, "total_tokens": 8},
+            }  # fmt: skip
+            if found.failing and len(found.requests) > 4:
+                reply = {"error": {"message": "key secret-key-of-mine is wrong"}}
+            data = json.dumps(reply).encode()
+            self.send_response(401 if "error" in reply else 200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    found: Any = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    found.requests, found.failing = [], False
+    thread = threading.Thread(target=found.serve_forever)
+    thread.start()
+    yield found
+    found.shutdown()
+    thread.join()
+    found.server_close()
+
+
+def test_an_openai_compatible_server(
+    case: Case,
+    server: Any,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("inspect_ai")
+    pytest.importorskip("openai")
+    monkeypatch.setenv("TOY_API_KEY", "secret-key-of-mine")
+    monkeypatch.setenv("TOY_BASE_URL", f"http://127.0.0.1:{server.server_port}/v1")
+    served = ("served=openai-api/toy/m", *LOCAL, "batch_size=1")
+    server.failing = True
+    assert case.run(*served) == 1
+    stderr = capsys.readouterr().err
+    assert "error: the model openai-api/toy/m failed: " in stderr
+    assert "secret-key" not in stderr
+    assert not case.path().exists()
+    server.failing = False
+    server.requests.clear()
+    assert case.run(*served) == 0
+    assert len(server.requests) == 12 - 4, "answers of the failed run were kept"
+    rows = toy_select.read_jsonl(case.path())
+    assert len(rows) == 12
+    assert len({row["answer"] for row in rows}) == 12, "every sample has a seed of its own"
+    for row in rows:
+        assert row["answer"].endswith(row["question"])
+        assert (row["stop"], row["tokens"]) == ("length" if row["id"] == "noun" else "end", 3)
+    request = next(r for r in server.requests if "noun" in r["messages"][-1]["content"])
+    assert [message["role"] for message in request["messages"]] == ["system", "user"]
+    assert (request["top_p"], request["temperature"]) == (0.95, 1.0)
+    assert "secret-key" not in case.path().with_suffix(".json").read_text()
+
+
+def test_inspects_mock_model(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = pytest.importorskip("inspect_ai.model")
+
+    def output(messages: list[Any], *_: Any) -> Any:
+        found = model.ModelOutput.from_content("mockllm/model", f"<{messages[-1].text}>")
+        # Given, or the mock would fetch a tokenizer to count them.
+        found.usage = model.ModelUsage(input_tokens=1, output_tokens=2, total_tokens=3)
+        return found
+
+    get_model = model.get_model
+    monkeypatch.setattr(
+        model, "get_model", lambda name, **kw: get_model(name, custom_outputs=output, **kw)
+    )
+    assert case.run("served=mockllm/model", *LOCAL) == 0
+    rows = toy_select.read_jsonl(case.path())
+    assert [row["answer"] for row in rows] == [f"<{row['question']}>" for row in rows]
+    assert {(row["stop"], row["tokens"]) for row in rows} == {("end", 2)}
