@@ -95,7 +95,7 @@ def check_evaluation(argv: Sequence[str]) -> CheckedEvaluation:
     rows += [row for files in answers.values() for _, part in files.values() for row in part.rows]
     if rows:
         samples = [{"tokens": list(row.tokens), "labels": list(row.labels)} for row in rows]
-        check_rows_fit(cfg, origin, Rows(samples), source.meta_model)
+        check_rows_fit(cfg, origin, Rows(samples, dropped=0), source.meta_model)
     return CheckedEvaluation(
         cfg, source, tokenizer, adapters, tokenized, answers, problems, judgement
     )
@@ -111,8 +111,8 @@ def _check_output(cfg: DictConfig, origin: Origin) -> None:
         raise UserError(f"{where}: {existing} is a file, not a folder")
     if (folder / SUMMARY).exists() and not cfg.overwrite:
         raise UserError(
-            f"{where}: {folder} already holds an evaluation ({SUMMARY}); choose another output_dir, "
-            "or say overwrite=true to replace it"
+            f"{where}: {folder} already holds an evaluation ({SUMMARY}); choose another "
+            "output_dir, or say overwrite=true to replace it"
         )
     for name, answers in cfg.answers.items():
         if Path(answers).resolve() == (folder / SCORES).resolve():

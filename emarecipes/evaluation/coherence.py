@@ -1,7 +1,7 @@
 """Whether sampled answers hang together, without a judge.
 
-Likelihoods are the reference's (the base without an adapter), so that all adapters are measured with
-the same model.
+Likelihoods are the reference's (the base without an adapter), so that all adapters are measured
+with the same model.
 """
 
 from __future__ import annotations

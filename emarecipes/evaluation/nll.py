@@ -36,8 +36,8 @@ def row_nll(model: Any, head: LossHead, batch: Batch) -> tuple[Tensor, Tensor]:
 def token_nll(model: Any, head: LossHead, batch: Batch) -> tuple[Tensor, Tensor]:
     """-log p(token | what comes before it) of every labelled token, in nats.
 
-    Logits are computed at labelled positions alone, chunk by chunk, inside the model's forward, where
-    FSDP2 has the output layer's weights whole. With the adapter as it is: call it inside
+    Logits are computed at labelled positions alone, chunk by chunk, inside the model's forward,
+    where FSDP2 has the output layer's weights whole. With the adapter as it is: call it inside
     `disable_adapter(model)` for the reference.
 
     Args:

@@ -20,8 +20,8 @@ def print_figures(figures: Sequence[Figure], folder: Path) -> None:
         whole = [f for f in figures if f.suite == suite and f.category is None]
         console.print(_table(suite, whole))
     console.print(
-        "Intervals: 95 %, over questions alone. A probe shift is a change of likelihoods, not a rate "
-        "of misaligned behaviour.",
+        "Intervals: 95 %, over questions alone. A probe shift is a change of likelihoods, not a "
+        "rate of misaligned behaviour.",
         highlight=False,
     )
     for label, path in (("Figures:", folder / SUMMARY), ("Scores: ", folder / SCORES)):

@@ -24,8 +24,8 @@ OPSWAP, ANSWERS, JUDGE = "opswap", "answers_", "judge_"
 class EvalSettings(ModelSettings):
     """What `recipes/ema_eval.py` reads at the top level of its config.
 
-    Nothing but the resampling is drawn at random, and that has a seed of its own: `seed` is accepted
-    and has no effect.
+    Nothing but the resampling is drawn at random, and that has a seed of its own: `seed` is
+    accepted and has no effect.
     """
 
     adapters: dict[str, str] = Field(default_factory=dict)
@@ -88,8 +88,8 @@ def check_eval_settings(cfg: DictConfig, origin: Origin) -> DictConfig:
     """The config with defaults filled in, also in `opswap` and `judge`, and its inputs found.
 
     Raises:
-        UserError: See `parse_settings`; a name that cannot be one, a folder that is not there, tiers
-            that are no tiers, nothing to evaluate.
+        UserError: See `parse_settings`; a name that cannot be one, a folder that is not there,
+            tiers that are no tiers, nothing to evaluate.
     """
     settings = parse_settings(cfg, origin, EvalSettings)
     if not settings.probes and not settings.answers and settings.opswap is None:
@@ -134,8 +134,8 @@ def _check_judge_entry(settings: EvalSettings, judge: Entry, origin: Origin) -> 
         raise UserError(f"{origin.at('judge.models')}: a judge is named twice")
     if bool(judge["questions"]) == (judge["prompts"] is not None):
         raise UserError(
-            f"{origin.at('judge.questions')}: give `questions`, the files whose judge prompts are "
-            "used for their own questions, or `prompts`, a file whose first prompts are used for all"
+            f"{origin.at('judge.questions')}: give `questions`, files whose judge prompts are used "
+            "for their own questions, or `prompts`, a file whose first prompts are used for all"
         )
     for model in judge["prices"]:
         if model not in judge["models"]:

@@ -91,7 +91,7 @@ def read_suites(
         UserError: A key, a file or a row is wrong, or a suite has no questions.
     """
     suites = []
-    for name in entries:
+    for name in map(str, entries):
         where = f"{key}.{name}"
         if not isinstance(entries[name], DictConfig):
             raise UserError(
@@ -107,11 +107,11 @@ def read_suites(
         pairs = (
             read_contrast_file(files[0])
             if settings.pairs is not None
-            else read_sibling_files(files[0], files[1], category=str(name))
+            else read_sibling_files(files[0], files[1], category=name)
         )
         if max_rows is not None:
             pairs = spread_out(pairs, max_rows)
-        suites.append(Suite(str(name), pairs, _condition(settings, where, origin), files))
+        suites.append(Suite(name, pairs, _condition(settings, where, origin), files))
     return suites
 
 
@@ -127,8 +127,8 @@ def _check_keys(settings: SuiteSettings, where: str, origin: Origin) -> None:
     either = settings.good is not None or settings.bad is not None
     if (settings.pairs is not None) == either or either != siblings:
         raise UserError(
-            f"{origin.at(where)}: give `pairs`, a file of questions with two answers, or `good` and "
-            "`bad`, two chat files that answer the same questions"
+            f"{origin.at(where)}: give `pairs`, a file of questions with two answers, or `good` "
+            "and `bad`, two chat files that answer the same questions"
         )
     for field, condition in (
         ("system_prompt", "training_system_prompt"),
