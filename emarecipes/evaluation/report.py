@@ -29,9 +29,9 @@ def print_figures(figures: Sequence[Figure], folder: Path) -> None:
 
 
 def _table(suite: str, figures: Iterable[Figure]) -> Table:
-    table = Table(title=Text(suite), box=box.SIMPLE, title_justify="left")
+    table = Table(title=Text(suite), box=box.SIMPLE, title_justify="left", pad_edge=False)
     table.add_column("adapter")
-    table.add_column("figure")
+    table.add_column("figure", min_width=len("nll_change_misaligned"))
     for heading in ("value", "low", "high", "n"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("unit")

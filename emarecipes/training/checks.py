@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from omegaconf import DictConfig
@@ -32,6 +32,9 @@ from emarecipes.training.run_folder import check_output_dir
 from emarecipes.training.settings import check_settings
 from emarecipes.training.step import check_hidden_layers
 
+if TYPE_CHECKING:
+    from emarecipes.training.probe import Probe
+
 
 @dataclass
 class CheckedRun:
@@ -45,6 +48,7 @@ class CheckedRun:
     collate: Collate
     data_files: list[Path]
     source: ModelSource
+    probe: Probe | None
 
     @property
     def meta_model(self) -> Any:
@@ -63,6 +67,8 @@ def check_run(argv: Sequence[str], world_size: int, rank: int) -> CheckedRun:
     Raises:
         UserError: The first thing that is wrong.
     """
+    from emarecipes.training.probe import read_probe  # Here: it reads parts of this package.
+
     raw, origin = load_config(argv)
     cfg = check_settings(raw, origin)
     check_components(cfg, origin)
@@ -88,7 +94,8 @@ def check_run(argv: Sequence[str], world_size: int, rank: int) -> CheckedRun:
     rows = load_rows(cfg, origin, tokenizer, list(defenses.values()), quiet=rank != 0)
     collate = _build_collate(cfg, origin, tokenizer, rows)
     _check_rows(cfg, origin, rows, model, defenses, world_size)
-    return CheckedRun(cfg, origin, tokenizer, defenses, rows, collate, data_files, source)
+    probe = read_probe(cfg, origin, tokenizer, model)
+    return CheckedRun(cfg, origin, tokenizer, defenses, rows, collate, data_files, source, probe)
 
 
 def _check_inputs_outlive_outputs(

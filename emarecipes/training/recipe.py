@@ -136,10 +136,12 @@ class LoRATraining:
         self._profiler.start()
         for step, (epoch, rows) in enumerate(self._plan(), start=1):
             metrics = {"step": step, "epoch": epoch, **self._step(step, rows)}
+            probed = self._probe(step)
+            metrics |= probed
             tokens += int(metrics.pop("tokens"))
             first = metrics | first
             last |= metrics
-            if self._folder is not None and step % self.cfg.log_every_n_steps == 0:
+            if self._folder is not None and (probed or step % self.cfg.log_every_n_steps == 0):
                 self._folder.log(metrics)
                 if logger is not None:
                     figures = {k: v for k, v in metrics.items() if k != "step"}
@@ -263,6 +265,13 @@ class LoRATraining:
             defense.after_step(self._model, step)
             figures |= {f"{name}_{key}": value for key, value in defense.figures().items()}
         return figures
+
+    def _probe(self, step: int) -> dict[str, float]:
+        """Likelihood probes, where they are due."""
+        probe = self.run.probe
+        if probe is None or not probe.due(step, self.total_steps):
+            return {}
+        return probe.figures(self.loss.head, self._summed, self._device)
 
     def _summed(self, values: Tensor) -> Tensor:
         """Sum of a CPU tensor over processes."""

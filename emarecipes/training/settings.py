@@ -44,6 +44,24 @@ class ModelSettings(BaseModel):
     overwrite: bool = False
 
 
+class ProbeSettings(BaseModel):
+    """The entry `probe` of a training config: likelihood probes while the adapter is trained.
+
+    Attributes:
+        suites: By name, as the entry `probes` of `recipes/ema_eval.py` has them.
+        every_n_steps: Also after the last step.
+        max_rows: Questions a suite, evenly over its file; null for all.
+        batch_size: Answers at a time.
+    """
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    suites: Annotated[dict[str, Entry], Field(min_length=1)]
+    every_n_steps: Positive = 50
+    max_rows: Positive | None = 32
+    batch_size: Positive = 8
+
+
 class Settings(ModelSettings):
     """What `recipes/ema_lora.py` reads at the top level of its config.
 
@@ -86,6 +104,7 @@ class Settings(ModelSettings):
     pad_to_multiple_of: Positive = 1
     save_merged: bool | None = None
     merged_dtype: Literal["bf16", "fp32"] = "fp32"
+    probe: Entry | None = None
     provenance: Entry | None = None  # Written into a run's config.yaml; read back as it is.
 
 
