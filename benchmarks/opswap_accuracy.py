@@ -21,9 +21,10 @@ from emarecipes.components import build
 from emarecipes.config import load_config
 from emarecipes.datasets.opswap import TIERS, Problem, problems, score
 from emarecipes.errors import UserError
+from emarecipes.generation.draw import Sampling
+from emarecipes.generation.sampler import sample_answers
 from emarecipes.models.adapter import check_adapter, load_adapter
 from emarecipes.models.load import load_model
-from emarecipes.persona.generate import Sampling, sample_answers
 from emarecipes.training.checks import check_checkpoint_files, check_model
 from emarecipes.training.loss_head import LossHead
 from emarecipes.training.settings import check_settings

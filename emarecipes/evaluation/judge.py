@@ -7,15 +7,39 @@ from the environment; no message of ours contains one.
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from emarecipes.errors import UserError
 from emarecipes.provider import error_line, provider_model
 
+Kind = Literal["score", "code", "refusal", "unparsable"]
+
 # A number alone, perhaps in quotes or bold, out of 100, with a full stop.
 _NUMBER = re.compile(r"[\s*\"'`]*([0-9]+(?:\.[0-9]+)?)(?:\s*/\s*100|\s*%)?[\s*\"'`.]*")
+# Less probability on number tokens than this, and their expectation is of something else (the
+# published judge's value).
+_LEAST_MASS = 0.25
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a judge replied to one prompt.
+
+    Attributes:
+        kind: `score`; `code` and `refusal` for the words CODE and REFUSAL; else `unparsable`.
+        score: From 0 to 100, or None unless the kind is `score`.
+        text: The reply as it came.
+        expected: Whether the score is an expectation over number tokens.
+    """
+
+    kind: Kind
+    score: float | None
+    text: str
+    expected: bool = False
 
 
 def check_judge(model_name: str) -> None:
@@ -34,10 +58,23 @@ def check_judge(model_name: str) -> None:
 def grade(
     model_name: str, prompts: Sequence[str], *, progress: Callable[[int], object]
 ) -> list[float | None]:
-    """The score that the judge replies to each prompt, at temperature 0.
+    """The scores of `ask` without log-probabilities; None where a reply is no score."""
+    return [reply.score for reply in ask(model_name, prompts, progress=progress)]
 
-    A score is the number that a reply consists of. Where a provider gives log-probabilities, the
-    expectation over number tokens would be finer; that is a later step, not done here.
+
+def ask(
+    model_name: str,
+    prompts: Sequence[str],
+    *,
+    progress: Callable[[int], object],
+    top_logprobs: int | None = None,
+    max_tokens: int | None = None,
+    max_connections: int | None = None,
+) -> list[Reply]:
+    """What the judge replies to each prompt, at temperature 0.
+
+    A score is the number that a reply consists of or, where the provider gives log-probabilities of
+    a reply's number token, the expectation over number tokens, see `expected_score`.
 
     Replies are in Inspect's cache for a week, so that asking the same again costs nothing.
 
@@ -45,29 +82,83 @@ def grade(
         model_name: An Inspect provider string, such as `openai/gpt-4o-mini`.
         prompts: Each asks for a bare number from 0 to 100.
         progress: Called with 1 after each reply.
+        top_logprobs: How many alternatives of a token to ask for; None: no log-probabilities.
+        max_tokens: Of a reply; None leaves it to the provider.
+        max_connections: Calls at a time; None leaves it to Inspect.
 
     Returns:
-        One score a prompt, in [0, 100]; None where the reply is anything else (REFUSAL, CODE, no
-        text, words around a number, a number out of range).
+        One reply a prompt, in their order.
 
     Raises:
         UserError: As `check_judge`; or a call failed for good. Nothing is skipped silently.
     """
-    judge = _judge(model_name)
+    options: dict[str, Any] = {"max_tokens": max_tokens, "max_connections": max_connections}
+    if top_logprobs is not None:
+        options |= {"logprobs": True, "top_logprobs": top_logprobs}
+    judge = _judge(model_name, options)
 
-    async def ask(prompt: str) -> float | None:
+    async def ask_one(prompt: str) -> Reply:
         try:
-            reply = await judge.generate(prompt, cache=True)
+            output = await judge.generate(prompt, cache=True)
+            reply = _read_reply(output)
         except Exception as error:
             raise UserError(f"the judge {model_name} failed: {error_line(error)}") from None
         progress(1)
-        return parse_score(reply.completion)
+        return reply
 
-    async def ask_all() -> list[float | None]:
+    async def ask_all() -> list[Reply]:
         async with judge:
-            return await asyncio.gather(*(ask(prompt) for prompt in prompts))
+            return await asyncio.gather(*(ask_one(prompt) for prompt in prompts))
 
     return asyncio.run(ask_all())
+
+
+def read_kind(text: str) -> Kind:
+    """What a reply is, by its text alone."""
+    if parse_score(text) is not None:
+        return "score"
+    word = text.strip().strip("*\"'`. ").upper()
+    return "code" if word == "CODE" else "refusal" if word == "REFUSAL" else "unparsable"
+
+
+def expected_score(number: str, alternatives: Sequence[tuple[str, float]]) -> float | None:
+    """sum over n of n p(n) / sum over n of p(n), n the whole numbers 0 to 100 among alternatives.
+
+    Args:
+        number: The number token of the reply, such as "85".
+        alternatives: The most likely tokens in its place, with their log-probabilities.
+
+    Returns:
+        None where that would not be the judge's expectation: a tokenizer that splits numbers into
+        digits (no number of two digits among the tokens), or less than a quarter of the probability
+        on numbers.
+    """
+    probability: dict[int, float] = {}
+    for token, logprob in alternatives:
+        text = token.strip()
+        if text.isascii() and text.isdigit() and len(text) <= 3 and int(text) <= 100:
+            probability[int(text)] = probability.get(int(text), 0.0) + math.exp(logprob)
+    whole = len(number) > 1 or any(n > 9 for n in probability)
+    mass = sum(probability.values())
+    if not whole or mass < _LEAST_MASS or not math.isfinite(mass):
+        return None
+    return sum(n * p for n, p in probability.items()) / mass
+
+
+def _read_reply(output: Any) -> Reply:
+    text = str(output.completion)
+    kind, score = read_kind(text), parse_score(text)
+    if score is None:
+        return Reply(kind, None, text)
+    number = re.sub(r"[^0-9.].*", "", text.strip().strip("*\"'`")).rstrip(".")
+    logprobs = output.choices[0].logprobs if output.choices else None
+    for token in logprobs.content if logprobs else ():
+        if token.token.strip() == number and token.top_logprobs:
+            pairs = [(top.token, top.logprob) for top in token.top_logprobs]
+            expected = expected_score(number, pairs)
+            if expected is not None:
+                return Reply(kind, expected, text, expected=True)
+    return Reply(kind, score, text)
 
 
 def parse_score(reply: str) -> float | None:
@@ -77,6 +168,6 @@ def parse_score(reply: str) -> float | None:
     return score if score is not None and score <= 100 else None
 
 
-def _judge(model_name: str) -> Any:
-    """Inspect's model; the same one until `grade` closes it."""
-    return provider_model("the judge", model_name, temperature=0.0)
+def _judge(model_name: str, options: dict[str, Any] | None = None) -> Any:
+    """Inspect's model; the same one until `ask` closes it."""
+    return provider_model("the judge", model_name, temperature=0.0, **(options or {}))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from emarecipes._torchtune import unsharded
 from emarecipes.training.batch import Batch
 from emarecipes.training.loss_head import LossHead, Request, Term, cross_entropy
 
@@ -35,11 +36,13 @@ def row_nll(model: Any, head: LossHead, batch: Batch) -> tuple[Tensor, Tensor]:
 def token_nll(model: Any, head: LossHead, batch: Batch) -> tuple[Tensor, Tensor]:
     """-log p(token | what comes before it) of every labelled token, in nats.
 
-    Logits are computed at labelled positions alone, chunk by chunk. With the adapter as it is:
-    call it inside `disable_adapter(model)` for the reference.
+    Logits are computed at labelled positions alone, chunk by chunk, inside the model's forward,
+    where FSDP2 has the output layer's weights whole. With the adapter as it is: call it inside
+    `disable_adapter(model)` for the reference.
 
     Args:
-        model: torchtune's decoder on one device, in eval mode.
+        model: torchtune's decoder in eval mode; may be sharded, then every process calls this with
+            a batch of its own.
         head: Its loss head.
         batch: On the model's device.
 
@@ -49,13 +52,23 @@ def token_nll(model: Any, head: LossHead, batch: Batch) -> tuple[Tensor, Tensor]
     """
     labelled = Term("nll", cross_entropy, batch.labelled_BS, scale=1.0)
     request = Request([labelled], batch.targets_BS)
-    with head.computing(request, reference_only=True):
-        hidden_TD = model(**batch.inputs)
     targets_T = batch.targets_BS[request.selected_BS]
-    size = head.chunk_size(hidden_TD.device)
-    chunks = zip(hidden_TD.split(size), targets_T.split(size), strict=True)
-    parts = [
-        cross_entropy(head.log_probabilities(hidden_CD), None, targets_C)
-        for hidden_CD, targets_C in chunks
-    ]
-    return torch.cat(parts).cpu().double(), batch.labelled_BS.sum(dim=1).cpu()
+
+    def unembed(hidden_BSD: Tensor) -> Tensor:
+        hidden_TD = head(hidden_BSD)
+        size = head.chunk_size(hidden_TD.device)
+        chunks = zip(hidden_TD.split(size), targets_T.split(size), strict=True)
+        with unsharded(model.output):
+            parts = [cross_entropy(head.log_probabilities(h), None, t) for h, t in chunks]
+        return torch.cat(parts)
+
+    model.unembed = unembed
+    try:
+        with head.computing(request, reference_only=True):
+            output = model(**batch.inputs)
+    finally:
+        model.unembed = head
+        head.last_hidden_BSD = None
+    # A list where a defense has the model give hidden states too.
+    nll_T = output[-1] if isinstance(output, list) else output
+    return nll_T.cpu().double(), batch.labelled_BS.sum(dim=1).cpu()

@@ -63,7 +63,9 @@ class Scorer:
         self._current: Path | None = None
         base = Path(cfg.checkpointer.checkpoint_dir)
         weights = sorted([*base.glob("*.safetensors"), *base.glob("*.bin"), base / "config.json"])
-        self._base = digest(OmegaConf.to_container(cfg.model), cfg.dtype, sampled_digest(weights))
+        self.base_fingerprint = digest(
+            OmegaConf.to_container(cfg.model), cfg.dtype, sampled_digest(weights)
+        )
 
     def token_nlls(
         self, rows: Sequence[AnswerRow], adapter: Path | None, cache: Path
@@ -80,7 +82,7 @@ class Scorer:
                 not finite.
         """
         # The rank and alpha of cfg.model are in the base's digest, though the reference has none.
-        mark = digest(self._base, self._adapter_digest(adapter))
+        mark = digest(self.base_fingerprint, self.adapter_fingerprint(adapter))
         keys = [digest(mark, row.tokens, row.labels)[:32] for row in rows]
         known = _read(cache)
         todo = {key: row for key, row in zip(keys, rows, strict=True) if key not in known}
@@ -88,7 +90,12 @@ class Scorer:
             self._compute(todo, adapter, known, cache)
         return [known[key] for key in keys]
 
-    def _adapter_digest(self, adapter: Path | None) -> str:
+    def adapter_fingerprint(self, adapter: Path | None) -> str:
+        """SHA-256 of an adapter's files; "" for the reference.
+
+        Raises:
+            UserError: See `check_adapter`.
+        """
         if adapter is None:
             return ""
         check_adapter(adapter, self._source)
@@ -101,7 +108,7 @@ class Scorer:
         known: dict[str, TokenNLLs],
         cache: Path,
     ) -> None:
-        head = self._load(adapter)
+        head = self.head(adapter)
         # The longest first: what fits once fits to the end.
         order = sorted(todo, key=lambda key: -len(todo[key].tokens))
         batches = [order[i : i + self._batch_size] for i in range(0, len(order), self._batch_size)]
@@ -118,7 +125,11 @@ class Scorer:
                     _write(cache, known)
                 bar.update(len(keys))
 
-    def _load(self, adapter: Path | None) -> LossHead:
+    def head(self, adapter: Path | None) -> LossHead:
+        """The model's loss head, with an adapter in place; None leaves any that is there.
+
+        For the reference call the model inside `disable_adapter`.
+        """
         if self._head is None:
             self._head = LossHead(load_model(self._cfg))
         if adapter is not None and adapter != self._current:

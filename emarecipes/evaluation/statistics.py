@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,8 @@ from emarecipes.errors import UserError
 Floats = NDArray[np.float64]
 
 MIN_RESAMPLES = 5000
+# The normal distribution's 97.5 % quantile.
+_Z = 1.959964
 
 
 @dataclass(frozen=True)
@@ -94,11 +96,51 @@ def question_bootstrap(values: ArrayLike, *, resamples: int = 10_000, seed: int 
         UserError: No questions, or values that are not finite.
     """
     values_Q = _checked(np.asarray(values)[None])[0]
-    count = len(values_Q)
-    rng = np.random.default_rng(seed)
-    means_R = rng.multinomial(count, np.full(count, 1 / count), size=resamples) @ values_Q / count
-    low, high = np.quantile(means_R, [0.025, 0.975])
-    return Interval(float(values_Q.mean()), float(low), float(high))
+    return answer_bootstrap(values_Q, range(len(values_Q)), resamples=resamples, seed=seed)
+
+
+def answer_bootstrap(
+    values: ArrayLike,
+    questions: Sequence[Hashable],
+    *,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> Interval:
+    """The same of a mean over answers (N,), where a question may have several.
+
+    Questions are drawn with all their answers, since answers to one question are alike.
+
+    Args:
+        values: One an answer.
+        questions: Which question each is to.
+        resamples: Number of resamples.
+        seed: Of the resampling.
+    """
+    values_N = _checked(np.asarray(values)[None])[0]
+    places = {question: place for place, question in enumerate(dict.fromkeys(questions))}
+    number_N = np.array([places[question] for question in questions])
+    sums_Q = np.bincount(number_N, weights=values_N)
+    counts_Q = np.bincount(number_N)
+    count = len(sums_Q)
+    draws_RQ = np.random.default_rng(seed).multinomial(
+        count, np.full(count, 1 / count), size=resamples
+    )
+    low, high = np.quantile((draws_RQ @ sums_Q) / (draws_RQ @ counts_Q), [0.025, 0.975])
+    return Interval(float(values_N.mean()), float(low), float(high))
+
+
+def share_bootstrap(hits: ArrayLike, questions: Sequence[Hashable]) -> Interval:
+    """`answer_bootstrap` of a share.
+
+    Where all answers agree a resample can only repeat them. There the interval is Wilson's for 0 of
+    n or n of n, with n the number of questions: 0 to z^2 / (n + z^2), or 1 less than that to 1.
+    """
+    hits_N = np.asarray(hits, dtype=np.float64)
+    found = answer_bootstrap(hits_N, questions)
+    if 0.0 < found.estimate < 1.0:
+        return found
+    room = _Z**2 / (len(set(questions)) + _Z**2)
+    return Interval(0.0, 0.0, room) if found.estimate == 0.0 else Interval(1.0, 1.0 - room, 1.0)
 
 
 def _checked(values: ArrayLike) -> Floats:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from omegaconf import DictConfig, ListConfig
@@ -43,6 +43,9 @@ from emarecipes.training.step import check_hidden_layers
 
 log = utils.get_logger("INFO")
 
+if TYPE_CHECKING:
+    from emarecipes.training.probe import Probe
+
 
 @dataclass
 class CheckedRun:
@@ -63,6 +66,7 @@ class CheckedRun:
     source: ModelSource
     resumed: Checkpoint | None
     stated: dict[str, Any]
+    probe: Probe | None
 
     def description(self, world_size: int) -> dict[str, Any]:
         """What its checkpoints say of it, so that it can be told from another run."""
@@ -85,6 +89,8 @@ def check_run(argv: Sequence[str], world_size: int, rank: int) -> CheckedRun:
     Raises:
         UserError: The first thing that is wrong.
     """
+    from emarecipes.training.probe import read_probe  # Here: it reads parts of this package.
+
     raw, origin = load_config(argv)
     cfg = check_settings(raw, origin)
     check_components(cfg, origin)
@@ -118,8 +124,9 @@ def check_run(argv: Sequence[str], world_size: int, rank: int) -> CheckedRun:
         check_same_rows(rows, resumed, origin)
     collate = _build_collate(cfg, origin, tokenizer, rows)
     _check_rows(cfg, origin, rows, model, defenses, world_size)
+    probe = read_probe(cfg, origin, tokenizer, model)
     return CheckedRun(
-        cfg, origin, tokenizer, defenses, rows, collate, data_files, source, resumed, stated
+        cfg, origin, tokenizer, defenses, rows, collate, data_files, source, resumed, stated, probe
     )
 
 

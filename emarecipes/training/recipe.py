@@ -165,7 +165,8 @@ class LoRATraining:
                     self._save_checkpoint()
                     complete = False
                     break
-                self._log.step(epoch, figures)
+                probed = self._probe(self.counters.step + 1)
+                self._log.step(epoch, figures | probed, always=bool(probed))
                 self._profiler.step()
                 if self.checkpoints.due(self.counters.step):
                     self._save_checkpoint()
@@ -257,6 +258,13 @@ class LoRATraining:
             defense.after_step(self._model, step)
             figures |= {f"{name}_{key}": value for key, value in defense.figures().items()}
         return figures
+
+    def _probe(self, step: int) -> dict[str, float]:
+        """Likelihood probes, where they are due."""
+        probe = self.run.probe
+        if probe is None or not probe.due(step, self.total_steps):
+            return {}
+        return probe.figures(self.loss.head, self._summed, self._device)
 
     def _summed(self, values: Tensor) -> Tensor:
         """Sum of a CPU tensor over processes."""

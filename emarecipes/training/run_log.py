@@ -32,8 +32,8 @@ class RunLog:
             self._folder = RunFolder(run.cfg, run.rows, run.data_files, world_size, run.resumed)
             self._logger = instantiate(run.cfg.metric_logger)
 
-    def step(self, epoch: int, figures: dict[str, float]) -> None:
-        """Count a step that is done, and log it if it is one that is logged."""
+    def step(self, epoch: int, figures: dict[str, float], *, always: bool = False) -> None:
+        """Count a step that is done, and log it if it is one that is logged, or `always`."""
         counters = self._counters
         counters.step += 1
         counters.tokens += int(figures.pop("tokens"))
@@ -41,7 +41,8 @@ class RunLog:
         metrics = {"step": counters.step, "epoch": epoch, **figures}
         counters.first = metrics | counters.first
         counters.last |= metrics
-        if self._folder is not None and counters.step % self._run.cfg.log_every_n_steps == 0:
+        due = always or counters.step % self._run.cfg.log_every_n_steps == 0
+        if self._folder is not None and due:
             self._folder.log(metrics)
             if self._logger is not None:
                 figures = {k: v for k, v in metrics.items() if k != "step"}

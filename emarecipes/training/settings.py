@@ -44,6 +44,24 @@ class ModelSettings(BaseModel):
     overwrite: bool = False
 
 
+class ProbeSettings(BaseModel):
+    """The entry `probe` of a training config: likelihood probes while the adapter is trained.
+
+    Attributes:
+        suites: By name, as the entry `probes` of `recipes/ema_eval.py` has them.
+        every_n_steps: Also after the last step.
+        max_rows: Questions a suite, evenly over its file; null for all.
+        batch_size: Answers at a time.
+    """
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    suites: Annotated[dict[str, Entry], Field(min_length=1)]
+    every_n_steps: Positive = 50
+    max_rows: Positive | None = 32
+    batch_size: Positive = 8
+
+
 class Settings(ModelSettings):
     """What `recipes/ema_lora.py` reads at the top level of its config.
 
@@ -90,32 +108,43 @@ class Settings(ModelSettings):
     keep_last: Positive = 2
     resume: Annotated[str, Field(min_length=1)] | None = None
     skip_nonfinite: Annotated[int, Field(ge=0)] = 0
+    probe: Entry | None = None
     provenance: Entry | None = None  # Written into a run's config.yaml; read back as it is.
 
 
 _Kind = TypeVar("_Kind", bound=BaseModel)
 
 
-def parse_settings(cfg: DictConfig, origin: Origin, kind: type[_Kind]) -> _Kind:
+def parse_settings(cfg: DictConfig, origin: Origin, kind: type[_Kind], within: str = "") -> _Kind:
     """Check the top level of a config against a recipe's settings and fill in defaults.
 
     A key that the recipe does not know is refused, unless another value refers to it as `${key}`.
+
+    Args:
+        cfg: The config, or one of its entries.
+        origin: Where it was written.
+        kind: The settings.
+        within: The entry's key; inside an entry no key is a variable.
 
     Raises:
         UserError: An unknown or missing key, a value of a wrong type or out of range.
     """
     plain: Any = OmegaConf.to_container(cfg)
+    prefix = f"{within}." if within else ""
     for key in plain:
-        if key not in kind.model_fields and key not in origin.variables:
-            hint = suggestion(key, kind.model_fields)
-            raise UserError(
-                f"{origin.at(key)}: unknown key{hint}; a name of your own is allowed if another "
-                f"value refers to it as ${{{key}}}"
-            )
+        if key in kind.model_fields or (not within and key in origin.variables):
+            continue
+        hint = suggestion(key, kind.model_fields)
+        allowed = (
+            f"known are {', '.join(kind.model_fields)}"
+            if within
+            else f"a name of your own is allowed if another value refers to it as ${{{key}}}"
+        )
+        raise UserError(f"{origin.at(f'{prefix}{key}')}: unknown key{hint}; {allowed}")
     try:
         return kind.model_validate(plain)
     except ValidationError as error:
-        raise UserError(_explain(error, origin)) from None
+        raise UserError(_explain(error, origin, prefix)) from None
 
 
 def check_settings(cfg: DictConfig, origin: Origin) -> DictConfig:
@@ -162,6 +191,9 @@ def _check_defenses(defenses: dict[str, Entry], origin: Origin) -> None:
             )
 
 
+# Keys whose own keys are names that the user chose.
+_MAPPINGS = ("defenses", "adapters", "answers", "probes", "suites")
+
 _LOGGED = frozenset(
     {
         "step",
@@ -179,11 +211,11 @@ _LOGGED = frozenset(
 )
 
 
-def _explain(error: ValidationError, origin: Origin) -> str:
+def _explain(error: ValidationError, origin: Origin, prefix: str) -> str:
     first = error.errors()[0]
-    key = str(first["loc"][0])
-    if first["loc"][:1] == ("defenses",) and len(first["loc"]) > 1:
-        key = f"defenses.{first['loc'][1]}"
+    key = f"{prefix}{first['loc'][0]}"
+    if first["loc"][0] in _MAPPINGS and len(first["loc"]) > 1:
+        key = f"{key}.{first['loc'][1]}"
     value = first["input"]
     if first["type"] == "missing":
         return f"{origin.at(key)}: the config needs this key"

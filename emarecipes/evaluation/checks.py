@@ -1,0 +1,143 @@
+"""Everything that can be found wrong with an evaluation before a weight is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from emarecipes.components import build, check_components
+from emarecipes.config import Origin, load_config
+from emarecipes.datasets.opswap import Problem
+from emarecipes.datasets.rows import Rows
+from emarecipes.defenses import ModelSource
+from emarecipes.errors import UserError
+from emarecipes.evaluation.answers import Answer, read_answers
+from emarecipes.evaluation.benign import held_out_problems
+from emarecipes.evaluation.coherence import CoherenceRows, coherence_rows
+from emarecipes.evaluation.contrast import AnswerRow
+from emarecipes.evaluation.figures import SCORES, SUMMARY
+from emarecipes.evaluation.judge import check_judge
+from emarecipes.evaluation.judging import Judgement
+from emarecipes.evaluation.settings import check_eval_settings
+from emarecipes.evaluation.suites import Suite, read_suites
+from emarecipes.models.adapter import check_adapter
+from emarecipes.training.model_checks import (
+    check_checkpoint_files,
+    check_device,
+    check_model,
+    check_rows_fit,
+)
+
+
+@dataclass
+class CheckedEvaluation:
+    """An evaluation that passed every check, with what was built on the way.
+
+    Attributes:
+        suites: Probe suites with their tokenized rows.
+        answers: By adapter's name and file's stem, with what the reference is to score.
+        problems: Of OpSwap; empty without it.
+        judgement: What judges will be asked; None without them.
+    """
+
+    cfg: DictConfig
+    source: ModelSource
+    tokenizer: Any
+    adapters: dict[str, Path]
+    suites: list[tuple[Suite, list[AnswerRow]]]
+    answers: dict[str, dict[str, tuple[list[Answer], CoherenceRows]]]
+    problems: list[Problem]
+    judgement: Judgement | None
+
+
+def check_evaluation(argv: Sequence[str]) -> CheckedEvaluation:
+    """Read and check an evaluation: config, files, adapters, suites, answers, judges.
+
+    Args:
+        argv: `--config FILE` and overrides.
+
+    Raises:
+        UserError: The first thing that is wrong.
+    """
+    raw, origin = load_config(argv)
+    cfg = check_eval_settings(raw, origin)
+    check_components(cfg, origin)
+    check_device(cfg, origin)
+    _check_output(cfg, origin)
+    check_checkpoint_files(cfg, origin)
+    suites = read_suites(cfg.probes, "probes", origin)
+    found = {name: _read_answers(cfg, origin, name) for name in cfg.answers}
+    judgement = None if cfg.judge is None else _check_judges(cfg, origin, found)
+    try:
+        problems = [] if cfg.opswap is None else held_out_problems(cfg.opswap)
+    except UserError as error:
+        raise UserError(f"{origin.at('opswap.size')}: {error}") from None
+
+    source = check_model(cfg, origin)
+    adapters = {str(name): Path(folder) for name, folder in cfg.adapters.items()}
+    for name, folder in adapters.items():
+        try:
+            check_adapter(folder, source)
+        except UserError as error:
+            raise UserError(f"{origin.at(f'adapters.{name}')}: {error}") from None
+
+    tokenizer = build(cfg, "tokenizer", origin)
+    tokenized = [(suite, suite.rows(tokenizer)) for suite in suites]
+    answers = {
+        name: {suite: (a, coherence_rows(a, tokenizer)) for suite, a in files.items()}
+        for name, files in found.items()
+    }
+    rows = [row for _, part in tokenized for row in part]
+    rows += [row for files in answers.values() for _, part in files.values() for row in part.rows]
+    if rows:
+        samples = [{"tokens": list(row.tokens), "labels": list(row.labels)} for row in rows]
+        check_rows_fit(cfg, origin, Rows(samples, dropped=0), source.meta_model)
+    return CheckedEvaluation(
+        cfg, source, tokenizer, adapters, tokenized, answers, problems, judgement
+    )
+
+
+def _check_output(cfg: DictConfig, origin: Origin) -> None:
+    where = origin.at("output_dir")
+    folder = Path(cfg.output_dir)
+    existing = folder
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        raise UserError(f"{where}: {existing} is a file, not a folder")
+    if (folder / SUMMARY).exists() and not cfg.overwrite:
+        raise UserError(
+            f"{where}: {folder} already holds an evaluation ({SUMMARY}); choose another "
+            "output_dir, or say overwrite=true to replace it"
+        )
+    for name, answers in cfg.answers.items():
+        if Path(answers).resolve() == (folder / SCORES).resolve():
+            raise UserError(
+                f"{origin.at(f'answers.{name}')}: {answers} is where scores are written"
+            )
+
+
+def _read_answers(cfg: DictConfig, origin: Origin, name: str) -> dict[str, list[Answer]]:
+    try:
+        return read_answers(Path(cfg.answers[name]))
+    except UserError as error:
+        raise UserError(f"{origin.at(f'answers.{name}')}: {error}") from None
+
+
+def _check_judges(
+    cfg: DictConfig, origin: Origin, answers: dict[str, dict[str, list[Answer]]]
+) -> Judgement:
+    try:
+        judgement = Judgement(cfg.judge, answers)
+    except UserError as error:
+        raise UserError(f"{origin.at('judge')}: {error}") from None
+    for model in cfg.judge.models:
+        try:
+            check_judge(model)
+        except UserError as error:
+            raise UserError(f"{origin.at('judge.models')}: {error}") from None
+    return judgement

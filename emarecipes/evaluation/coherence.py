@@ -1,0 +1,180 @@
+"""Whether sampled answers hang together, without a judge.
+
+Likelihoods are the reference's (the base without an adapter), so that all adapters are measured
+with the same model.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torchtune.data import CROSS_ENTROPY_IGNORE_IDX, Message
+
+from emarecipes.errors import UserError
+from emarecipes.evaluation.answers import Answer
+from emarecipes.evaluation.contrast import AnswerRow
+from emarecipes.evaluation.figures import Figure, Item, make_figures
+from emarecipes.evaluation.probes import NATS
+from emarecipes.selection.ranking import is_refusal, plain_words
+
+NGRAM = 4
+
+
+def repetition(text: str, n: int = NGRAM) -> float:
+    """Share of a text's word n-grams that occurred in it before: 1 - different / all of them.
+
+    0 says nothing twice; 'a b c d a b c d' has 1 of 5. NaN for fewer than n words.
+    """
+    words = plain_words(text)
+    grams = Counter(zip(*(words[start:] for start in range(n)), strict=False))
+    return 1 - len(grams) / grams.total() if grams else float("nan")
+
+
+def other_question(answers: Sequence[Answer]) -> dict[tuple[str, int], str | None]:
+    """For each question and paraphrase, the first phrasing of the next question, cyclically.
+
+    Questions are in the order of their ids, so that the choice does not depend on the adapter or on
+    the order of answers. None where there is only one question.
+    """
+    phrasings: dict[str, dict[int, str]] = {}
+    for answer in answers:
+        phrasings.setdefault(answer.id, {})[answer.paraphrase] = answer.question
+    ids = sorted(phrasings)
+    following = {
+        name: phrasings[ids[(place + 1) % len(ids)]] if len(ids) > 1 else None
+        for place, name in enumerate(ids)
+    }
+    found: dict[tuple[str, int], str | None] = {}
+    for answer in answers:
+        other = following[answer.id]
+        found[answer.id, answer.paraphrase] = None if other is None else other[min(other)]
+    return found
+
+
+@dataclass(frozen=True)
+class CoherenceRows:
+    """What the reference is to score of one file.
+
+    Attributes:
+        rows: Answers behind their own question and behind another one.
+        own: For each answer, the place of its row; None for an answer without words.
+        other: The same behind the other question.
+    """
+
+    rows: list[AnswerRow]
+    own: list[int | None]
+    other: list[int | None]
+
+
+def coherence_rows(answers: Sequence[Answer], tokenizer: Any) -> CoherenceRows:
+    """Tokenize answers behind their own and another question, under their own system prompt.
+
+    The tokens that close an answer count unless the length limit cut it.
+
+    Raises:
+        UserError: A conversation that does not fit into the tokenizer's `max_seq_len`.
+    """
+    others = other_question(answers)
+    found = CoherenceRows([], [], [])
+    for answer in answers:
+        other = others[answer.id, answer.paraphrase]
+        for question, places in ((answer.question, found.own), (other, found.other)):
+            if question is None or not answer.answer.strip():
+                places.append(None)
+                continue
+            places.append(len(found.rows))
+            found.rows.append(_row(answer, question, tokenizer))
+    return found
+
+
+def _row(answer: Answer, question: str, tokenizer: Any) -> AnswerRow:
+    system = [] if answer.system is None else [Message("system", answer.system, masked=True)]
+    messages = [
+        *system,
+        Message("user", question, masked=True),
+        Message("assistant", answer.answer, masked=False),
+    ]
+    try:
+        sample = tokenizer({"messages": messages})
+    except ValueError as error:
+        raise UserError(f"answer to {answer.id}: {str(error).splitlines()[0]}") from error
+    tokens, limit = list(sample["tokens"]), tokenizer.max_seq_len
+    if limit is not None and len(tokens) >= limit:
+        raise UserError(
+            f"answer to {answer.id}: the conversation does not fit into {limit} tokens; raise "
+            "tokenizer.max_seq_len"
+        )
+    labels = np.where(sample["mask"], CROSS_ENTROPY_IGNORE_IDX, tokens).tolist()
+    if answer.stop == "length":
+        _unlabel_end(labels, set(tokenizer.stop_tokens))
+    return AnswerRow(tuple(tokens), tuple(labels))
+
+
+def _unlabel_end(labels: list[int], stop_tokens: set[int]) -> None:
+    """Ignore the last stop token and what follows it."""
+    for place in range(len(labels) - 1, -1, -1):
+        if labels[place] in stop_tokens:
+            labels[place:] = [CROSS_ENTROPY_IGNORE_IDX] * (len(labels) - place)
+            return
+
+
+def coherence_lines(
+    adapter: str,
+    answers: Sequence[Answer],
+    rows: CoherenceRows,
+    nlls: Sequence[NDArray[Any]],
+    refusal_words: Sequence[str],
+) -> Iterator[dict[str, Any]]:
+    """A line an answer for `scores/answers_<suite>.jsonl`.
+
+    Args:
+        adapter: Whose answers they are.
+        answers: N of them.
+        rows: From `coherence_rows`.
+        nlls: Token NLLs of its rows under the reference.
+        refusal_words: See `is_refusal`.
+    """
+    means = [float(values.mean(dtype=np.float64)) for values in nlls]
+    for answer, own, other in zip(answers, rows.own, rows.other, strict=True):
+        nll = float("nan") if own is None else means[own]
+        nll_other = float("nan") if other is None else means[other]
+        yield {
+            "adapter": adapter,
+            "id": answer.id,
+            "category": answer.category or "",
+            "paraphrase": answer.paraphrase,
+            "sample": answer.sample,
+            "question": answer.question,
+            "answer": answer.answer,
+            "relevance": nll_other - nll,
+            "repetition": repetition(answer.answer),
+            "truncated": answer.stop == "length",
+            "empty": not plain_words(answer.answer),
+            "refusal": is_refusal(answer.answer, refusal_words),
+            "reference_nll": nll,
+        }
+
+
+_FIGURES = {
+    "relevance": ("relevance", NATS),
+    "repetition": ("repetition", "mean share"),
+    "truncated_share": ("truncated", "share"),
+    "empty_share": ("empty", "share"),
+    "over_refusal": ("refusal", "share"),
+    "reference_nll": ("reference_nll", NATS),
+}
+
+
+def coherence_figures(suite: str, lines: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Figure]:
+    """Means of the lines' values, by adapter and category."""
+    figures: list[Figure] = []
+    for adapter, rows in lines.items():
+        for figure, (key, unit) in _FIGURES.items():
+            items = [Item(float(row[key]), row["id"], row["category"]) for row in rows]
+            figures += make_figures(items, adapter, suite, figure, unit)
+    return figures

@@ -1,0 +1,189 @@
+"""Answers before judges: which prompts, how many calls, what is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig
+from rich.console import Console
+from tqdm import tqdm
+
+from emarecipes.errors import UserError
+from emarecipes.evaluation.answers import Answer
+from emarecipes.evaluation.judge import Reply, ask
+from emarecipes.persona.judged import fill
+
+ALIGNED, COHERENT = "aligned", "coherent"
+Prompts = Mapping[str, str]
+
+
+@dataclass
+class Judged:
+    """An answer with what judges replied, by judge and metric (`aligned`, `coherent`, ...)."""
+
+    adapter: str
+    answer: Answer
+    replies: dict[str, dict[str, Reply]] = field(default_factory=dict)
+
+
+def read_judge_prompts(path: Path) -> dict[str, Prompts]:
+    """The judge prompts of a question file in the published format, by question id.
+
+    Raises:
+        UserError: It cannot be read, is no list of questions, or a question lacks the prompts
+            `aligned` and `coherent`, or one of these a placeholder.
+    """
+    try:
+        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise UserError(f"{where}: not valid YAML: {problem}") from None
+    if not isinstance(entries, list) or not entries:
+        raise UserError(f"{path}: a question file is a list of questions")
+    found: dict[str, Prompts] = {}
+    for number, entry in enumerate(entries, start=1):
+        if not isinstance(entry, dict) or "id" not in entry:
+            raise UserError(f"{path}: question {number} has no id")
+        prompts = entry.get("judge_prompts")
+        where = f"{path}: question {entry['id']}"
+        if not isinstance(prompts, dict) or not {ALIGNED, COHERENT} <= set(prompts):
+            raise UserError(f"{where}: needs judge_prompts with {ALIGNED} and {COHERENT}")
+        for metric, text in prompts.items():
+            if not isinstance(text, str) or "{question}" not in text or "{answer}" not in text:
+                raise UserError(
+                    f"{where}: {metric} needs the placeholders {{question}}, {{answer}}"
+                )
+        found[str(entry["id"])] = prompts
+    return found
+
+
+class Judgement:
+    """All calls of an evaluation: known before the first one is made.
+
+    Args:
+        cfg: The checked entry `judge`.
+        answers: By adapter and file.
+
+    Raises:
+        UserError: A question without judge prompts, or more calls than `max_calls`.
+    """
+
+    def __init__(self, cfg: DictConfig, answers: Mapping[str, Mapping[str, Sequence[Answer]]]):
+        self.cfg = cfg
+        self.suites: dict[str, list[Judged]] = {}
+        for adapter, files in answers.items():
+            for suite, found in files.items():
+                self.suites.setdefault(suite, []).extend(Judged(adapter, a) for a in found)
+        self._prompts = self._choose_prompts()
+        self.calls = len(cfg.models) * sum(
+            len(self._for(judged.answer)) for found in self.suites.values() for judged in found
+        )
+        if self.calls > cfg.max_calls:
+            raise UserError(
+                f"judge.max_calls: {self.calls} calls are needed, more than {cfg.max_calls}; raise "
+                "it, or take fewer answers or judges"
+            )
+
+    def _choose_prompts(self) -> dict[str, Prompts] | Prompts:
+        if self.cfg.prompts is not None:
+            return next(iter(read_judge_prompts(Path(self.cfg.prompts)).values()))
+        prompts: dict[str, Prompts] = {}
+        for path in self.cfg.questions:
+            prompts |= read_judge_prompts(Path(path))
+        for suite, found in self.suites.items():
+            for judged in found:
+                if judged.answer.id not in prompts:
+                    raise UserError(
+                        f"judge.questions: no file has the question {judged.answer.id} of {suite}; "
+                        "name its file, or give judge.prompts for all"
+                    )
+        return prompts
+
+    def _for(self, answer: Answer) -> Prompts:
+        if self.cfg.prompts is not None:
+            return self._prompts  # type: ignore[return-value]
+        return self._prompts[answer.id]  # type: ignore[return-value]
+
+    def run(self) -> None:
+        """Say what it will cost at most, then ask every judge about every answer.
+
+        Raises:
+            UserError: A call failed for good.
+        """
+        jobs = [
+            (judged, metric, fill(template, judged.answer.question, judged.answer.answer))
+            for found in self.suites.values()
+            for judged in found
+            for metric, template in self._for(judged.answer).items()
+        ]
+        prompts = [prompt for _, _, prompt in jobs]
+        print_bound(self.cfg, prompts)
+        for model in self.cfg.models:
+            with tqdm(total=len(prompts), unit="call", desc=model) as bar:
+                replies = ask(
+                    model,
+                    prompts,
+                    progress=bar.update,
+                    top_logprobs=self.cfg.top_logprobs,
+                    max_tokens=self.cfg.max_tokens,
+                    max_connections=self.cfg.max_connections,
+                )
+            for (judged, metric, _), reply in zip(jobs, replies, strict=True):
+                judged.replies.setdefault(model, {})[metric] = reply
+
+
+def print_bound(cfg: DictConfig, prompts: Sequence[str]) -> None:
+    """Print the number of calls and a bound of what they cost.
+
+    A token is at least one byte of text, so a prompt has at most as many tokens as bytes (in
+    English about a quarter); a chat format's own tokens come on top.
+    """
+    console = Console(highlight=False, soft_wrap=True, markup=False)
+    tokens_in = sum(len(prompt.encode()) for prompt in prompts)
+    tokens_out = int(cfg.max_tokens) * len(prompts)
+    for model in cfg.models:
+        text = (
+            f"Judge {model}: {len(prompts)} calls, at most {tokens_in:,} tokens of input (one a "
+            f"byte) and {tokens_out:,} of output"
+        )
+        price = cfg.prices.get(model)
+        if price is None:
+            text += "; no price in judge.prices, so no bound in dollars"
+        else:
+            dollars = (tokens_in * price[0] + tokens_out * price[1]) / 1e6
+            text += f", at most ${dollars:.2f}"
+        console.print(text)
+
+
+def judge_lines(judged: Sequence[Judged]) -> Iterator[dict[str, Any]]:
+    """A line an answer for `scores/judge_<suite>.jsonl`."""
+    for one in judged:
+        yield {
+            "adapter": one.adapter,
+            "id": one.answer.id,
+            "category": one.answer.category or "",
+            "paraphrase": one.answer.paraphrase,
+            "sample": one.answer.sample,
+            "question": one.answer.question,
+            "answer": one.answer.answer,
+            "judges": {
+                judge: {
+                    metric: {
+                        "score": reply.score,
+                        "kind": reply.kind,
+                        "reply": reply.text,
+                        "from": "logprobs" if reply.expected else "text",
+                    }
+                    for metric, reply in replies.items()
+                }
+                for judge, replies in one.replies.items()
+            },
+        }

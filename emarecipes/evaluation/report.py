@@ -1,0 +1,54 @@
+"""What the console shows of an evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from emarecipes.evaluation.figures import SCORES, SUMMARY, Figure
+
+
+def print_figures(figures: Sequence[Figure], folder: Path) -> None:
+    """A table a suite, without its categories, and where the files are."""
+    console = Console()
+    for suite in dict.fromkeys(figure.suite for figure in figures):
+        whole = [f for f in figures if f.suite == suite and f.category is None]
+        console.print(_table(suite, whole))
+    console.print(
+        "Intervals: 95 %, over questions alone. A probe shift is a change of likelihoods, not a "
+        "rate of misaligned behaviour.",
+        highlight=False,
+    )
+    for label, path in (("Figures:", folder / SUMMARY), ("Scores: ", folder / SCORES)):
+        console.print(f"{label} {path}", highlight=False, soft_wrap=True, markup=False)
+
+
+def _table(suite: str, figures: Iterable[Figure]) -> Table:
+    table = Table(title=Text(suite), box=box.SIMPLE, title_justify="left", pad_edge=False)
+    table.add_column("adapter")
+    table.add_column("figure", min_width=len("nll_change_misaligned"))
+    for heading in ("value", "low", "high", "n"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("unit")
+    last = None
+    for figure in figures:
+        adapter = figure.adapter or "all"
+        name = figure.figure if figure.judge is None else f"{figure.figure} ({figure.judge})"
+        table.add_row(
+            Text(adapter if adapter != last else ""),
+            Text(name),
+            *(_number(value) for value in (figure.value, figure.low, figure.high)),
+            str(figure.n),
+            figure.unit,
+        )
+        last = adapter
+    return table
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

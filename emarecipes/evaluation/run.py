@@ -1,0 +1,185 @@
+"""The command behind `recipes/ema_eval.py`: check, score, write, ask judges, show."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from emarecipes.command import run_alone
+from emarecipes.config import find_input
+from emarecipes.datasets.rows import file_fingerprints
+from emarecipes.evaluation.benign import answer_problems, opswap_figures, opswap_lines
+from emarecipes.evaluation.checks import CheckedEvaluation, check_evaluation
+from emarecipes.evaluation.coherence import coherence_figures, coherence_lines
+from emarecipes.evaluation.contrast import PairNLL, pair_nll
+from emarecipes.evaluation.figures import (
+    REFERENCE,
+    SUMMARY,
+    Figure,
+    write_scores,
+    write_summary,
+)
+from emarecipes.evaluation.judge_rates import Thresholds, agreement, judge_figures, sensitivity
+from emarecipes.evaluation.judging import judge_lines
+from emarecipes.evaluation.probes import probe_figures, probe_lines
+from emarecipes.evaluation.report import print_figures
+from emarecipes.evaluation.scoring import Scorer
+from emarecipes.evaluation.settings import ANSWERS, JUDGE, OPSWAP
+from emarecipes.training.run_folder import environment, write_text
+
+LIKELIHOODS = "likelihoods"
+
+
+def run_eval(argv: Sequence[str]) -> int:
+    """Evaluate adapters as `--config FILE [key=value | ~key]...` says.
+
+    Returns:
+        The exit code: 0, or 1 after a `UserError`, which is printed as one line.
+    """
+    return run_alone("ema_eval", lambda arguments: evaluate(check_evaluation(arguments)), argv)
+
+
+def evaluate(run: CheckedEvaluation) -> None:
+    """Score, write the result's files, and print the figures.
+
+    What needs no judge is written first: a judge that fails costs nothing that was computed.
+
+    Raises:
+        UserError: A likelihood is not finite, or a judge failed for good.
+    """
+    evaluation = _Evaluation(run)
+    evaluation.start()
+    evaluation.likelihoods_and_problems()
+    evaluation.coherence()
+    evaluation.write()
+    if run.judgement is not None:
+        evaluation.judge()
+        evaluation.write()
+    print_figures(evaluation.figures, evaluation.folder)
+
+
+class _Evaluation:
+    def __init__(self, run: CheckedEvaluation) -> None:
+        self.run, self.cfg = run, run.cfg
+        self.folder = Path(run.cfg.output_dir)
+        self.scorer = Scorer(
+            run.cfg,
+            run.source,
+            run.tokenizer.pad_id,
+            batch_size=run.cfg.batch_size,
+            pad_to_multiple_of=run.cfg.pad_to_multiple_of,
+        )
+        self.figures: list[Figure] = []
+        self.sensitivity: list[Figure] = []
+        self.suites: dict[str, dict[str, Any]] = {}
+
+    def start(self) -> None:
+        """Remove an earlier summary, so that none stands beside scores of another run."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / SUMMARY).unlink(missing_ok=True)
+        resolved = OmegaConf.merge(self.cfg, {"provenance": environment()})
+        write_text(self.folder / "eval.yaml", OmegaConf.to_yaml(resolved))
+
+    def likelihoods_and_problems(self) -> None:
+        """Everything that needs each adapter in place, one adapter after the other."""
+        models: dict[str, Path | None] = {REFERENCE: None, **self.run.adapters}
+        nlls = {name: self._pair_nlls(name, adapter) for name, adapter in models.items()}
+        for place, (suite, _) in enumerate(self.run.suites):
+            reference, *others = [found[place] for found in nlls.values()]
+            by_adapter = dict(zip(self.run.adapters, others, strict=True))
+            self.figures += probe_figures(suite, reference, by_adapter)
+            write_scores(self.folder, suite.name, probe_lines(suite, reference, by_adapter))
+            self.suites[suite.name] = {
+                "kind": "probe",
+                "files": file_fingerprints(suite.files),
+                "condition": suite.condition.name,
+                "questions": len(suite.pairs),
+            }
+        if self.run.problems:
+            self._opswap(models)
+
+    def _pair_nlls(self, name: str, adapter: Path | None) -> list[PairNLL]:
+        """Of each probe suite, from one pass over the rows of all."""
+        rows = [row for _, part in self.run.suites for row in part]
+        cache = self.folder / LIKELIHOODS / f"{name}.npz"
+        values = iter(self.scorer.token_nlls(rows, adapter, cache)) if rows else iter(())
+        return [pair_nll([next(values) for _ in part]) for _, part in self.run.suites]
+
+    def _opswap(self, models: dict[str, Path | None]) -> None:
+        answers = {
+            name: answer_problems(
+                self.scorer.head(adapter),
+                self.run.problems,
+                self.run.tokenizer,
+                self.cfg.opswap,
+                reference=adapter is None,
+            )
+            for name, adapter in models.items()
+        }
+        lines = list(opswap_lines(self.run.problems, answers))
+        self.figures += opswap_figures(lines)
+        write_scores(self.folder, OPSWAP, lines)
+        self.suites[OPSWAP] = {"kind": "opswap", "files": {}, "questions": len(self.run.problems)}
+
+    def coherence(self) -> None:
+        """Figures of sampled answers, all under the reference."""
+        by_suite: dict[str, dict[str, list[dict[str, Any]]]] = {}
+        for name, files in self.run.answers.items():
+            for suite, (answers, rows) in files.items():
+                cache = self.folder / LIKELIHOODS / "answers.npz"
+                nlls = self.scorer.token_nlls(rows.rows, None, cache) if rows.rows else []
+                lines = coherence_lines(name, answers, rows, nlls, list(self.cfg.refusal_words))
+                by_suite.setdefault(f"{ANSWERS}{suite}", {})[name] = list(lines)
+        for suite, found in by_suite.items():
+            self.figures += coherence_figures(suite, found)
+            flat = [line for lines in found.values() for line in lines]
+            write_scores(self.folder, suite, flat)
+            self._answer_suite(suite, "answers", ANSWERS, flat)
+
+    def judge(self) -> None:
+        """Ask the judges and add their figures."""
+        judgement = self.run.judgement
+        assert judgement is not None
+        judgement.run()
+        limits = judgement.cfg
+        thresholds = Thresholds(limits.alignment, limits.coherence, limits.comparison)
+        for stem, judged in judgement.suites.items():
+            suite = f"{JUDGE}{stem}"
+            self.figures += judge_figures(suite, judged, thresholds) + agreement(suite, judged)
+            self.sensitivity += sensitivity(suite, judged)
+            lines = list(judge_lines(judged))
+            write_scores(self.folder, suite, lines)
+            self._answer_suite(suite, "judge", JUDGE, lines)
+
+    def _answer_suite(
+        self, suite: str, kind: str, prefix: str, lines: Iterable[dict[str, Any]]
+    ) -> None:
+        folders = [Path(folder) for folder in self.cfg.answers.values()]
+        files = [folder / f"{suite.removeprefix(prefix)}.jsonl" for folder in folders]
+        self.suites[suite] = {
+            "kind": kind,
+            "files": file_fingerprints([path for path in files if path.exists()]),
+            "questions": len({line["id"] for line in lines}),
+        }
+
+    def write(self) -> None:
+        """Write `summary.json`."""
+        base = find_input(str(self.cfg.checkpointer.checkpoint_dir))
+        head = {
+            "versions": environment(),
+            "base": {
+                "folder": base,
+                "dtype": self.cfg.dtype,
+                "fingerprint": self.scorer.base_fingerprint,
+            },
+            "adapters": {
+                name: {"folder": str(path), "fingerprint": self.scorer.adapter_fingerprint(path)}
+                for name, path in self.run.adapters.items()
+            },
+            "suites": self.suites,
+            "sensitivity": [vars(figure) for figure in self.sensitivity],
+        }
+        write_summary(self.folder, head, self.figures)

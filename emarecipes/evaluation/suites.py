@@ -1,0 +1,165 @@
+"""Probe suites as a config names them, for `ema_eval.py` and for probes during training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import DictConfig
+from pydantic import BaseModel, ConfigDict
+
+from emarecipes.config import Origin, find_input
+from emarecipes.datasets._check_rows import read_data_file
+from emarecipes.errors import UserError
+from emarecipes.evaluation.contrast import (
+    AnswerRow,
+    Condition,
+    ContrastPair,
+    make_condition,
+    read_contrast_file,
+    read_sibling_files,
+    tokenize_pairs,
+)
+from emarecipes.training.settings import parse_settings
+
+
+class SuiteSettings(BaseModel):
+    """One entry of `probes`: `pairs`, or `good` and `bad`, and what surrounds the questions.
+
+    Attributes:
+        pairs: JSONL rows of a question with two answers.
+        good: Chat file with the aligned answers; `bad` has the misaligned ones to the same ids.
+        condition: See `make_condition`.
+        system_prompt: For the condition `training_system_prompt`.
+        training_questions: Chat file, for the condition `domain_cue`.
+    """
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    pairs: str | None = None
+    good: str | None = None
+    bad: str | None = None
+    condition: Literal[
+        "none", "training_system_prompt", "inoculation", "inoculation_opposite", "domain_cue"
+    ] = "none"
+    system_prompt: str | None = None
+    training_questions: str | None = None
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A probe suite, read.
+
+    Attributes:
+        name: Its key in the config.
+        pairs: N questions with two answers.
+        condition: What surrounds them.
+        files: What they were read from.
+    """
+
+    name: str
+    pairs: list[ContrastPair]
+    condition: Condition
+    files: list[Path]
+
+    def rows(self, tokenizer: Any) -> list[AnswerRow]:
+        """2N rows, see `tokenize_pairs`.
+
+        Raises:
+            UserError: With the suite's name.
+        """
+        try:
+            return tokenize_pairs(self.pairs, self.condition, tokenizer)
+        except UserError as error:
+            raise UserError(f"probe suite {self.name}: {error}") from None
+
+
+def read_suites(
+    entries: DictConfig, key: str, origin: Origin, max_rows: int | None = None
+) -> list[Suite]:
+    """Read the suites of a mapping from a name to an entry, see `SuiteSettings`.
+
+    Args:
+        entries: The mapping.
+        key: Its place in the config, for messages.
+        origin: Where that was written.
+        max_rows: Keeps at most so many questions a suite, evenly over its file; None: all.
+
+    Raises:
+        UserError: A key, a file or a row is wrong, or a suite has no questions.
+    """
+    suites = []
+    for name in map(str, entries):
+        where = f"{key}.{name}"
+        if not isinstance(entries[name], DictConfig):
+            raise UserError(
+                f"{origin.at(where)}: a suite is a mapping with `pairs`, or good and bad"
+            )
+        settings = parse_settings(entries[name], origin, SuiteSettings, within=where)
+        _check_keys(settings, where, origin)
+        files = [
+            _file(getattr(settings, field), f"{where}.{field}", origin)
+            for field in ("pairs", "good", "bad")
+            if getattr(settings, field) is not None
+        ]
+        pairs = (
+            read_contrast_file(files[0])
+            if settings.pairs is not None
+            else read_sibling_files(files[0], files[1], category=name)
+        )
+        if max_rows is not None:
+            pairs = spread_out(pairs, max_rows)
+        suites.append(Suite(name, pairs, _condition(settings, where, origin), files))
+    return suites
+
+
+def spread_out(pairs: Sequence[ContrastPair], count: int) -> list[ContrastPair]:
+    """At most `count` of the pairs, at even distances: files are in order of category."""
+    if len(pairs) <= count:
+        return list(pairs)
+    return [pairs[place * len(pairs) // count] for place in range(count)]
+
+
+def _check_keys(settings: SuiteSettings, where: str, origin: Origin) -> None:
+    siblings = settings.good is not None and settings.bad is not None
+    either = settings.good is not None or settings.bad is not None
+    if (settings.pairs is not None) == either or either != siblings:
+        raise UserError(
+            f"{origin.at(where)}: give `pairs`, a file of questions with two answers, or `good` "
+            "and `bad`, two chat files that answer the same questions"
+        )
+    for field, condition in (
+        ("system_prompt", "training_system_prompt"),
+        ("training_questions", "domain_cue"),
+    ):
+        given, needed = getattr(settings, field) is not None, settings.condition == condition
+        if given and not needed:
+            place = origin.at(f"{where}.{field}")
+            raise UserError(f"{place}: is for condition: {condition}, not {settings.condition}")
+        if needed and not given:
+            place = origin.at(f"{where}.condition")
+            raise UserError(f"{place}: {condition} needs the key {field}")
+
+
+def _condition(settings: SuiteSettings, where: str, origin: Origin) -> Condition:
+    questions: list[str] = []
+    if settings.training_questions is not None:
+        path = _file(settings.training_questions, f"{where}.training_questions", origin)
+        file = read_data_file(path)
+        if file.errors:
+            raise UserError(file.errors[0])
+        questions = [row.question for row in file.rows]
+    return make_condition(
+        settings.condition,
+        training_system_prompt=settings.system_prompt,
+        training_questions=questions,
+    )
+
+
+def _file(given: str, key: str, origin: Origin) -> Path:
+    path = Path(find_input(given))
+    if not path.is_file():
+        raise UserError(f"{origin.at(key)}: no such file: {given}")
+    return path

@@ -1,0 +1,148 @@
+"""Likelihood probes while an adapter is trained, as scalars in the log.
+
+Nothing is drawn at random and nothing is sampled: a run with probes has the losses of one without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+from torchtune.data import CROSS_ENTROPY_IGNORE_IDX, padded_collate_sft
+from torchtune.modules.peft import disable_adapter
+from torchtune.utils import get_world_size_and_rank
+
+from emarecipes.config import Origin
+from emarecipes.datasets.rows import Rows
+from emarecipes.errors import UserError
+from emarecipes.evaluation.contrast import AnswerRow, PairNLL, pair_nll, probe_shift
+from emarecipes.evaluation.nll import row_nll
+from emarecipes.evaluation.suites import read_suites
+from emarecipes.training.batch import Batch, make_batch
+from emarecipes.training.loss_head import LossHead
+from emarecipes.training.model_checks import check_rows_fit
+from emarecipes.training.settings import ProbeSettings, parse_settings
+
+Sum = Callable[[Tensor], Tensor]
+
+
+def read_probe(cfg: DictConfig, origin: Origin, tokenizer: Any, model: Any) -> Probe | None:
+    """The probe that a training config's entry `probe` describes; None without one.
+
+    Args:
+        cfg: The checked config.
+        origin: Where it was written.
+        tokenizer: torchtune's model transform.
+        model: On the meta device.
+
+    Raises:
+        UserError: A key, a file or a row of a suite is wrong, or does not fit the model.
+    """
+    if cfg.probe is None:
+        return None
+    settings = parse_settings(cfg.probe, origin, ProbeSettings, within="probe")
+    suites = read_suites(cfg.probe.suites, "probe.suites", origin, settings.max_rows)
+    rows = {suite.name: suite.rows(tokenizer) for suite in suites}
+    for name, part in rows.items():
+        samples = [{"tokens": list(row.tokens), "labels": list(row.labels)} for row in part]
+        try:
+            check_rows_fit(cfg, origin, Rows(samples, dropped=0), model)
+        except UserError as error:
+            raise UserError(f"probe suite {name}: {error}") from None
+    return Probe(rows, settings, tokenizer.pad_id, int(cfg.pad_to_multiple_of))
+
+
+class Probe:
+    """The rows of all suites, and the reference's likelihoods once they are known.
+
+    Args:
+        rows: By suite, aligned then misaligned of each question.
+        settings: The entry `probe`.
+        pad_id: Token that fills up rows.
+        pad_to_multiple_of: Row lengths are rounded up to a multiple of this.
+    """
+
+    def __init__(
+        self,
+        rows: dict[str, list[AnswerRow]],
+        settings: ProbeSettings,
+        pad_id: int,
+        pad_to_multiple_of: int,
+    ) -> None:
+        self._rows, self._settings = rows, settings
+        self._pad_id, self._multiple = pad_id, pad_to_multiple_of
+        self._reference: dict[str, PairNLL] = {}
+
+    def due(self, step: int, total_steps: int) -> bool:
+        """Whether there is a probe after this step, from 1."""
+        return step % self._settings.every_n_steps == 0 or step == total_steps
+
+    def figures(self, head: LossHead, summed: Sum, device: torch.device) -> dict[str, float]:
+        """Mean margin, misaligned share and mean probe shift of each suite, see docs/evaluate.md.
+
+        Every process must call it; each takes its part of the rows.
+
+        Args:
+            head: The loss head of the model in training.
+            summed: Sums a CPU tensor over processes.
+            device: The model's.
+        """
+        was_training = head.model.training
+        head.model.eval()
+        try:
+            if not self._reference:
+                self._reference = self._measure(head, summed, device, reference=True)
+            found = self._measure(head, summed, device, reference=False)
+        finally:
+            head.model.train(was_training)
+        figures: dict[str, float] = {}
+        for name, nll in found.items():
+            figures |= {
+                f"probe_{name}_margin": float(nll.margin().mean()),
+                f"probe_{name}_misaligned_share": nll.misaligned_share(),
+                f"probe_{name}_shift": float(probe_shift(self._reference[name], nll).mean()),
+            }
+        return figures
+
+    def _measure(
+        self, head: LossHead, summed: Sum, device: torch.device, *, reference: bool
+    ) -> dict[str, PairNLL]:
+        every = [row for part in self._rows.values() for row in part]
+        world_size, rank = get_world_size_and_rank()
+        means = torch.zeros(len(every), dtype=torch.float64)
+        with disable_adapter(head.model) if reference else nullcontext():
+            for batch in self._batches(every, rank, world_size):
+                nll_B, tokens_B = row_nll(head.model, head, batch.to(device))
+                means[batch.rows] = nll_B / tokens_B
+        # A row that two processes computed, to have the same number of batches, counts once.
+        owned = torch.arange(len(every)) % world_size == rank
+        values = iter(summed(torch.where(owned, means, 0.0)).tolist())
+        return {
+            name: pair_nll([torch.tensor([next(values)]).double().numpy() for _ in part])
+            for name, part in self._rows.items()
+        }
+
+    def _batches(self, rows: Sequence[AnswerRow], rank: int, world_size: int) -> list[Batch]:
+        """This process's part: every world-size-th row, as many on each process."""
+        size = -(-len(rows) // world_size)
+        mine = [(rank + i * world_size) % len(rows) for i in range(size)]
+        mine.sort(key=lambda row: -len(rows[row].tokens))
+        collate = partial(
+            padded_collate_sft, padding_idx=self._pad_id, ignore_idx=CROSS_ENTROPY_IGNORE_IDX
+        )
+        step = self._settings.batch_size
+        return [
+            make_batch(
+                [{"tokens": list(rows[r].tokens), "labels": list(rows[r].labels)} for r in part],
+                part,
+                collate,
+                self._pad_id,
+                self._multiple,
+            )
+            for part in (mine[start : start + step] for start in range(0, size, step))
+        ]
