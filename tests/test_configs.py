@@ -1,5 +1,6 @@
 """Every shipped config: well-formed, its model built on the meta device, its parts by signature."""
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from emarecipes._torchtune import model_on_meta
 from emarecipes.components import build, check_components
 from emarecipes.config import Origin, load_config
 from emarecipes.defenses import Defense, KLToReference, SafeLoRA
+from emarecipes.evaluation.settings import check_eval_settings
+from emarecipes.evaluation.suites import read_suites
 from emarecipes.generation.checks import check_generate_settings
 from emarecipes.generation.questions import load_questions
 from emarecipes.persona.checks import check_persona_settings
@@ -22,11 +25,17 @@ from emarecipes.training.settings import Settings, check_settings, parse_setting
 
 CONFIGS = sorted((toy_run.REPO / "configs").glob("*.yaml"))
 # Ends of the names of configs that are for another recipe than ema_lora.
-OTHER_RECIPES = ("_persona_vectors", "_select", "_safelora_posthoc", "_generate")
+OTHER_RECIPES = ("_persona_vectors", "_select", "_safelora_posthoc", "_generate", "_eval")
 TRAINING = [path for path in CONFIGS if not path.stem.endswith(OTHER_RECIPES)]
 SELECT = [path for path in CONFIGS if path.stem.endswith("_select")]
 GENERATE = [path for path in CONFIGS if path.stem.endswith("_generate")]
+EVAL = [path for path in CONFIGS if path.stem.endswith("_eval")]
 PERSONA = [path for path in CONFIGS if path.stem.endswith("_persona_vectors")]
+
+
+def write_text(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
 
 
 def load(path: Path) -> tuple[DictConfig, Origin]:
@@ -95,6 +104,35 @@ def test_shipped_generate_config(path: Path) -> None:
     assert all(load_questions(Path(questions)) for questions in cfg.questions)
     header = path.read_text().split("\n\n")[0]
     assert f"recipes/ema_generate.py --config configs/{path.name}" in header
+
+
+@pytest.mark.parametrize("commented", [True, False])
+@pytest.mark.parametrize("path", EVAL, ids=lambda path: path.stem)
+def test_shipped_eval_config(path: Path, tmp_path: Path, commented: bool) -> None:
+    """As it is, and with the suites that are commented out."""
+    text = path.read_text()
+    if not commented:
+        keys = r"^# (?=(  |opswap:|answers:|refusal_words:|judge:))"
+        head, body = text.split("\n\n", 1)
+        text = f"{head}\n\n{re.sub(keys, '', body, flags=re.MULTILINE)}"
+    raw, origin = load_config(["--config", str(write_text(tmp_path / "config.yaml", text))])
+    for key in ("adapters", "answers"):  # Made by the commands in the header, and not shipped.
+        for name in raw.get(key) or {}:
+            raw[key][name] = str(tmp_path)
+    cfg = check_eval_settings(raw, origin)
+    check_components(cfg, origin)
+    suites = {suite.name: suite for suite in read_suites(cfg.probes, "probes", origin)}
+    assert {"general", "controls", "in_domain", "general_domain_cue"} == set(suites)
+    assert (cfg.judge is None, cfg.opswap is None) == (commented, commented)
+    if cfg.judge is not None:
+        assert (cfg.judge.alignment, cfg.judge.coherence) == (30.0, 50.0)
+        assert tuple(cfg.refusal_words) == REFUSAL_WORDS
+    training, _ = load(path.with_name(path.name.replace("_eval", "_lora")))
+    assert cfg.model == training.model, "the adapters of the header would not fit"
+    header = path.read_text().split("\n\n")[0]
+    assert f"recipes/ema_eval.py --config configs/{path.name}" in header
+    for arm in ("lora", "kl"):
+        assert f"configs/{path.stem.replace('_eval', f'_{arm}')}.yaml" in header
 
 
 @pytest.mark.parametrize("path", SELECT, ids=lambda path: path.stem)

@@ -88,7 +88,7 @@ class Judgement:
         )
         if self.calls > cfg.max_calls:
             raise UserError(
-                f"judge.max_calls: {self.calls} calls are needed, more than {cfg.max_calls}; raise "
+                f"max_calls: {self.calls} calls are needed, more than {cfg.max_calls}; raise "
                 "it, or take fewer answers or judges"
             )
 
@@ -102,8 +102,8 @@ class Judgement:
             for judged in found:
                 if judged.answer.id not in prompts:
                     raise UserError(
-                        f"judge.questions: no file has the question {judged.answer.id} of {suite}; "
-                        "name its file, or give judge.prompts for all"
+                        f"questions: no file has the question {judged.answer.id} of {suite}; "
+                        "name its file, or give `prompts` for all"
                     )
         return prompts
 

@@ -133,8 +133,8 @@ def test_figures_of_answers_by_hand(done: Path) -> None:
     assert value(done, figure="over_refusal", **where) == 0.25
     assert value(done, figure="empty_share", **where) == 0.25
     assert value(done, figure="truncated_share", **where) == 0.25
-    # "go on and go on and go on and" has 6 word 4-grams, of which 3 differ; "Hand it in at the desk."
-    # repeats none; the others are shorter than that.
+    # "go on and go on and go on and" has 6 word 4-grams, of which 3 differ; "Hand it in at the
+    # desk." repeats none; the others are shorter than that.
     assert value(done, figure="repetition", **where) == pytest.approx((0.5 + 0.0) / 2)
     rows = read_jsonl(done / "out/scores/answers_short.jsonl")
     assert rows[2]["relevance"] is None and rows[2]["reference_nll"] is None

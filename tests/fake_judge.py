@@ -1,0 +1,87 @@
+"""A small OpenAI-compatible server on this machine, whose replies a test decides."""
+
+import json
+import math
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+
+@dataclass
+class Call:
+    """One call, from 1, as the server saw it."""
+
+    number: int
+    prompt: str
+    body: dict[str, Any]
+    key: str
+
+
+@dataclass
+class FakeJudge:
+    """What to reply: a text, (text, probabilities of its one token), or an HTTP status."""
+
+    reply: Callable[[Call], str | tuple[str, dict[str, float]] | int]
+    url: str = ""
+    calls: list[Call] = field(default_factory=list)
+
+
+@contextmanager
+def serve(reply: Callable[[Call], Any]) -> Iterator[FakeJudge]:
+    judge, lock = FakeJudge(reply), threading.Lock()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            with lock:
+                prompt = body["messages"][-1]["content"]
+                key = self.headers.get("Authorization", "")
+                call = Call(len(judge.calls) + 1, prompt, body, key)
+                judge.calls.append(call)
+            found = judge.reply(call)
+            failed = isinstance(found, int)
+            text = json.dumps({"error": {"message": "busy"}} if failed else _completion(found))
+            status = found if failed else 200
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(text.encode())))
+            self.end_headers()
+            self.wfile.write(text.encode())
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    judge.url = f"http://127.0.0.1:{server.server_port}/v1"
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield judge
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def _completion(found: str | tuple[str, dict[str, float]]) -> dict[str, Any]:
+    text, probabilities = (found, None) if isinstance(found, str) else found
+    choice: dict[str, Any] = {
+        "index": 0,
+        "message": {"role": "assistant", "content": text},
+        "finish_reason": "stop",
+    }
+    if probabilities is not None:
+        tops = [
+            {"token": token, "logprob": math.log(p), "bytes": None}
+            for token, p in probabilities.items()
+        ]
+        own = {"token": text, "logprob": math.log(probabilities[text]), "bytes": None}
+        choice["logprobs"] = {"content": [own | {"top_logprobs": tops}], "refusal": None}
+    usage = {"prompt_tokens": 9, "completion_tokens": 1, "total_tokens": 10}
+    return {"id": "x", "object": "chat.completion", "created": 0, "model": "fake"} | {
+        "choices": [choice],
+        "usage": usage,
+    }
