@@ -28,6 +28,7 @@ from emarecipes.training.model_checks import (
     check_model,
     check_rows_fit,
 )
+from emarecipes.training.reference_cache import ReferenceCache, open_cache
 from emarecipes.training.run_folder import check_output_dir
 from emarecipes.training.settings import check_settings
 from emarecipes.training.step import check_hidden_layers
@@ -45,6 +46,7 @@ class CheckedRun:
     collate: Collate
     data_files: list[Path]
     source: ModelSource
+    reference_cache: ReferenceCache | None = None
 
     @property
     def meta_model(self) -> Any:
@@ -52,13 +54,16 @@ class CheckedRun:
         return self.source.meta_model
 
 
-def check_run(argv: Sequence[str], world_size: int, rank: int) -> CheckedRun:
+def check_run(
+    argv: Sequence[str], world_size: int, rank: int, writes_run: bool = True
+) -> CheckedRun:
     """Read and check a training run: config, files, data, tokenizer, defenses, checkpoint's shapes.
 
     Args:
         argv: `--config FILE` and overrides.
         world_size: Number of processes.
         rank: This process's number.
+        writes_run: Whether `output_dir` is written, and so must not hold another run.
 
     Raises:
         UserError: The first thing that is wrong.
@@ -74,7 +79,8 @@ def check_run(argv: Sequence[str], world_size: int, rank: int) -> CheckedRun:
             f"{origin.at('enable_activation_offloading')}: works on CUDA only, and only with "
             "enable_activation_checkpointing: true"
         )
-    check_output_dir(cfg, origin)
+    if writes_run:
+        check_output_dir(cfg, origin)
     check_checkpoint_files(cfg, origin)
     data_files = check_data_files(cfg, origin)
     _check_inputs_outlive_outputs(cfg, origin, data_files)
@@ -88,7 +94,11 @@ def check_run(argv: Sequence[str], world_size: int, rank: int) -> CheckedRun:
     rows = load_rows(cfg, origin, tokenizer, list(defenses.values()), quiet=rank != 0)
     collate = _build_collate(cfg, origin, tokenizer, rows)
     _check_rows(cfg, origin, rows, model, defenses, world_size)
-    return CheckedRun(cfg, origin, tokenizer, defenses, rows, collate, data_files, source)
+    run = CheckedRun(cfg, origin, tokenizer, defenses, rows, collate, data_files, source)
+    if cfg.reference_cache is not None:
+        # Last, as it reserves room on the disk.
+        run.reference_cache = open_cache(run, quiet=rank != 0)
+    return run
 
 
 def _check_inputs_outlive_outputs(
