@@ -116,6 +116,18 @@ class Rows:
             order[pattern], order[~pattern] = safe[: pattern.sum()], task[: (~pattern).sum()]
         return order[: steps * rows_per_step].reshape(steps, rows_per_step).tolist()
 
+    def covering_steps(self, rows_per_step: int, *, seed: int, shuffle: bool) -> list[list[int]]:
+        """The first epoch's steps, then steps of the rows that these leave out.
+
+        The last step is filled up by repeating its last row.
+        """
+        steps = self.steps(rows_per_step, seed=seed, epoch=0, shuffle=shuffle)
+        rest = sorted(set(range(len(self))) - {row for step in steps for row in step})
+        rest += rest[-1:] * (-len(rest) % rows_per_step)
+        return steps + [
+            rest[start : start + rows_per_step] for start in range(0, len(rest), rows_per_step)
+        ]
+
     def _safe_per_step(self, rows_per_step: int) -> int:
         share = self.num_safe / len(self) * rows_per_step
         whole = round(share)

@@ -37,6 +37,7 @@ from emarecipes.training.model_checks import (
     check_model,
     check_rows_fit,
 )
+from emarecipes.training.reference_cache import ReferenceCache, open_cache
 from emarecipes.training.run_folder import check_output_dir
 from emarecipes.training.settings import check_settings
 from emarecipes.training.step import check_hidden_layers
@@ -67,6 +68,7 @@ class CheckedRun:
     resumed: Checkpoint | None
     stated: dict[str, Any]
     probe: Probe | None
+    reference_cache: ReferenceCache | None = None
 
     def description(self, world_size: int) -> dict[str, Any]:
         """What its checkpoints say of it, so that it can be told from another run."""
@@ -78,13 +80,16 @@ class CheckedRun:
         return self.source.meta_model
 
 
-def check_run(argv: Sequence[str], world_size: int, rank: int) -> CheckedRun:
+def check_run(
+    argv: Sequence[str], world_size: int, rank: int, writes_run: bool = True
+) -> CheckedRun:
     """Read and check a training run: config, files, data, tokenizer, defenses, checkpoint's shapes.
 
     Args:
         argv: `--config FILE` and overrides.
         world_size: Number of processes.
         rank: This process's number.
+        writes_run: Whether `output_dir` is written, and so must not hold another run.
 
     Raises:
         UserError: The first thing that is wrong.
@@ -102,9 +107,11 @@ def check_run(argv: Sequence[str], world_size: int, rank: int) -> CheckedRun:
             f"{origin.at('enable_activation_offloading')}: works on CUDA only, and only with "
             "enable_activation_checkpointing: true"
         )
-    check_output_dir(cfg, origin)
     stated = plain_config(cfg)
-    resumed = find_checkpoint(cfg, origin)
+    resumed = None
+    if writes_run:
+        check_output_dir(cfg, origin)
+        resumed = find_checkpoint(cfg, origin)
     if resumed is not None:
         check_same_run(cfg, resumed, origin, world_size)
     check_checkpoint_files(cfg, origin)
@@ -125,9 +132,13 @@ def check_run(argv: Sequence[str], world_size: int, rank: int) -> CheckedRun:
     collate = _build_collate(cfg, origin, tokenizer, rows)
     _check_rows(cfg, origin, rows, model, defenses, world_size)
     probe = read_probe(cfg, origin, tokenizer, model)
-    return CheckedRun(
+    run = CheckedRun(
         cfg, origin, tokenizer, defenses, rows, collate, data_files, source, resumed, stated, probe
     )
+    if cfg.reference_cache is not None:
+        # Last, as it reserves room on the disk.
+        run.reference_cache = open_cache(run, quiet=rank != 0)
+    return run
 
 
 def _check_inputs_outlive_outputs(

@@ -89,6 +89,7 @@ class LoRATraining:
             self.run.defenses,
             safe_ce_weight=self.run.rows.safe_ce_weight,
             forward_context=self.activations_handling_ctx,
+            reference_cache=self.run.reference_cache,
         )
         self._gradients = Gradients(self._model, self.loss, self.world_size)
         context = TrainingContext(
@@ -174,6 +175,14 @@ class LoRATraining:
         self._profiler.stop()
         self._log.close(self.loss, complete=complete)
         return complete
+
+    def cache_reference(self) -> None:
+        """Store the reference's states of every row, without training."""
+        per_step = self.cfg.batch_size * self.cfg.gradient_accumulation_steps * self.world_size
+        steps = self.run.rows.covering_steps(per_step, seed=self.seed, shuffle=self.cfg.shuffle)
+        for rows in tqdm(steps, "Reference", unit="step", disable=self.rank != 0):
+            for batch in self._batches(rows):
+                self.loss.cache_reference(batch.to(self._device))
 
     def _plan(self) -> Iterator[tuple[int, list[int]]]:
         """Epoch, from 0, and rows of every step to come, with a bar on the first process."""

@@ -1,4 +1,4 @@
-"""The command behind `recipes/ema_lora.py`: check together, train, leave cleanly."""
+"""The commands behind `recipes/ema_lora.py` and `ema_cache.py`: check together, leave cleanly."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torchtune import training
 
 from emarecipes.command import explain, leave_processes, report, together
-from emarecipes.errors import UserCodeError
+from emarecipes.errors import UserCodeError, UserError
 from emarecipes.training.checks import check_run
 from emarecipes.training.recipe import LoRATraining, recipe_class
 
@@ -25,6 +25,19 @@ def run_lora(argv: Sequence[str]) -> int:
         The exit code: 0, also if a signal stopped the run and it can be resumed; 1 after a
         `UserError`, or after another process was lost, which is printed as one line.
     """
+    return _run(argv, train=True)
+
+
+def run_cache(argv: Sequence[str]) -> int:
+    """Fill the `reference_cache` of the training config that `argv` names, without training.
+
+    Returns:
+        As `run_lora`.
+    """
+    return _run(argv, train=False)
+
+
+def _run(argv: Sequence[str], *, train: bool) -> int:
     # torchtune's norm computes in float32 with scales in bf16, once said a run.
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
     distributed = training.is_distributed()
@@ -34,14 +47,23 @@ def run_lora(argv: Sequence[str]) -> int:
     recipe: LoRATraining | None = None
     try:
         world_size = dist.get_world_size() if distributed else 1
-        run = together(lambda: check_run(argv, world_size, rank))
+        run = together(lambda: check_run(argv, world_size, rank, writes_run=train))
+        if not train and run.reference_cache is None:
+            raise UserError(
+                f"{run.origin.at('reference_cache')}: name a folder here, and a defense that "
+                "reads the reference"
+            )
         if run.cfg.fsdp_cpu_offload:
             training.set_torch_num_threads()
         built = recipe_class(distributed=distributed)(run)
         built.setup()
-        recipe = built
-        if not recipe.train() and rank == 0:
-            print(f"Stopped after step {recipe.counters.step}.", _advice(recipe, argv), flush=True)
+        if not train:
+            built.cache_reference()
+        else:
+            recipe = built
+            if not recipe.train() and rank == 0:
+                done = f"Stopped after step {recipe.counters.step}."
+                print(done, _advice(recipe, argv), flush=True)
     except Exception as error:
         return _end(error, recipe, argv)
     leave_processes()

@@ -102,6 +102,8 @@ class Settings(ModelSettings):
     # emarecipes' own.
     defenses: dict[str, Entry] | None = Field(default_factory=dict)
     pad_to_multiple_of: Positive = 1
+    reference_cache: Annotated[str, Field(min_length=1)] | None = None
+    reference_cache_dtype: Literal["bf16", "fp32"] | None = None
     save_merged: bool | None = None
     merged_dtype: Literal["bf16", "fp32"] = "fp32"
     save_every_n_steps: Positive | None = None

@@ -15,6 +15,7 @@ from torchtune.modules.peft import disable_adapter
 from emarecipes.defenses import Defense
 from emarecipes.training.batch import Batch
 from emarecipes.training.loss_head import LossHead, Request, Term, check_gradient, cross_entropy
+from emarecipes.training.reference_cache import ReferenceCache, States
 
 
 class TrainingLoss:
@@ -32,6 +33,7 @@ class TrainingLoss:
         safe_ce_weight: w_safe, where rows are of two sources; None where they are of one.
         forward_context: Wraps the policy's forward (torchtune's activation offloading).
         chunk_elements: See `LossHead`.
+        reference_cache: Where the reference's states are kept, else they are computed every time.
     """
 
     def __init__(
@@ -41,8 +43,10 @@ class TrainingLoss:
         safe_ce_weight: float | None = None,
         forward_context: AbstractContextManager[Any] | None = None,
         chunk_elements: int | None = None,
+        reference_cache: ReferenceCache | None = None,
     ) -> None:
         self._model = model
+        self._reference_cache = reference_cache
         # In order of name, so that the order in the config does not change a rounding.
         self._defenses = dict(sorted(defenses.items()))
         self._ce_weights = (
@@ -177,9 +181,20 @@ class TrainingLoss:
             )
         return terms
 
-    @torch.no_grad()
-    def _reference(self, batch: Batch, request: Request) -> tuple[Tensor, dict[int, Tensor]]:
+    def cache_reference(self, batch: Batch) -> None:
+        """Store the reference's states of a micro-batch, of which every process has one."""
+        terms = self._logit_terms(batch, [0.0] * len(self.names))
+        self._reference(batch, Request(terms, batch.targets_BS))
+
+    def _reference(self, batch: Batch, request: Request) -> States:
         """The adapter-off model's states: before the output layer, and at the layers read."""
+        if self._reference_cache is None:
+            return self._reference_forward(batch, request)
+        compute = partial(self._reference_forward, batch, request)
+        return self._reference_cache.states(batch, request.selected_BS, compute)
+
+    @torch.no_grad()
+    def _reference_forward(self, batch: Batch, request: Request) -> States:
         was_training = self._model.training
         self._model.eval()  # The reference has no dropout.
         try:
