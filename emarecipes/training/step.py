@@ -121,14 +121,22 @@ class TrainingLoss:
         scales = self._scales(counts)
         if only is not None:
             scales = [s if n in only else 0.0 for s, n in zip(scales, self.names, strict=True)]
-        terms = self._logit_terms(batch, scales)
+        everywhere = request = Request(self._logit_terms(batch, scales), batch.targets_BS)
         if only is not None:  # A factor of 0 would not silence a gradient that is not finite.
             nowhere_BS = torch.zeros_like(batch.labelled_BS)
-            terms = [t if t.name in only else replace(t, positions_BS=nowhere_BS) for t in terms]
-        request = Request(terms, batch.targets_BS)
+            request = Request(
+                [
+                    t if t.name in only else replace(t, positions_BS=nowhere_BS)
+                    for t in everywhere.terms
+                ],
+                batch.targets_BS,
+            )
         reference_hidden = None
         if self._needs_reference:
-            request.reference_TD, reference_hidden = self._reference(batch, request)
+            reference_TD, reference_hidden = self._reference(batch, everywhere)
+            if request is not everywhere:
+                reference_TD = reference_TD[request.selected_BS[everywhere.selected_BS]]
+            request.reference_TD = reference_TD
         with ExitStack() as stack:
             stack.enter_context(self._forward_context)
             stack.enter_context(self.head.computing(request))
