@@ -99,7 +99,7 @@ def load_config(argv: Sequence[str]) -> tuple[DictConfig, Origin]:
         check_no_secrets(value, origin.at(key))
         if "\0" in value:
             raise UserError(f"{origin.at(key)}: must not contain the character NUL")
-    _find_inputs(cfg)
+    _find_inputs(cfg, origin)
     return cfg, origin
 
 
@@ -224,16 +224,20 @@ def _apply_override(cfg: DictConfig, override: str) -> DictConfig:
     return cfg
 
 
-def _find_inputs(node: Any) -> None:
+def _find_inputs(node: Any, origin: Origin, prefix: str = "") -> None:
     if isinstance(node, DictConfig):
         for key, value in node.items():
             if key in INPUT_PATH_KEYS and isinstance(value, str):
-                node[key] = find_input(value)
+                try:
+                    node[key] = find_input(value)
+                except OSError as error:  # Such as a name that is too long.
+                    reason = f"{error.strerror}: {value}"
+                    raise UserError(f"{origin.at(f'{prefix}{key!s}')}: {reason}") from None
             else:
-                _find_inputs(value)
+                _find_inputs(value, origin, f"{prefix}{key!s}.")
     elif OmegaConf.is_list(node):
-        for value in node:
-            _find_inputs(value)
+        for index, value in enumerate(node):
+            _find_inputs(value, origin, f"{prefix}{index}.")
 
 
 def find_input(path: str) -> str:

@@ -1,5 +1,6 @@
 """Reading configs: overrides, places of keys, paths."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,7 @@ def test_a_module_that_fails_to_import_says_why(
     (tmp_path / "broken_defense.py").write_text("import absent_package\n")
     (tmp_path / "raising_defense.py").write_text("raise RuntimeError('no luck')\n")
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "broken_defense", raising=False)
     with pytest.raises(UserError, match=r"broken_defense\.X needs the module absent_package"):
         locate("broken_defense.X", "here")
     with pytest.raises(UserError, match=r"importing raising_defense\.X fails: no luck"):

@@ -93,9 +93,8 @@ def test_a_mistake_gives_one_line_and_a_failing_exit(
         toy_config, "defenses.kl.wieght=2", f"output_dir={tmp_path}/out", processes=processes
     )
     assert done.returncode != 0
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1
-    assert "defenses.kl.wieght: unknown key (did you mean weight?)" in errors[0]
+    (line,) = toy_run.error_lines(done)
+    assert "defenses.kl.wieght: unknown key (did you mean weight?)" in line
     if not processes:
         assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()

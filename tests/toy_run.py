@@ -163,5 +163,15 @@ def tune_run(
     )
 
 
+def error_lines(done: subprocess.CompletedProcess[str]) -> list[str]:
+    """What a failed command tells its user: different lines, the last of which ends the output.
+
+    On several processes a line is printed by its process, and again below the launcher's summary.
+    """
+    lines = done.stderr.strip().splitlines()
+    assert lines[-1].startswith("error: "), done.stderr[-2000:]
+    return list(dict.fromkeys(line for line in lines if line.startswith("error: ")))
+
+
 def metrics(output_dir: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]

@@ -40,7 +40,7 @@ def broken_loss(
         if not of_batch.isfinite().all()
         for row in batch.rows
     ]
-    return f"the loss is not finite ({values}); rows {_brief(_from_all(rows))}"
+    return f"the loss is not finite ({values}); rows {brief(_from_all(rows))}"
 
 
 def broken_gradient(
@@ -60,7 +60,7 @@ def broken_gradient(
         return None
     found = [name for name in terms if not math.isfinite(norm_of(name))]
     # Of no term alone where only their sum overflows.
-    return f"the gradient of {', '.join(found) or 'the sum'} is not finite; rows {_brief(rows)}"
+    return f"the gradient of {', '.join(found) or 'the sum'} is not finite; rows {brief(rows)}"
 
 
 class SkippedSteps:
@@ -99,6 +99,7 @@ def _from_all(rows: list[int]) -> list[int]:
     return sorted(row for of_one in of_all for row in of_one)
 
 
-def _brief(rows: Sequence[int]) -> str:
+def brief(rows: Sequence[int]) -> str:
+    """The first few rows, for a message."""
     shown = ", ".join(map(str, rows[:_SHOWN_ROWS]))
     return shown + (", ..." if len(rows) > _SHOWN_ROWS else "")

@@ -32,7 +32,7 @@ from emarecipes.training.checkpoint_stop import StopRequest
 from emarecipes.training.checks import CheckedRun
 from emarecipes.training.gradients import Gradients
 from emarecipes.training.initialize import initialize_adapter
-from emarecipes.training.nonfinite import SkippedSteps, broken_gradient, broken_loss
+from emarecipes.training.nonfinite import SkippedSteps, brief, broken_gradient, broken_loss
 from emarecipes.training.run_log import RunLog
 from emarecipes.training.step import TrainingLoss
 from emarecipes.training.weights import save_weights
@@ -218,7 +218,7 @@ class LoRATraining:
             return None
         counts = torch.tensor(counts_list, dtype=torch.float64)
         if not counts.any():
-            raise UserError(f"step {step}: none of its rows ({rows}) has a label")
+            raise UserError(f"step {step}: none of its rows ({brief(rows)}) has a label")
 
         batches = [batch.to(self._device) for batch in batches]
         ratios = self._gradients.ratios(step, batches[0], counts, self.run.defenses)

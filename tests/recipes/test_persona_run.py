@@ -181,8 +181,9 @@ def test_two_processes_are_refused_in_one_line(tmp_path: Path, toy_model_dir: Pa
     path = toy_run.write_config(tmp_path / "c.yaml", persona_config(tmp_path, toy_model_dir))
     done = toy_run.tune_run(path, recipe=RECIPE, processes=2)
     assert done.returncode != 0
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert lines == ["error: ema_persona runs in one process; leave --nproc_per_node out"]
+    assert toy_run.error_lines(done) == [
+        "error: ema_persona runs in one process; leave --nproc_per_node out"
+    ]
     assert not (tmp_path / "out").exists()
 
 

@@ -228,6 +228,7 @@ def test_a_row_that_loses_its_answer_is_not_scored(case: Case) -> None:
 def test_several_processes_are_refused(case: Case) -> None:
     done = toy_run.tune_run(case.write(), processes=2, recipe="recipes/ema_select.py")
     assert done.returncode != 0
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert lines == ["error: ema_select runs in one process; leave --nproc_per_node out"]
+    assert toy_run.error_lines(done) == [
+        "error: ema_select runs in one process; leave --nproc_per_node out"
+    ]
     assert not case.output.exists()
