@@ -34,7 +34,9 @@ def evaluation(
         half: Of the general questions.
     """
     rng = np.random.default_rng(seed)
-    rows = {suite: _rows(suite) for suite in ("general", "general_domain_cue", "controls", "in_domain")}
+    rows = {
+        suite: _rows(suite) for suite in ("general", "general_domain_cue", "controls", "in_domain")
+    }
     for name, (in_domain, general) in adapters.items():
         means = {"general": general, "general_domain_cue": 0.8 * general, "in_domain": in_domain}
         for suite, of_suite in rows.items():
@@ -94,7 +96,9 @@ def write(
     summary = {
         "versions": {},
         "base": {"folder": "models/toy", "dtype": "fp32", "fingerprint": base},
-        "adapters": {name: {"folder": str(folder / "adapter"), "fingerprint": "0"} for name in adapters},
+        "adapters": {
+            name: {"folder": str(folder / "adapter"), "fingerprint": "0"} for name in adapters
+        },
         "suites": suites,
         "figures": figures,
     }

@@ -42,7 +42,7 @@ class Arm:
     collect: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Job:
     """One training run.
 

@@ -233,6 +233,8 @@ def _narrow(figures: ArmFigures, scores: Scores, reference: Scores, probes: Prob
         decision = NO_VERDICT
     whole = float(reference.probes[probes.in_domain].values_SQ.mean())
     note = f"{estimate.value / whole:.0%} of the undefended shift" if whole > 0 else ""
+    if scores is reference:
+        note = ""
     figures.narrow = Cell(estimate, decision, note)
 
 
@@ -296,11 +298,11 @@ def _coherent(scores: Scores, reference: Scores, bound: float) -> Cell:
     if not keys or keys[0] not in reference.figures[0]:
         return Cell(decision=NOT_MEASURED)
     own, others = (
-        np.array([figures[keys[0]]["value"] for figures in s.figures], dtype=np.float64)
+        np.array([figures.get(keys[0], {}).get("value") for figures in s.figures], np.float64)
         for s in (scores, reference)
     )
     if not (np.isfinite(own).all() and np.isfinite(others).all()):
-        return Cell(decision=NOT_MEASURED, note="no answer could be scored")
+        return Cell(decision=NOT_MEASURED, note="a seed has no answer that could be scored")
     estimate = mean_over_seeds(own)
     if scores is reference:
         return Cell(estimate, "", "what the others are compared with")

@@ -1,7 +1,7 @@
 """Runs what is missing of a comparison as subprocesses of `tune run`, and reuses what is there.
 
-Each step leaves `compare.json` with its fingerprint in its folder once it has ended well. A step
-whose folder has the fingerprint that it would get is not run again, so an interrupted comparison
+Each step leaves a small file with its fingerprint once it has ended well. A step that would get the
+fingerprint that is there is not run again, so an interrupted comparison
 continues, and a step whose config or data have changed is done anew.
 """
 
@@ -37,6 +37,36 @@ MARK = "compare.json"
 _ADAPTER = Path("adapter") / "adapter_model.safetensors"
 
 
+@dataclass(frozen=True)
+class Step:
+    """One command.
+
+    Attributes:
+        title: For people.
+        name: Of its log.
+        mark: The file that holds its fingerprint once it has ended well.
+        fingerprint: Of what it depends on.
+    """
+
+    title: str
+    name: str
+    mark: Path
+    fingerprint: str
+
+    def is_done(self) -> bool:
+        """Whether it has ended well with this fingerprint."""
+        try:
+            found = json.loads(self.mark.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        return bool(found == {"fingerprint": self.fingerprint})
+
+
+def _training_step(job: Job) -> Step:
+    title = f"{job.arm.label}, {job.task} task, seed {job.seed}: training"
+    return Step(title, job.name, job.folder / MARK, job.fingerprint)
+
+
 @dataclass
 class Runner:
     """The steps of one comparison.
@@ -58,28 +88,50 @@ class Runner:
 
     def train(self, jobs: Sequence[Job]) -> list[Job]:
         """Run the training jobs that are missing; returns those whose adapter is there."""
-        finished = []
-        todo = [job for job in jobs if not is_done(job.folder, job.fingerprint, _ADAPTER)]
+        steps = {job: _training_step(job) for job in jobs}
+        todo = [j for j in jobs if not (steps[j].is_done() and (j.folder / _ADAPTER).is_file())]
         with tqdm(total=len(todo), desc="Training", unit="run", disable=not todo) as bar:
-            for job in jobs:
-                if job in todo:
-                    bar.set_postfix_str(job.name)
-                    self._train(job)
-                    bar.update()
-                if is_done(job.folder, job.fingerprint, _ADAPTER):
-                    finished.append(job)
-        return finished
+            for job in todo:
+                bar.set_postfix_str(job.name)
+                self._train(job, steps[job])
+                bar.update()
+        return [job for job in jobs if steps[job].is_done()]
 
-    def _train(self, job: Job) -> None:
+    def _train(self, job: Job, step: Step) -> None:
         known = {k: v for k, v in job.cfg.items() if k in Settings.model_fields}
         path = self.folder / "configs" / f"{job.name}.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, OmegaConf.to_yaml(OmegaConf.create(known)))
-        title = f"{job.arm.label}, {job.task} task, seed {job.seed}: training"
         processes = self.plan.settings.nproc_per_node
         launcher = ["--nproc_per_node", str(processes)] if processes > 1 else []
-        command = [*launcher, "recipes/ema_lora.py", "--config", str(path)]
-        self._run(title, job.name, command, job.folder, job.fingerprint)
+        self._run(step, [*launcher, "recipes/ema_lora.py", "--config", str(path)])
+
+    def answer(self, jobs: Sequence[Job], task: str) -> list[Job]:
+        """Sample answers of a task's runs, if it says how; returns the runs that have them."""
+        settings = self.plan.tasks[task].generate
+        if settings is None:
+            return []
+        found = []
+        runs = [job for job in jobs if job.task == task]
+        for job in tqdm(runs, desc="Answers", unit="run"):
+            folder = job.folder / "answers"
+            overrides = [*settings.overrides, f"adapter={job.folder / 'adapter'}"]
+            overrides.append(f"output_dir={job.folder}")
+            cfg, _ = load_config(["--config", settings.config, *overrides])
+            step = Step(
+                title=f"{job.arm.label}, {task} task, seed {job.seed}: answers",
+                name=f"{job.name}_answers",
+                mark=job.folder / "answers.compare.json",
+                fingerprint=fingerprint(cfg, job.folder, job.fingerprint),
+            )
+            if not (step.is_done() and folder.is_dir()):
+                # Answers of another adapter or setting go; those of an interrupted step are kept.
+                again = ["overwrite=true"] if step.mark.exists() else []
+                command = ["recipes/ema_generate.py", "--config", settings.config]
+                self._run(step, [*command, *overrides, *again])
+            if step.is_done():
+                found.append(job)
+        return found
 
     def evaluate(
         self, arms: Sequence[Arm], jobs: Sequence[Job], task: str, half: Half
@@ -92,49 +144,54 @@ class Runner:
             task: Which task.
             half: Of the general questions.
         """
-        by_arm = {
-            arm: [job for job in jobs if job.arm == arm and job.task == task]
-            for arm in arms
-            if task in arm.tasks
-        }
+        runs = {arm: [j for j in jobs if j.arm == arm and j.task == task] for arm in arms}
+        shown = [arm for arm in arms if task in arm.tasks]
+        # Frontier arms are there for their shifts alone.
+        asked = [job for arm in shown if arm.role != "frontier" for job in runs[arm]]
+        answered = self.answer(asked, task)
         found = {}
-        for arm, runs in tqdm(by_arm.items(), desc=f"Scores, {task} task", unit="arm"):
+        for arm in tqdm(shown, desc=f"Scores, {task} task", unit="arm"):
             title = f"{arm.label}, {task} task: scores"
             try:
                 if arm.collect:
                     found[arm.name] = _collected(arm, self.plan.settings.seeds)
-                elif runs:
-                    folder = self._evaluate(title, arm, runs, task, half)
+                elif runs[arm]:
+                    folder = self._evaluate(title, runs[arm], answered, half)
                     if folder is not None:
-                        seeds = {f"seed_{job.seed}": job.seed for job in runs}
+                        seeds = {f"seed_{job.seed}": job.seed for job in runs[arm]}
                         found[arm.name] = read_scores(folder, seeds)
             except UserError as error:
                 self.failures.append(f"{title}: {error}")
         return found
 
     def _evaluate(
-        self, title: str, arm: Arm, runs: Sequence[Job], task: str, half: Half
+        self, title: str, runs: Sequence[Job], answered: Sequence[Job], half: Half
     ) -> Path | None:
+        """The evaluation of all runs of one arm on one task; None if it failed."""
+        arm, task = runs[0].arm, runs[0].task
         settings = self.plan.tasks[task]
         # Without overrides for the report half both halves are the same evaluation.
         name = half if settings.evaluate.report else "all"
         folder = self.folder / "evaluation" / name / task / arm.name
         overrides = evaluation_overrides(settings, half)
-        for job in runs:
-            overrides.append(f"adapters.seed_{job.seed}={job.folder / 'adapter'}")
+        overrides += [f"adapters.seed_{job.seed}={job.folder / 'adapter'}" for job in runs]
+        overrides += [
+            f"answers.seed_{job.seed}={job.folder / 'answers'}" for job in runs if job in answered
+        ]
         overrides += [f"output_dir={folder}", "overwrite=true"]
         cfg, _ = load_config(["--config", settings.evaluate.config, *overrides])
-        mark = fingerprint(cfg, folder)
-        if not is_done(folder, mark, Path(SUMMARY)):
-            command = ["recipes/ema_eval.py", "--config", settings.evaluate.config, *overrides]
-            self._run(title, f"{arm.name}_{task}_{name}", command, folder, mark)
-        return folder if is_done(folder, mark, Path(SUMMARY)) else None
+        step = Step(title, f"{arm.name}_{task}_{name}", folder / MARK, fingerprint(cfg, folder))
+        if not (step.is_done() and (folder / SUMMARY).is_file()):
+            self._run(
+                step, ["recipes/ema_eval.py", "--config", settings.evaluate.config, *overrides]
+            )
+        return folder if step.is_done() else None
 
-    def _run(self, title: str, name: str, command: list[str], folder: Path, mark: str) -> None:
+    def _run(self, step: Step, command: list[str]) -> None:
         """`tune run COMMAND`, its output in a log. A failure is noted, not raised."""
-        log = self.folder / "logs" / f"{name}.log"
+        log = self.folder / "logs" / f"{step.name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
-        (folder / MARK).unlink(missing_ok=True)
+        step.mark.unlink(missing_ok=True)
         tune = str(Path(sys.executable).with_name("tune"))
         with log.open("w", encoding="utf-8") as file:
             ended = subprocess.run(
@@ -142,9 +199,9 @@ class Runner:
             )
         self.done += 1
         if ended.returncode == 0:
-            write_text(folder / MARK, json.dumps({"fingerprint": mark}) + "\n")
+            write_text(step.mark, json.dumps({"fingerprint": step.fingerprint}) + "\n")
             return
-        reason = f"{title}: {_reason(log, ended.returncode)} (log: {log})"
+        reason = f"{step.title}: {_reason(log, ended.returncode)} (log: {log})"
         self.failures.append(reason)
         tqdm.write(f"failed: {reason}", file=sys.stderr)
 
@@ -154,15 +211,6 @@ def evaluation_overrides(task: TaskSettings, half: Half) -> list[str]:
     own = [*task.evaluate.overrides, *(task.evaluate.report if half == "report" else [])]
     cfg, _ = load_config(["--config", task.evaluate.config, *own])
     return [*own, *_removed(cfg, "adapters"), *_removed(cfg, "answers")]
-
-
-def is_done(folder: Path, mark: str, result: Path) -> bool:
-    """Whether a folder holds a step's result under this fingerprint."""
-    try:
-        found = json.loads((folder / MARK).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return found == {"fingerprint": mark} and (folder / result).is_file()
 
 
 def _removed(cfg: DictConfig, key: str) -> list[str]:

@@ -82,6 +82,8 @@ def _cells(figures: ArmFigures, outcome: Outcome) -> list[ShownCell]:
             key=lambda n: figures.shifts[n].value,
         )
         text = f"the frontier itself: shift {show(figures.shifts[worst])} ({worst})"
+        if "controls" in figures.shifts:
+            text += f"; controls of style: {show(figures.shifts['controls'])}"
         general = Cell(None, "", text)
     elif figures.arm.role == "defense" and figures.arm.name not in outcome.family:
         general = Cell(general.estimate, "not chosen", general.note)
@@ -198,7 +200,9 @@ def sampled_answers(outcome: Outcome) -> list[dict[str, Any]]:
     arms = [
         (f.arm.label, outcome.narrow[f.arm.name].answers)
         for f in outcome.figures
-        if f.arm.name in outcome.narrow and outcome.narrow[f.arm.name].answers
+        if f.arm.role != "frontier"
+        and f.arm.name in outcome.narrow
+        and outcome.narrow[f.arm.name].answers
     ]
     shared = sorted(set().union(*(answers for _, answers in arms))) if arms else []
     chosen = random.Random(0).sample(shared, min(SHOWN_ANSWERS, len(shared)))

@@ -79,7 +79,7 @@ def trade_off(figures: Sequence[ArmFigures]) -> bytes:
     axes.plot(x, y, "-o", color="black", markersize=5, label="undefended (frontier)", zorder=2)
     axes.set_xlabel("in-domain shift, nats a token\n(what the data teach)")
     axes.set_ylabel("general shift, nats a token\n(lower is better)")
-    _finish(figure, axes, columns=2)
+    _finish(figure, axes)
     return _png(figure)
 
 
@@ -111,7 +111,7 @@ def categories(figures: Sequence[ArmFigures]) -> bytes | None:
     axes.set_yticks(range(len(names)), [name.replace("_", " ") or "all" for name in names])
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlabel("general shift, nats a token")
-    _finish(figure, axes, columns=2)
+    _finish(figure, axes)
     return _png(figure)
 
 
@@ -128,7 +128,9 @@ def training_curves(series: Mapping[str, Series], terms: Sequence[str], number: 
     shown = [term for term in terms if any(term in row for rows in series.values() for row in rows)]
     if not shown:
         return None
-    figure = Figure(figsize=(WIDTH, 0.7 + 2.0 * len(shown)), layout="constrained")
+    figure = Figure(
+        figsize=(WIDTH, 0.7 + 1.9 * len(shown) + 0.11 * len(series)), layout="constrained"
+    )
     panels = figure.subplots(len(shown), 1, squeeze=False)[:, 0]
     for axes, term in zip(panels, shown, strict=True):
         for name, rows in series.items():
@@ -140,8 +142,9 @@ def training_curves(series: Mapping[str, Series], terms: Sequence[str], number: 
                           linewidth=1.6, label=labels[name])  # fmt: skip
         axes.set_title(term, fontsize=10, loc="left")
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=8)
     panels[-1].set_xlabel("step (mean of the last 5)")
+    lines = {line.get_label(): line for axes in panels for line in axes.get_lines()}
+    _legend(figure, list(lines.values()), [str(label) for label in lines])
     return _png(figure)
 
 
@@ -153,15 +156,20 @@ def _smooth(values: Any, window: int = 5) -> Any:
     return (sums[ends] - sums[starts]) / (ends - starts)
 
 
-def _finish(figure: Figure, axes: Any, columns: int) -> None:
+def _finish(figure: Figure, axes: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
-    handles, labels = axes.get_legend_handles_labels()
+    _legend(figure, *axes.get_legend_handles_labels())
+
+
+def _legend(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> None:
+    """Below the panels, where it hides nothing."""
     if handles:
+        columns = 2 if len(labels) > 1 else 1
         figure.legend(
             handles,
             labels,
             loc="outside lower center",
-            ncols=columns if len(labels) > 1 else 1,
+            ncols=columns,
             frameon=False,
             fontsize=9,
         )
