@@ -13,7 +13,7 @@ from emarecipes.comparison.settings import ArmSettings, Plan, Role
 from emarecipes.components import check_components
 from emarecipes.config import Origin, load_config
 from emarecipes.errors import UserError
-from emarecipes.selection.score_file import digest, sampled_digest
+from emarecipes.fingerprint import digest, sampled_digest
 from emarecipes.training.settings import check_settings
 
 

@@ -8,6 +8,7 @@ continues, and a step whose config or data have changed is done anew.
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -178,14 +179,23 @@ class Runner:
         overrides += [
             f"answers.seed_{job.seed}={job.folder / 'answers'}" for job in runs if job in answered
         ]
-        overrides += [f"output_dir={folder}", "overwrite=true"]
         cfg, _ = load_config(["--config", settings.evaluate.config, *overrides])
-        step = Step(title, f"{arm.name}_{task}_{name}", folder / MARK, fingerprint(cfg, folder))
-        if not (step.is_done() and (folder / SUMMARY).is_file()):
-            self._run(
-                step, ["recipes/ema_eval.py", "--config", settings.evaluate.config, *overrides]
-            )
-        return folder if step.is_done() else None
+        mark = fingerprint(cfg, Path(str(cfg.output_dir)))
+        step = Step(title, f"{arm.name}_{task}_{name}", folder / MARK, mark)
+        if step.is_done() and (folder / SUMMARY).is_file():
+            return folder
+        # All arms are evaluated in one folder, where the reference's likelihoods are kept, and what
+        # was found is moved to the arm's own.
+        shared = folder.parent / ".shared"
+        overrides += [f"output_dir={shared}", "overwrite=true"]
+        folder.mkdir(parents=True, exist_ok=True)
+        self._run(step, ["recipes/ema_eval.py", "--config", settings.evaluate.config, *overrides])
+        if not step.is_done():
+            return None
+        shutil.rmtree(folder / "scores", ignore_errors=True)
+        for result in ("scores", SUMMARY):
+            (shared / result).replace(folder / result)
+        return folder
 
     def _run(self, step: Step, command: list[str]) -> None:
         """`tune run COMMAND`, its output in a log. A failure is noted, not raised."""

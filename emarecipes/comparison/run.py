@@ -26,7 +26,7 @@ from emarecipes.comparison.statistics import Estimate
 from emarecipes.config import load_config
 from emarecipes.errors import UserError
 from emarecipes.reporting import content, write_report
-from emarecipes.selection.score_file import digest
+from emarecipes.fingerprint import digest
 from emarecipes.training.run_folder import environment, write_text
 
 OPENING, RESULT = "choices.json", "comparison.json"
