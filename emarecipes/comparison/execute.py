@@ -109,7 +109,7 @@ class Runner:
 
     def answer(self, jobs: Sequence[Job], task: str) -> list[Job]:
         """Sample answers of a task's runs, if it says how; returns the runs that have them."""
-        settings = self.plan.tasks[task].generate
+        settings = self.plan.tasks[task].generate if jobs else None
         if settings is None:
             return []
         found = []

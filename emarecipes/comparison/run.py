@@ -25,8 +25,8 @@ from emarecipes.comparison.settings import Plan, check_compare_settings
 from emarecipes.comparison.statistics import Estimate
 from emarecipes.config import load_config
 from emarecipes.errors import UserError
-from emarecipes.reporting import content, write_report
 from emarecipes.fingerprint import digest
+from emarecipes.reporting import content, write_report
 from emarecipes.training.run_folder import environment, write_text
 
 OPENING, RESULT = "choices.json", "comparison.json"
