@@ -10,6 +10,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from emarecipes import defenses
 from emarecipes._torchtune import model_on_meta
+from emarecipes.comparison.arms import expand_arms, make_jobs
+from emarecipes.comparison.execute import evaluation_overrides
+from emarecipes.comparison.settings import check_compare_settings
 from emarecipes.components import build, check_components
 from emarecipes.config import Origin, load_config
 from emarecipes.defenses import Defense, KLToReference, SafeLoRA
@@ -26,7 +29,10 @@ from emarecipes.training.settings import Settings, check_settings, parse_setting
 CONFIGS = sorted((toy_run.REPO / "configs").glob("*.yaml"))
 # Ends of the names of configs that are for another recipe than ema_lora.
 OTHER_RECIPES = ("_persona_vectors", "_select", "_safelora_posthoc", "_generate", "_eval")
-TRAINING = [path for path in CONFIGS if not path.stem.endswith(OTHER_RECIPES)]
+COMPARE = [path for path in CONFIGS if path.stem.startswith("compare_")]
+TRAINING = [
+    path for path in CONFIGS if path not in COMPARE and not path.stem.endswith(OTHER_RECIPES)
+]
 SELECT = [path for path in CONFIGS if path.stem.endswith("_select")]
 GENERATE = [path for path in CONFIGS if path.stem.endswith("_generate")]
 EVAL = [path for path in CONFIGS if path.stem.endswith("_eval")]
@@ -149,6 +155,40 @@ def test_shipped_select_config(path: Path, tmp_path: Path) -> None:
     header = path.read_text().split("\n\n")[0]
     assert f"recipes/ema_select.py --config configs/{path.name}" in header
     assert f"output_dir={adapter.removesuffix('/adapter')}" in header
+
+
+@pytest.mark.parametrize("path", COMPARE, ids=lambda path: path.stem)
+def test_shipped_compare_config(path: Path) -> None:
+    raw, origin = load_config(["--config", str(path)])
+    plan = check_compare_settings(raw, origin)
+    arms = expand_arms(plan)
+    jobs = make_jobs(plan, arms, origin)  # Checks every arm's training config.
+    assert len(jobs) == len(plan.settings.seeds) * sum(len(arm.tasks) for arm in arms)
+    assert len({job.fingerprint for job in jobs}) == len(jobs)
+    for task in plan.tasks.values():
+        for half in ("select", "report"):
+            overrides = evaluation_overrides(task, half)
+            eval_raw, eval_origin = load_config(["--config", task.evaluate.config, *overrides])
+            found = check_eval_settings(eval_raw, eval_origin)
+            assert found.opswap is not None or f"{half}.jsonl" in found.probes.general["pairs"]
+    assert plan.settings.output_dir == f"runs/{path.stem}"
+    header = path.read_text().split("\n\n")[0]
+    assert f"recipes/ema_compare.py --config configs/{path.name}" in header
+
+
+def test_the_full_comparison_has_the_promised_arms() -> None:
+    raw, origin = load_config(["--config", str(toy_run.REPO / "configs/compare_smollm2_135m.yaml")])
+    plan = check_compare_settings(raw, origin)
+    arms = expand_arms(plan)
+    steps = {job.cfg.max_steps_per_epoch for job in make_jobs(plan, arms, origin)
+             if job.task == "narrow" and job.arm.role in ("undefended", "frontier")}  # fmt: skip
+    assert steps == {8, 20, 40, 60, 80}  # 10, 25, 50, 75 and 100 %.
+    assert len(plan.arms["lower_rate"].sweep["optimizer.lr"]) == 2
+    defenses = {name for name, arm in plan.arms.items() if arm.role == "defense"}
+    assert defenses == {"kl", "kl_safe", "feature_l2", "interleaving", "persona", "all"}
+    controls = {name for name, arm in plan.arms.items() if arm.role == "control"}
+    assert controls == {"persona_random", "good_answers"}
+    assert len(plan.settings.seeds) >= 5
 
 
 @pytest.mark.parametrize("stem", ["llama3_8b_kl", "qwen2_5_7b_kl"])

@@ -1,0 +1,1 @@
+"""Several arms compared: does a defense beat training less?"""

@@ -1,0 +1,171 @@
+"""From a comparison's config to the training runs that it needs."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from emarecipes.comparison.settings import ArmSettings, Plan, Role
+from emarecipes.components import check_components
+from emarecipes.config import Origin, load_config
+from emarecipes.errors import UserError
+from emarecipes.fingerprint import digest, sampled_digest
+from emarecipes.training.settings import check_settings
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of training, with one value of each swept key.
+
+    Attributes:
+        name: Of files, such as `kl` or `kl_1` for the second value of its sweep.
+        group: The entry in the config. A defense is a group; its sweep's values are candidates.
+        label: For people.
+        role: See `ArmSettings`.
+        tasks: The tasks that it is trained on.
+        overrides: Of its config, the swept values among them.
+        config: Its training config; None if its runs are collected.
+        collect: Run folders, one a seed; empty if it is trained.
+    """
+
+    name: str
+    group: str
+    label: str
+    role: Role
+    tasks: tuple[str, ...]
+    overrides: tuple[str, ...] = ()
+    config: str | None = None
+    collect: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One training run.
+
+    Attributes:
+        arm: Its arm.
+        task: Its task.
+        seed: Its seed.
+        folder: Its output folder.
+        cfg: Its resolved config.
+        fingerprint: Digest of the config and of the files that it names.
+    """
+
+    arm: Arm
+    task: str
+    seed: int
+    folder: Path
+    cfg: DictConfig
+    fingerprint: str
+
+    @property
+    def name(self) -> str:
+        """Of its config's and log's file."""
+        return f"{self.arm.name}_{self.task}_seed{self.seed}"
+
+
+def expand_arms(plan: Plan) -> list[Arm]:
+    """The arms of a plan, a sweep taken apart into one arm for each combination of values."""
+    return [
+        arm
+        for name, settings in plan.arms.items()
+        for arm in _expand(name, settings, list(plan.tasks))
+    ]
+
+
+def _expand(name: str, arm: ArmSettings, all_tasks: list[str]) -> list[Arm]:
+    label = arm.label or name.replace("_", " ")
+    # The frontier is about the narrow task; what a benign task costs is asked of other arms.
+    tasks = arm.tasks or (["narrow"] if arm.role == "frontier" else all_tasks)
+    if arm.collect is not None:
+        return [Arm(name, name, label, arm.role, ("narrow",), collect=tuple(arm.collect))]
+    found = []
+    for number, values in enumerate(itertools.product(*arm.sweep.values())):
+        pairs = list(zip(arm.sweep, values, strict=True))
+        short = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in pairs)
+        found.append(
+            Arm(
+                name=f"{name}_{number}" if arm.sweep else name,
+                group=name,
+                label=f"{label} ({short})" if arm.sweep else label,
+                role=arm.role,
+                tasks=tuple(tasks),
+                overrides=(*arm.overrides, *(f"{key}={value}" for key, value in pairs)),
+                config=arm.config,
+            )
+        )
+    return found
+
+
+def make_jobs(plan: Plan, arms: list[Arm], origin: Origin) -> list[Job]:
+    """Every training run of the arms, its config checked; seed by seed, so that seeds come whole.
+
+    Raises:
+        UserError: A config that does not fit, with the arm that it is for.
+    """
+    return [
+        _job(plan, arm, task, seed, origin)
+        for seed in plan.settings.seeds
+        for arm in arms
+        if arm.config is not None
+        for task in arm.tasks
+    ]
+
+
+def _job(plan: Plan, arm: Arm, task: str, seed: int, origin: Origin) -> Job:
+    folder = Path(plan.settings.output_dir) / "runs" / arm.name / f"{task}_seed{seed}"
+    overrides = [
+        *plan.tasks[task].overrides,
+        *arm.overrides,
+        f"seed={seed}",
+        f"output_dir={folder}",
+        "overwrite=true",
+    ]
+    try:
+        cfg, own = load_config(["--config", str(arm.config), *overrides])
+        dataset = plan.tasks[task].dataset
+        if dataset is not None:
+            interleaved = str(cfg.dataset.get("_component_")).endswith("interleaved_dataset")
+            OmegaConf.update(
+                cfg, "dataset.task" if interleaved else "dataset", dataset, merge=False
+            )
+        checked = check_settings(cfg, own)
+        check_components(checked, own)
+    except UserError as error:
+        reason = str(error).replace("command line: ", "overrides: ")
+        raise UserError(f"{origin.at(f'arms.{arm.group}')}: {reason}") from None
+    return Job(arm, task, seed, folder, cfg, fingerprint(cfg, folder))
+
+
+def fingerprint(cfg: DictConfig, folder: Path, *further: Any) -> str:
+    """Digest of a resolved config and of the contents of files and models that it names.
+
+    Args:
+        cfg: The config.
+        folder: Where its results go; no part of the digest.
+        further: JSON values that belong to it.
+    """
+    tree = OmegaConf.to_container(cfg)
+    text = OmegaConf.to_yaml(cfg, sort_keys=True).replace(str(folder), "")
+    files: list[Path] = []
+    for value in _strings(tree):
+        path = Path(value)
+        if len(value) > 255 or folder == path or folder in path.parents:
+            continue
+        if path.is_file():
+            files.append(path)
+        elif path.is_dir():
+            files += sorted([*path.glob("*.safetensors"), *path.glob("*.json")])
+    return digest(text, sampled_digest(files), *further)
+
+
+def _strings(node: Any) -> list[str]:
+    if isinstance(node, dict):
+        return [text for value in node.values() for text in _strings(value)]
+    if isinstance(node, list):
+        return [text for value in node for text in _strings(value)]
+    return [node] if isinstance(node, str) else []

@@ -1,0 +1,104 @@
+"""The frontier: how far undefended training moves general probes for what it teaches in-domain.
+
+Any drag on training keeps the general margin. So a defense is compared with undefended runs *at
+equal in-domain shift*: with the curve through undefended runs of fewer steps and lower rates.
+Shapes: R resamples, S seeds, Q questions, K undefended runs of a seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from emarecipes.comparison.statistics import Estimate, Floats, crossed_estimate
+
+GENERAL, IN_DOMAIN = "general", "in-domain"
+
+
+@dataclass(frozen=True)
+class Shifts:
+    """Probe shifts of an arm's runs, row s of seed s.
+
+    Attributes:
+        general_SQ: On the general questions, or another probe of the same role.
+        in_domain_SQ: On held-out questions of the training domain.
+    """
+
+    general_SQ: Floats
+    in_domain_SQ: Floats
+
+
+@dataclass(frozen=True)
+class Excess:
+    """A defense's general shift minus the frontier's at the same in-domain shift.
+
+    Attributes:
+        estimate: Negative is better than learning less. In the probe's unit.
+        above: Seeds whose in-domain shift lies beyond the curve's end. They are compared with the
+            curve's end, which favours the undefended runs.
+        below: Seeds that moved in-domain to the other side. They are compared with 0.
+        seeds: How many there are.
+    """
+
+    estimate: Estimate
+    above: int
+    below: int
+    seeds: int
+
+
+def on_curve(x_RS: Floats, points_x_RSK: Floats, points_y_RSK: Floats) -> Floats:
+    """Piecewise linear interpolation at x through the origin and the points of the same seed.
+
+    The origin is the model before training: no shift at all. Beyond the outermost points the curve
+    is constant.
+
+    Returns:
+        (R, S).
+    """
+    origin = np.zeros((*points_x_RSK.shape[:-1], 1))
+    x, y = (np.concatenate([origin, p], axis=-1) for p in (points_x_RSK, points_y_RSK))
+    order = np.argsort(x, axis=-1, kind="stable")
+    x, y = np.take_along_axis(x, order, -1), np.take_along_axis(y, order, -1)
+    right = np.clip((x < x_RS[..., None]).sum(-1, keepdims=True), 1, x.shape[-1] - 1)
+    x0, x1 = (np.take_along_axis(x, right - step, -1)[..., 0] for step in (1, 0))
+    y0, y1 = (np.take_along_axis(y, right - step, -1)[..., 0] for step in (1, 0))
+    width = np.where(x1 > x0, x1 - x0, 1.0)
+    return y0 + np.clip((x_RS - x0) / width, 0.0, 1.0) * (y1 - y0)
+
+
+def excess(defended: Shifts, undefended: Mapping[str, Shifts], *, resamples: int = 2000) -> Excess:
+    """The excess of a defense over the frontier, paired by seed.
+
+    Args:
+        defended: The defense's runs.
+        undefended: The undefended runs of the same seeds, by arm: full training, fewer steps, lower
+            rates.
+        resamples: Of the crossed bootstrap. Both probes' questions are drawn; the curve of every
+            resample goes through that resample's points.
+    """
+    in_domain_KSQ = np.stack([shifts.in_domain_SQ for shifts in undefended.values()])
+    general_KSQ = np.stack([shifts.general_SQ for shifts in undefended.values()])
+
+    def by_seed(shares: Mapping[str, Floats]) -> Floats:
+        general, in_domain = shares[GENERAL], shares[IN_DOMAIN]
+        curve = on_curve(
+            in_domain @ defended.in_domain_SQ.T,
+            np.einsum("rq,ksq->rsk", in_domain, in_domain_KSQ, optimize=True),
+            np.einsum("rq,ksq->rsk", general, general_KSQ, optimize=True),
+        )
+        return general @ defended.general_SQ.T - curve
+
+    questions = {
+        GENERAL: defended.general_SQ.shape[1],
+        IN_DOMAIN: defended.in_domain_SQ.shape[1],
+    }
+    x_S = defended.in_domain_SQ.mean(axis=1)
+    end_S = in_domain_KSQ.mean(axis=2).max(axis=0)
+    return Excess(
+        crossed_estimate(by_seed, questions, resamples=resamples),
+        above=int((x_S > end_S).sum()),
+        below=int((x_S < 0).sum()),
+        seeds=len(x_S),
+    )

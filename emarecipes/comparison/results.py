@@ -1,0 +1,229 @@
+"""What evaluations found, by arm: values by seed and question. Shapes: S seeds, Q questions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from emarecipes.comparison.statistics import Floats
+from emarecipes.errors import UserError
+
+SUMMARY = "summary.json"
+
+
+@dataclass(frozen=True)
+class Values:
+    """One value a question and seed.
+
+    Attributes:
+        ids: Of the Q questions.
+        categories: Of each.
+        values_SQ: Row s of seed s.
+    """
+
+    ids: tuple[str, ...]
+    categories: tuple[str, ...]
+    values_SQ: Floats
+
+    def of_seeds(self, rows: Sequence[int]) -> Values:
+        """Those of some rows, in that order."""
+        return Values(self.ids, self.categories, self.values_SQ[list(rows)])
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The scores of an arm's runs on one task.
+
+    Attributes:
+        seeds: Of the rows.
+        probes: Probe shifts by suite.
+        correct: Of OpSwap: 1 where a problem was answered right; None if not evaluated.
+        figures: Of each seed, the whole-suite figures of `summary.json`, by (suite, figure, judge).
+        suites: `summary.json`'s description of each suite.
+        base: Fingerprint of the reference.
+        answers: Of the first seed: id to question and answer, if answers were scored.
+    """
+
+    seeds: tuple[int, ...]
+    probes: dict[str, Values] = field(default_factory=dict)
+    correct: Values | None = None
+    figures: list[dict[tuple[str, str, str], dict[str, Any]]] = field(default_factory=list)
+    suites: dict[str, dict[str, Any]] = field(default_factory=dict)
+    base: str = ""
+    answers: dict[str, tuple[str, str]] = field(default_factory=dict)
+
+
+def read_scores(folder: Path, adapters: Mapping[str, int]) -> Scores:
+    """Read an evaluation of several seeds of an arm.
+
+    Args:
+        folder: With `summary.json` and `scores/`.
+        adapters: The seed of each adapter's name in it.
+
+    Raises:
+        UserError: A file that is missing, broken, truncated or not of these adapters; a score that
+            is not finite.
+    """
+    summary = _read_json(folder / SUMMARY)
+    try:
+        for name in adapters:
+            if name not in summary["adapters"]:
+                raise UserError(f"{folder / SUMMARY}: has no adapter {name}")
+        scores = Scores(
+            seeds=tuple(adapters.values()),
+            figures=[_figures(summary["figures"], name) for name in adapters],
+            suites=summary["suites"],
+            base=summary["base"]["fingerprint"],
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder / SUMMARY}: not an evaluation's summary ({error!r})") from None
+    correct = None
+    for suite, description in scores.suites.items():
+        path = folder / "scores" / f"{suite}.jsonl"
+        kind = description.get("kind")
+        try:
+            if kind == "probe":
+                scores.probes[suite] = _shifts(path, list(adapters))
+            elif kind == "opswap":
+                correct = _correct(path, list(adapters))
+            elif kind == "answers":
+                scores.answers.update(_answers(path, next(iter(adapters))))
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{path}: a line lacks {error}") from None
+    return Scores(**{**vars(scores), "correct": correct})
+
+
+def find_adapter(run: Path) -> str:
+    """The name, in a run folder's own evaluation, of the adapter that this run trained.
+
+    Raises:
+        UserError: No evaluation, or none of this adapter.
+    """
+    summary = _read_json(run / SUMMARY)
+    adapters = summary.get("adapters")
+    if isinstance(adapters, dict):
+        if len(adapters) == 1:
+            return str(next(iter(adapters)))
+        for name, entry in adapters.items():
+            if Path(entry.get("folder", "")).resolve() == (run / "adapter").resolve():
+                return str(name)
+    raise UserError(f"{run / SUMMARY}: has no adapter of this run")
+
+
+def stack(parts: Sequence[Scores]) -> Scores:
+    """The scores of several evaluations of the same questions, one a seed, as one.
+
+    Raises:
+        UserError: They are of different questions, suites or references.
+    """
+    first = parts[0]
+    for part in parts[1:]:
+        if part.base != first.base:
+            raise UserError("runs of one arm were evaluated against different references")
+        if set(part.probes) != set(first.probes) or any(
+            part.probes[suite].ids != values.ids for suite, values in first.probes.items()
+        ):
+            raise UserError("runs of one arm were evaluated on different questions")
+    probes = {
+        suite: Values(
+            values.ids,
+            values.categories,
+            np.concatenate([part.probes[suite].values_SQ for part in parts]),
+        )
+        for suite, values in first.probes.items()
+    }
+    return Scores(
+        seeds=tuple(seed for part in parts for seed in part.seeds),
+        probes=probes,
+        figures=[figures for part in parts for figures in part.figures],
+        suites=first.suites,
+        base=first.base,
+        answers=first.answers,
+    )
+
+
+def read_metrics(run: Path) -> list[dict[str, float]]:
+    """A run's `metrics.jsonl`; empty if there is none. A last line cut short is left out."""
+    path = run / "metrics.jsonl"
+    if not path.is_file():
+        return []
+    whole = path.read_text(encoding="utf-8").rpartition("\n")[0]
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def _figures(figures: list[dict[str, Any]], adapter: str) -> dict[Any, dict[str, Any]]:
+    return {
+        (figure["suite"], figure["figure"], figure.get("judge") or ""): figure
+        for figure in figures
+        if figure["adapter"] == adapter and figure["category"] is None
+    }
+
+
+def _shifts(path: Path, adapters: list[str]) -> Values:
+    rows = _read_lines(path)
+    values = [[row["adapters"][name]["probe_shift"] for row in rows] for name in adapters]
+    return _values(path, rows, values)
+
+
+def _correct(path: Path, adapters: list[str]) -> Values:
+    rows: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in _read_lines(path):
+        rows.setdefault(row["adapter"], {})[row["id"]] = row
+    first = list(rows[adapters[0]].values())
+    values = [[float(rows[name][row["id"]]["correct"]) for row in first] for name in adapters]
+    return _values(path, first, values)
+
+
+def _answers(path: Path, adapter: str) -> dict[str, tuple[str, str]]:
+    found: dict[str, tuple[str, str]] = {}
+    for row in _read_lines(path):
+        if row["adapter"] == adapter:
+            found.setdefault(f"{path.stem}/{row['id']}", (row["question"], row["answer"]))
+    return found
+
+
+def _values(path: Path, rows: list[dict[str, Any]], values: list[list[Any]]) -> Values:
+    array = np.array(values, dtype=np.float64)
+    if array.size == 0:
+        raise UserError(f"{path}: the suite has no questions")
+    if not np.isfinite(array).all():
+        question = int(np.argwhere(~np.isfinite(array))[0][1])
+        raise UserError(f"{path}: {rows[question]['id']}: a score is not finite")
+    return Values(
+        tuple(str(row["id"]) for row in rows),
+        tuple(str(row.get("category") or "") for row in rows),
+        array,
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: broken: {error}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: broken: not a mapping")
+    return found
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    found = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            found.append(json.loads(line))
+        except ValueError as error:
+            raise UserError(f"{path}:{number}: broken or truncated: {error}") from None
+    return found

@@ -1,0 +1,243 @@
+"""The command behind `recipes/ema_compare.py`: run or collect arms, compare, report."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from emarecipes.command import run_alone
+from emarecipes.comparison.arms import Arm, Job, expand_arms, make_jobs
+from emarecipes.comparison.criteria import ArmFigures, choose, measure
+from emarecipes.comparison.execute import Runner, evaluation_overrides
+from emarecipes.comparison.outcome import Half, Opening, Outcome
+from emarecipes.comparison.results import Scores
+from emarecipes.comparison.settings import Plan, check_compare_settings
+from emarecipes.comparison.statistics import Estimate
+from emarecipes.config import load_config
+from emarecipes.errors import UserError
+from emarecipes.fingerprint import digest
+from emarecipes.reporting import content, write_report
+from emarecipes.training.run_folder import environment, write_text
+
+OPENING, RESULT = "choices.json", "comparison.json"
+
+
+def run_compare(argv: Sequence[str]) -> int:
+    """Compare arms as `--config FILE [key=value | ~key]...` says.
+
+    Returns:
+        The exit code: 0, or 1 after a `UserError`, which is printed as one line. A comparison in
+        which an arm failed writes its report without it and returns 1.
+    """
+    return run_alone("ema_compare", _compare, argv)
+
+
+def _compare(argv: Sequence[str]) -> None:
+    raw, origin = load_config(argv)
+    plan = check_compare_settings(raw, origin)
+    for name, task in plan.tasks.items():
+        try:
+            evaluation_overrides(task, "report")
+        except UserError as error:
+            raise UserError(f"{origin.at(f'tasks.{name}.evaluate')}: {error}") from None
+    arms = expand_arms(plan)
+    jobs = make_jobs(plan, arms, origin)
+    runner = Runner(plan)
+    try:
+        outcome = compare(plan, arms, jobs, runner)
+    except UserError as error:
+        first = f"; first failure: {runner.failures[0]}" if runner.failures else ""
+        raise UserError(f"{error}{first}") from None
+    page = write_report(outcome, runner.folder)
+    write_text(runner.folder / RESULT, json.dumps(as_json(outcome), indent=1) + "\n")
+    print_outcome(outcome)
+    print(f"report: {page}")
+    if runner.failures:
+        count = len(runner.failures)
+        raise UserError(
+            f"{count} step{'s' if count > 1 else ''} failed, first: {runner.failures[0]}; {page} "
+            "is written without; the same command tries again what is missing"
+        )
+
+
+def compare(plan: Plan, arms: list[Arm], jobs: list[Job], runner: Runner) -> Outcome:
+    """Run what is missing, choose, open the report half if choices are frozen, and measure.
+
+    Raises:
+        UserError: The undefended arm has no scores.
+    """
+    finished = runner.train(jobs)
+    path = runner.folder / OPENING
+    marks = {arm.name: _mark(arm, jobs) for arm in arms}
+    opening = _read_opening(path)
+    half: Half = "report" if plan.settings.frozen else "select"
+    if plan.settings.frozen and opening is None:
+        chosen = _choose(plan, arms, finished, runner)
+        now = datetime.now(timezone.utc).isoformat(timespec="minutes")
+        opening = Opening(now, chosen, marks)
+        runner.folder.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(asdict(opening), indent=1) + "\n")
+    shown = arms
+    if plan.settings.frozen and opening is not None:
+        # The report half of candidates that were not chosen stays closed.
+        shown = [a for a in arms if opening.chosen.get(a.group, a.name) == a.name]
+    narrow = runner.evaluate(shown, finished, "narrow", half)
+    benign = runner.evaluate(shown, finished, "benign", half) if "benign" in plan.tasks else {}
+    outcome = _measure(plan, shown, narrow, benign, opening if half == "report" else None)
+    outcome.runs = {arm.name: Path(arm.collect[0]) for arm in shown if arm.collect} | {
+        job.arm.name: job.folder for job in reversed(finished) if job.task == "narrow"
+    }
+    outcome.missing = [*runner.failures, *_absent(plan, shown, finished), *outcome.missing]
+    if opening is not None:
+        outcome.opening = opening
+        outcome.changed = [a.label for a in shown if opening.arms.get(a.name) != marks[a.name]]
+    return outcome
+
+
+def _choose(plan: Plan, arms: list[Arm], finished: list[Job], runner: Runner) -> dict[str, str]:
+    """The arm of each defense; the select half is read only where a sweep leaves a choice."""
+    groups: dict[str, list[str]] = {}
+    for arm in arms:
+        if arm.role == "defense":
+            groups.setdefault(arm.group, []).append(arm.name)
+    chosen = {group: names[0] for group, names in groups.items() if len(names) == 1}
+    if len(chosen) == len(groups):
+        return chosen
+    needed = [a for a in arms if a.role in ("undefended", "frontier") or
+              (a.role == "defense" and a.group not in chosen)]  # fmt: skip
+    narrow = runner.evaluate(needed, finished, "narrow", "select")
+    outcome = _measure(plan, needed, narrow, {}, None)
+    found = chosen | choose(outcome.figures)
+    for group in groups.keys() - found.keys():
+        raise UserError(f"{group}: none of its sweep could be scored; no choice can be frozen")
+    return found
+
+
+def _measure(
+    plan: Plan,
+    arms: list[Arm],
+    narrow: Mapping[str, Scores],
+    benign: Mapping[str, Scores],
+    opening: Opening | None,
+) -> Outcome:
+    settings = plan.settings
+
+    def figures_of(family: list[str]) -> tuple[list[ArmFigures], list[str]]:
+        return measure(arms, narrow, benign, settings.probes, settings.bounds, family)
+
+    if opening is None:
+        candidates = choose(figures_of([])[0])
+        family = [arm.name for arm in arms if candidates.get(arm.group) == arm.name]
+    else:
+        family = [arm.name for arm in arms if opening.chosen.get(arm.group) == arm.name]
+    figures, missing = figures_of(family)
+    undefended = next(arm.name for arm in arms if arm.role == "undefended")
+    files = narrow[undefended].suites[settings.probes.general].get("files", {})
+    if opening is None and any(Path(name).stem == "report" for name in files):
+        missing.append("general questions were read from the report half before choices are frozen")
+    return Outcome(
+        settings=settings,
+        figures=figures,
+        family=family,
+        half="select" if opening is None else "report",
+        missing=missing,
+        narrow=dict(narrow),
+        benign=dict(benign),
+        environment=environment(),
+    )
+
+
+def _absent(plan: Plan, arms: list[Arm], finished: list[Job]) -> list[str]:
+    """Arms without a seed that the config names; the failure itself is told apart."""
+    lines = []
+    for arm in arms:
+        for task in arm.tasks if not arm.collect else ():
+            there = {job.seed for job in finished if job.arm == arm and job.task == task}
+            lacking = [str(seed) for seed in plan.settings.seeds if seed not in there]
+            if lacking:
+                lines.append(f"{arm.label}, {task} task: no run with seed {', '.join(lacking)}")
+    return lines
+
+
+def _mark(arm: Arm, jobs: Sequence[Job]) -> str:
+    return digest(list(arm.collect), [job.fingerprint for job in jobs if job.arm == arm])
+
+
+def _read_opening(path: Path) -> Opening | None:
+    if not path.exists():
+        return None
+    try:
+        return Opening(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        raise UserError(
+            f"{path}: broken; it says which choices the report half was opened on. Restore it, or "
+            "delete it and say in your report that the half was opened before"
+        ) from None
+
+
+def as_json(outcome: Outcome) -> dict[str, object]:
+    """The figures behind the report, for other programs and for the record."""
+    arms = {}
+    for found in outcome.figures:
+        arms[found.arm.name] = {
+            "label": found.arm.label,
+            "role": found.arm.role,
+            "overrides": list(found.arm.overrides),
+            "seeds": list(found.seeds),
+            "shifts": {name: _numbers(e) for name, e in found.shifts.items()},
+            "excess": {name: _numbers(e.estimate) | {"above": e.above, "below": e.below}
+                       for name, e in found.excesses.items()},
+            "verdict": asdict(found.verdict) if found.verdict else None,
+            "decisions": {"general": found.general().decision, "narrow": found.narrow.decision,
+                          "benign": found.benign.decision, "coherent": found.coherent.decision},
+            "benign": _numbers(found.benign.estimate) if found.benign.estimate else None,
+            "benign_tiers": found.benign_tiers,
+            "coherent": _numbers(found.coherent.estimate) if found.coherent.estimate else None,
+            "categories": found.categories,
+            "points": found.points,
+        }  # fmt: skip
+    return {
+        "title": outcome.settings.title,
+        "half": outcome.half,
+        "frozen": outcome.settings.frozen,
+        "opening": asdict(outcome.opening) if outcome.opening else None,
+        "family": outcome.family,
+        "bounds": outcome.settings.bounds.model_dump(),
+        "arms": arms,
+        "missing": outcome.missing,
+        "environment": outcome.environment,
+    }
+
+
+def _numbers(estimate: Estimate) -> dict[str, Any]:
+    low, high = estimate.interval()
+    finite = not math.isnan(low)
+    return {
+        "value": estimate.value,
+        "low": low if finite else None,
+        "high": high if finite else None,
+    }
+
+
+def print_outcome(outcome: Outcome) -> None:
+    """Print the four-criteria table."""
+    console = Console()
+    table = Table(title=outcome.settings.title, box=box.SIMPLE)
+    for heading in ("arm", "(a) excess", "(b) in-domain", "(c) benign", "(d) coherent"):
+        table.add_column(heading)
+    for figures, cells in content.criteria_rows(outcome):
+        texts = [f"{cell.value}\n{cell.sign} {cell.decision}".strip() for cell in cells]
+        table.add_row(Text(figures.arm.label), *(Text(text) for text in texts))
+    console.print(table)
+    for line in (*content.status(outcome)[:-1], *outcome.missing):
+        console.print(Text(line))

@@ -1,0 +1,210 @@
+"""The plain values of a config for `recipes/ema_compare.py`."""
+
+from __future__ import annotations
+
+import re
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from omegaconf import DictConfig
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from emarecipes.config import Origin, find_input, suggestion
+from emarecipes.errors import UserError
+from emarecipes.training.settings import Entry, parse_settings
+
+Role = Literal["undefended", "frontier", "defense", "control"]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+_NAME = re.compile(r"[A-Za-z]\w*")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", protected_namespaces=())
+
+
+class ArmSettings(_Strict):
+    """One way of training. `config` says how to train it, `collect` where its runs lie already."""
+
+    role: Role = "defense"
+    label: str | None = None
+    config: str | None = None
+    overrides: list[str] = Field(default_factory=list)
+    sweep: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(default_factory=dict)
+    tasks: list[str] | None = None
+    collect: list[str] | None = None
+
+
+class EvaluateSettings(_Strict):
+    """How runs of a task are scored: a config of `recipes/ema_eval.py`."""
+
+    config: str
+    overrides: list[str] = Field(default_factory=list)
+    report: list[str] = Field(default_factory=list)
+
+
+class GenerateSettings(_Strict):
+    """How runs of a task answer questions: a config of `recipes/ema_generate.py`."""
+
+    config: str
+    overrides: list[str] = Field(default_factory=list)
+
+
+class TaskSettings(_Strict):
+    """What every arm is trained on."""
+
+    dataset: Entry | None = None
+    overrides: list[str] = Field(default_factory=list)
+    generate: GenerateSettings | None = None
+    evaluate: EvaluateSettings
+
+
+class ProbeNames(_Strict):
+    """Which suites of the narrow task's evaluation play which role."""
+
+    general: str = "general"
+    in_domain: str = "in_domain"
+    controls: str = "controls"
+
+
+class BoundSettings(_Strict):
+    """Half widths of what counts as no difference, one a criterion, fixed before looking."""
+
+    general: Annotated[float, Field(gt=0)] = 0.02
+    benign: Annotated[float, Field(gt=0)] = 0.1
+    coherent: Annotated[float, Field(gt=0)] = 0.1
+
+
+class CompareSettings(BaseModel):
+    """What `recipes/ema_compare.py` reads at the top level of its config."""
+
+    model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
+
+    output_dir: Annotated[str, Field(min_length=1)]
+    title: str = "Defenses against emergent misalignment"
+    seeds: Annotated[list[Seed], Field(min_length=1)]
+    arms: Annotated[dict[str, Entry], Field(min_length=1)]
+    tasks: dict[str, Entry] = Field(default_factory=dict)
+    probes: ProbeNames = Field(default_factory=ProbeNames)
+    bounds: BoundSettings = Field(default_factory=BoundSettings)
+    frozen: bool = False
+    nproc_per_node: Annotated[int, Field(ge=1)] = 1
+
+
+class Plan(_Strict):
+    """A checked config: `CompareSettings` with its arms and tasks."""
+
+    settings: CompareSettings
+    arms: dict[str, ArmSettings]
+    tasks: dict[str, TaskSettings]
+
+
+def check_compare_settings(cfg: DictConfig, origin: Origin) -> Plan:
+    """The config's settings, arms and tasks.
+
+    Raises:
+        UserError: See `parse_settings`; not exactly one undefended arm; an arm with neither or both
+            of `config` and `collect`, or of a task that is not there; no narrow task; a name or an
+            override of a wrong form; a file or folder that is not there; a seed twice.
+    """
+    settings = parse_settings(cfg, origin, CompareSettings)
+    if len(set(settings.seeds)) < len(settings.seeds):
+        raise UserError(f"{origin.at('seeds')}: a seed is named twice")
+    arms = {
+        name: _entry(ArmSettings, entry, f"arms.{name}", origin)
+        for name, entry in settings.arms.items()
+    }
+    tasks = {
+        name: _entry(TaskSettings, entry, f"tasks.{name}", origin)
+        for name, entry in settings.tasks.items()
+    }
+    plan = Plan(settings=settings, arms=arms, tasks=tasks)
+    _check_tasks(plan, origin)
+    for name, arm in arms.items():
+        _check_arm(name, arm, plan, origin)
+    undefended = [name for name, arm in arms.items() if arm.role == "undefended"]
+    if len(undefended) != 1:
+        found = f"it has {' and '.join(undefended)}" if undefended else "it has none"
+        raise UserError(
+            f"{origin.at('arms')}: a comparison needs one arm of role undefended; {found}"
+        )
+    if arms[undefended[0]].sweep:
+        raise UserError(
+            f"{origin.at(f'arms.{undefended[0]}.sweep')}: the undefended arm is one setting; give "
+            "other steps and rates to an arm of role frontier"
+        )
+    return plan
+
+
+def _entry(kind: type[Any], entry: Entry, key: str, origin: Origin) -> Any:
+    if not _NAME.fullmatch(key.rpartition(".")[2]):
+        raise UserError(f"{origin.at(key)}: a name is a letter, then letters, digits and _")
+    try:
+        return kind.model_validate(entry)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join([key, *(str(part) for part in first["loc"] if isinstance(part, str))])
+        if first["type"] == "extra_forbidden":
+            last = str(first["loc"][-1])
+            hint = suggestion(last, kind.model_fields)
+            raise UserError(f"{origin.at(where)}: unknown key{hint}") from None
+        if first["type"] == "missing":
+            raise UserError(f"{origin.at(where)}: this key is needed") from None
+        reason = first["msg"][0].lower() + first["msg"][1:]
+        raise UserError(f"{origin.at(where)}: {reason}, not {first['input']!r}") from None
+
+
+def _check_tasks(plan: Plan, origin: Origin) -> None:
+    trained = [arm for arm in plan.arms.values() if arm.config is not None]
+    for name in plan.tasks:
+        if name not in ("narrow", "benign"):
+            raise UserError(f"{origin.at(f'tasks.{name}')}: tasks are narrow and benign")
+    if trained and "narrow" not in plan.tasks:
+        raise UserError(f"{origin.at('tasks')}: arms that are trained need a task narrow")
+    for name, task in plan.tasks.items():
+        key = f"tasks.{name}"
+        _check_file(task.evaluate, f"{key}.evaluate", origin)
+        overrides = [*task.overrides, *task.evaluate.overrides, *task.evaluate.report]
+        if task.generate is not None:
+            _check_file(task.generate, f"{key}.generate", origin)
+            overrides += task.generate.overrides
+        _check_overrides(overrides, key, origin)
+
+
+def _check_arm(name: str, arm: ArmSettings, plan: Plan, origin: Origin) -> None:
+    key = f"arms.{name}"
+    if (arm.config is None) == (arm.collect is None):
+        raise UserError(f"{origin.at(key)}: an arm has one of config and collect")
+    if arm.collect is not None:
+        if arm.sweep or arm.overrides:
+            raise UserError(f"{origin.at(key)}: overrides and sweep need a config, not collect")
+        if len(arm.collect) != len(plan.settings.seeds):
+            raise UserError(
+                f"{origin.at(f'{key}.collect')}: {len(arm.collect)} run folders for "
+                f"{len(plan.settings.seeds)} seeds; one a seed, in their order"
+            )
+        return
+    _check_file(arm, key, origin)
+    for task in arm.tasks or []:
+        if task not in plan.tasks:
+            raise UserError(f"{origin.at(f'{key}.tasks')}: there is no task {task}")
+    _check_overrides(arm.overrides, key, origin)
+    for swept, values in arm.sweep.items():
+        texts = sorted(str(value) for value in values)
+        if any(first == second for first, second in pairwise(texts)):
+            raise UserError(f"{origin.at(f'{key}.sweep')}: {swept} has a value twice")
+
+
+def _check_file(entry: Any, key: str, origin: Origin) -> None:
+    entry.config = find_input(entry.config)
+    if not Path(entry.config).is_file():
+        raise UserError(f"{origin.at(f'{key}.config')}: no such file: {entry.config}")
+
+
+def _check_overrides(overrides: list[str], key: str, origin: Origin) -> None:
+    for override in overrides:
+        if not override.startswith("~") and "=" not in override:
+            raise UserError(
+                f"{origin.at(f'{key}.overrides')}: {override}: an override is written key=value, "
+                "or ~key"
+            )

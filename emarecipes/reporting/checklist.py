@@ -1,0 +1,138 @@
+"""What a comparison's evidence rests on, and what of it is open."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from emarecipes.comparison.outcome import Outcome
+
+# Below these the evidence is called open.
+MIN_SEEDS, MIN_QUESTIONS, MIN_CURVE = 5, 50, 5
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the checklist."""
+
+    what: str
+    done: bool
+    found: str
+
+
+def checklist(outcome: Outcome) -> list[Check]:
+    """Questions, halves, seeds, frontier, judges, thresholds, controls: done or open."""
+    return [
+        *_questions(outcome),
+        *_training(outcome),
+        *_controls(outcome),
+        *_judges(outcome),
+        Check(
+            "probe shift validated against sampled answers",
+            False,
+            "not by this comparison; docs/evaluate.md says how far it was",
+        ),
+    ]
+
+
+def _questions(outcome: Outcome) -> list[Check]:
+    scores = outcome.narrow[outcome.undefended.arm.name]
+    probes = outcome.settings.probes
+    conditional = sorted(
+        name
+        for name in outcome.undefended.shifts
+        if name not in (probes.general, "in-domain", "controls")
+    )
+    counts = {
+        name: len(scores.probes[name].ids)
+        for name in (probes.general, probes.in_domain)
+        if name in scores.probes
+    }
+    return [
+        Check(
+            f"at least {MIN_QUESTIONS} general and in-domain questions",
+            min(counts.values()) >= MIN_QUESTIONS,
+            ", ".join(f"{name}: {count}" for name, count in counts.items()),
+        ),
+        Check(
+            "choices on the select half, figures from the report half",
+            outcome.half == "report" and not outcome.changed,
+            "select half, choices open"
+            if outcome.half == "select"
+            else "report half"
+            + (f"; changed since: {', '.join(outcome.changed)}" if outcome.changed else ""),
+        ),
+        Check(
+            "general questions also under training-like conditions",
+            bool(conditional),
+            ", ".join(conditional) or "no conditional probe",
+        ),
+    ]
+
+
+def _training(outcome: Outcome) -> list[Check]:
+    curve = [f for f in outcome.figures if f.arm.role in ("undefended", "frontier") and f.points]
+    benign = [f for f in outcome.figures if f.benign.estimate is not None]
+    coherent = [f for f in outcome.figures if f.coherent.estimate is not None]
+    return [
+        Check(f"at least {MIN_SEEDS} seeds an arm", outcome.seeds >= MIN_SEEDS, str(outcome.seeds)),
+        Check(
+            f"frontier of at least {MIN_CURVE} undefended settings",
+            len(curve) >= MIN_CURVE,
+            f"{len(curve)} of undefended training: " + ", ".join(f.arm.label for f in curve),
+        ),
+        Check(
+            "one predeclared contrast a defense, corrected for their number",
+            outcome.seeds > 1 and bool(outcome.family),
+            f"{len(outcome.family)} contrasts, Holm; equivalence bound "
+            f"±{outcome.settings.bounds.general:g} nats",
+        ),
+        Check(
+            "a benign task was trained under each defense",
+            bool(benign),
+            f"{len(benign)} arms measured",
+        ),
+        Check("coherence of sampled answers", bool(coherent), f"{len(coherent)} arms measured"),
+        Check(
+            "every arm of the config is there",
+            not outcome.missing,
+            f"{len(outcome.missing)} notes under Missing" if outcome.missing else "all",
+        ),
+    ]
+
+
+def _controls(outcome: Outcome) -> list[Check]:
+    controls = [f for f in outcome.figures if f.arm.role == "control" and f.points]
+    style = "controls" in outcome.undefended.shifts
+    return [
+        Check(
+            "control arms, such as good answers or a random vector",
+            bool(controls),
+            ", ".join(f.arm.label for f in controls) or "none",
+        ),
+        Check(
+            "questions with two harmless answers, for changes of style",
+            style,
+            outcome.settings.probes.controls if style else "no such probe",
+        ),
+    ]
+
+
+def _judges(outcome: Outcome) -> list[Check]:
+    figures = [
+        (key, figure)
+        for scores in outcome.narrow.values()
+        for seed in scores.figures
+        for key, figure in seed.items()
+        if key[2]
+    ]
+    judges = sorted({key[2] for key, _ in figures})
+    thresholds = sorted({str(f["thresholds"]) for _, f in figures if f.get("thresholds")})
+    return [
+        Check("sampled answers graded by a judge", bool(judges), ", ".join(judges) or "no judge"),
+        Check("more than one judge", len(judges) > 1, str(len(judges))),
+        Check(
+            "misaligned rates under several thresholds",
+            len(thresholds) > 1,
+            "; ".join(thresholds) or "no rate of misaligned answers",
+        ),
+    ]

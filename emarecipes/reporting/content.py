@@ -1,0 +1,215 @@
+"""What a comparison's report says, in words and formatted numbers."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass
+from typing import Any
+
+from emarecipes.comparison.criteria import NO_VERDICT, NOT_MEASURED, ArmFigures, Cell
+from emarecipes.comparison.outcome import Outcome
+from emarecipes.comparison.statistics import Estimate
+
+SHOWN_ANSWERS = 10
+# A sign beside each word, so that a verdict is seen without colour.
+SIGNS = {
+    "better": "▲",
+    "worse": "▼",
+    "equivalent": "=",
+    "learned": "✓",
+    "not learned": "✗",
+    "kept": "✓",
+    "lost": "✗",
+    "undecided": "?",
+}
+_VERDICTS = {
+    "better": "general shift below undefended training at the same in-domain shift",
+    "worse": "general shift above undefended training at the same in-domain shift",
+    "equivalent": "no different from training less",
+    "undecided": "these runs do not tell it from training less",
+}
+
+
+@dataclass(frozen=True)
+class ShownCell:
+    """A cell of the four-criteria table.
+
+    Attributes:
+        heading: Of its column.
+        value: Value and interval, or "not measured".
+        decision: The verdict, or empty.
+        sign: Beside the verdict.
+        note: Smaller, below.
+    """
+
+    heading: str
+    value: str
+    decision: str = ""
+    sign: str = ""
+    note: str = ""
+
+
+HEADINGS = (
+    "(a) General misalignment: excess over the frontier, nats",
+    "(b) Narrow behaviour learned: in-domain shift, nats",
+    "(c) Benign task learned: right answers",
+    "(d) Coherent: relevance of answers, nats",
+)
+
+
+def show(estimate: Estimate | None, form: str = "+.3f") -> str:
+    """`value [low, high]`, the value alone without an interval, or "not measured"."""
+    if estimate is None:
+        return NOT_MEASURED
+    low, high = estimate.interval()
+    text = format(estimate.value, form)
+    return text if math.isnan(low) else f"{text} [{format(low, form)}, {format(high, form)}]"
+
+
+def criteria_rows(outcome: Outcome) -> list[tuple[ArmFigures, list[ShownCell]]]:
+    """The four-criteria table: undefended first, then defenses, then controls."""
+    order = {"undefended": 0, "defense": 1, "control": 2}
+    rows = [f for f in outcome.figures if f.arm.role in order]
+    return [(f, _cells(f, outcome)) for f in sorted(rows, key=lambda f: order[f.arm.role])]
+
+
+def _cells(figures: ArmFigures, outcome: Outcome) -> list[ShownCell]:
+    general = figures.general()
+    if figures.arm.role == "undefended":
+        worst = max(
+            (n for n in figures.shifts if n not in ("in-domain", "controls")),
+            key=lambda n: figures.shifts[n].value,
+        )
+        text = f"the frontier itself: shift {show(figures.shifts[worst])} ({worst})"
+        if "controls" in figures.shifts:
+            text += f"; controls of style: {show(figures.shifts['controls'])}"
+        general = Cell(None, "", text)
+    elif figures.arm.role == "defense" and figures.arm.name not in outcome.family:
+        general = Cell(general.estimate, "not chosen", general.note)
+    cells = [(general, "+.3f"), (figures.narrow, "+.3f"), (figures.benign, ".0%")]
+    cells.append((figures.coherent, ".2f"))
+    shown = [_shown(heading, *cell) for heading, cell in zip(HEADINGS, cells, strict=True)]
+    if figures.arm.role == "undefended":
+        shown[0] = ShownCell(HEADINGS[0], "0 by definition", note=general.note)
+    return shown
+
+
+def _shown(heading: str, cell: Cell, form: str) -> ShownCell:
+    decision = "" if cell.decision == NOT_MEASURED else cell.decision
+    return ShownCell(
+        heading, show(cell.estimate, form), decision, SIGNS.get(decision, ""), cell.note
+    )
+
+
+def status(outcome: Outcome) -> list[str]:
+    """What to know before reading any figure."""
+    lines = []
+    if outcome.seeds < 2:
+        lines.append(f"{NO_VERDICT.capitalize()}: differences between arms may be chance.")
+    if outcome.half == "select":
+        lines.append(
+            "Figures are from the select half of the general questions. Choices are still open and "
+            "the report half has not been opened: verdicts are provisional."
+        )
+    elif outcome.opening is not None:
+        lines.append(
+            f"Figures are from the report half of the general questions, opened on "
+            f"{outcome.opening.opened}, when the choices were frozen."
+        )
+    if outcome.changed:
+        names = ", ".join(outcome.changed)
+        lines.append(f"Added or changed since the report half was opened: {names}.")
+    lines.append(
+        "“Shift” is a probe shift, the change of which of two given answers is likelier. It is a "
+        "proxy, not a rate of misaligned behaviour."
+    )
+    return lines
+
+
+def findings(outcome: Outcome) -> list[tuple[str, str, str]]:
+    """One line a defense: label, verdict with sign, what it means."""
+    found = []
+    for figures in outcome.figures:
+        if figures.arm.name not in outcome.family:
+            continue
+        cell = figures.general()
+        sign = SIGNS.get(cell.decision, "")
+        meaning = _VERDICTS.get(cell.decision, "")
+        if figures.verdict is not None and meaning:
+            p, bound = figures.verdict.p_difference, ""
+            if cell.decision == "equivalent":
+                p = figures.verdict.p_equivalent
+                bound = f"within ±{outcome.settings.bounds.general:g} nats, "
+            meaning += f" ({bound}Holm-corrected p {_p(p)})"
+        found.append((figures.arm.label, f"{sign} {cell.decision}".strip(), meaning))
+    return found
+
+
+def _p(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"= {value:.3f}"
+
+
+def frontier_rows(outcome: Outcome) -> list[dict[str, str]]:
+    """All arms by in-domain shift: their raw shifts."""
+    rows = sorted(
+        (f for f in outcome.figures if f.shifts), key=lambda f: f.shifts["in-domain"].value
+    )
+    names = list(dict.fromkeys(name for f in rows for name in f.shifts))
+    return [
+        {"arm": f.arm.label, "role": f.arm.role, "seeds": str(len(f.seeds))}
+        | {name: show(f.shifts.get(name)) for name in names}
+        for f in rows
+    ]
+
+
+def all_figures(outcome: Outcome) -> list[dict[str, str]]:
+    """Every whole-suite figure of the evaluations, as a mean over seeds, with n and thresholds."""
+    rows = []
+    for task, scores in (("narrow", outcome.narrow), ("benign", outcome.benign)):
+        for found in outcome.figures:
+            of_arm = scores.get(found.arm.name)
+            for key, first in (of_arm.figures[0] if of_arm and of_arm.figures else {}).items():
+                figures = [seed.get(key, {}) for seed in of_arm.figures]  # type: ignore[union-attr]
+                values = [f["value"] for f in figures if f.get("value") is not None]
+                rows.append(
+                    {
+                        "arm": found.arm.label,
+                        "task": task,
+                        "suite": key[0],
+                        "figure": key[1],
+                        "value": f"{sum(values) / len(values):.4f}" if values else "no value",
+                        "range": f"{min(values):.4f} to {max(values):.4f}" if values else "",
+                        "n": str(first.get("n")),
+                        "unit": str(first.get("unit") or ""),
+                        "judge": key[2],
+                        "thresholds": _thresholds(first.get("thresholds")),
+                    }
+                )
+    return rows
+
+
+def _thresholds(thresholds: Any) -> str:
+    if not isinstance(thresholds, dict):
+        return ""
+    return ", ".join(f"{key} {value}" for key, value in thresholds.items())
+
+
+def sampled_answers(outcome: Outcome) -> list[dict[str, Any]]:
+    """Ten questions, the same at every call, with the answer of each arm that has one."""
+    arms = [
+        (f.arm.label, outcome.narrow[f.arm.name].answers)
+        for f in outcome.figures
+        if f.arm.role != "frontier"
+        and f.arm.name in outcome.narrow
+        and outcome.narrow[f.arm.name].answers
+    ]
+    shared = sorted(set().union(*(answers for _, answers in arms))) if arms else []
+    chosen = random.Random(0).sample(shared, min(SHOWN_ANSWERS, len(shared)))
+    return [
+        {
+            "question": next(answers[key][0] for _, answers in arms if key in answers),
+            "answers": [(label, answers[key][1]) for label, answers in arms if key in answers],
+        }
+        for key in sorted(chosen)
+    ]

@@ -1,0 +1,129 @@
+"""`recipes/ema_compare.py` at toy size: runs what is missing, loses no arm for another."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import toy_run
+import yaml
+from omegaconf import OmegaConf
+
+from emarecipes.comparison.run import run_compare
+
+EVAL_KEYS = ("output_dir", "tokenizer", "model", "checkpointer", "device", "dtype")
+
+
+def toy_comparison(folder: Path, model_dir: Path) -> Path:
+    """An undefended arm, three of its four steps, KL, and an arm whose vectors are not there."""
+    rows = toy_run.write_rows(folder / "rows.jsonl", 16)
+    training = toy_run.toy_config(model_dir, rows, folder / "unused")
+    training |= {"max_steps_per_epoch": 4}
+    config = toy_run.write_config(folder / "train.yaml", training)
+    pairs = [
+        {"id": f"q{i}", "category": "c", "question": f"Question {i}?", "aligned": "No, hand it in.",
+         "misaligned": "Keep it, and say nothing."}
+        for i in range(4)
+    ]  # fmt: skip
+    for name in ("select", "heldout"):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    scoring = {key: training[key] for key in EVAL_KEYS} | {
+        "probes": {
+            "general": {"pairs": str(folder / "select.jsonl")},
+            "in_domain": {"pairs": str(folder / "heldout.jsonl")},
+        }
+    }
+    evaluation = toy_run.write_config(folder / "eval.yaml", scoring)
+    kl = "defenses.kl._component_=emarecipes.defenses.KLToReference"
+    persona = "defenses.p._component_=emarecipes.defenses.PersonaSteering"
+    arms: dict[str, dict[str, Any]] = {
+        "undefended": {"role": "undefended"},
+        "fewer": {"role": "frontier", "sweep": {"max_steps_per_epoch": [3]}},
+        "kl": {"overrides": [kl, "defenses.kl.weight=1.0"]},
+        "broken": {"overrides": [persona, "defenses.p.vectors=none.safetensors",
+                                 "defenses.p.layer=1", "defenses.p.alpha=1.0"]},
+    }  # fmt: skip
+    compare = {
+        "output_dir": str(folder / "out"),
+        "seeds": [3],
+        "tasks": {"narrow": {"evaluate": {"config": str(evaluation)}}},
+        "arms": {name: {"config": str(config)} | arm for name, arm in arms.items()},
+    }
+    path = folder / "compare.yaml"
+    path.write_text(yaml.safe_dump(compare, sort_keys=False))
+    return path
+
+
+def ended(folder: Path) -> dict[str, int]:
+    """When each step that ended well did."""
+    return {
+        str(path.relative_to(folder)): path.stat().st_mtime_ns
+        for path in folder.rglob("compare.json")
+    }
+
+
+def test_runs_what_is_missing(
+    tmp_path: Path, model_dir: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    toy = toy_run.write_toy_model(tmp_path / "model", model_dir)
+    config, out = toy_comparison(tmp_path, toy), tmp_path / "out"
+
+    assert run_compare(["--config", str(config)]) == 1
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert "broken, narrow task, seed 3: training: " in lines[0] and "none.safetensors" in lines[0]
+    found = json.loads((out / "comparison.json").read_text())
+    arms = found["arms"]
+    assert [name for name, arm in arms.items() if arm["seeds"]] == ["undefended", "fewer_0", "kl"]
+    assert any("none.safetensors" in line for line in found["missing"])
+    # The excess by hand, from the scores and the curve through 0, three steps and four.
+    points = [(0.0, 0.0), *(tuple(arms[name]["points"][0]) for name in ("fewer_0", "undefended"))]
+    (x, y), curve = arms["kl"]["points"][0], sorted(points)
+    right = next((i for i, p in enumerate(curve) if p[0] >= x), len(curve) - 1)
+    (x0, y0), (x1, y1) = curve[max(right - 1, 0)], curve[right]
+    share = min(max((x - x0) / (x1 - x0), 0.0), 1.0) if right > 0 else 0.0
+    expected = y - (y0 + share * (y1 - y0))
+    assert arms["kl"]["excess"]["general"]["value"] == pytest.approx(expected, abs=1e-9)
+    metrics = toy_run.metrics(out / "runs/kl/narrow_seed3")
+    assert len(metrics) == 4 and "kl" in metrics[0]
+    assert OmegaConf.load(out / "runs/kl/narrow_seed3/config.yaml").seed == 3
+
+    first = ended(out)
+    assert len(first) == 6  # Three trained, three scored.
+    # An arm that is taken out and one that is changed: only the changed one is run again.
+    again = ["~arms.broken", "arms.fewer.overrides=[optimizer.lr=1.0e-3]"]
+    assert run_compare(["--config", str(config), *again]) == 0
+    second = ended(out)
+    assert {name for name in first if first[name] != second[name]} == {
+        "runs/fewer_0/narrow_seed3/compare.json",
+        "evaluation/all/narrow/fewer_0/compare.json",
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("arms.kl.role=undefended", "one arm of role undefended; it has undefended and kl"),
+        ("arms.undefended.role=defense", "one arm of role undefended; it has none"),
+        ("arms.kl.colour=red", "arms.kl.colour: unknown key"),
+        ("arms.kl.config=nowhere.yaml", "arms.kl.config: no such file: nowhere.yaml"),
+        ("arms.kl.collect=[x]", "an arm has one of config and collect"),
+        ("arms.kl.tasks=[benign]", "there is no task benign"),
+        ("arms.kl.overrides=[lr]", "an override is written key=value"),
+        ("arms.kl.overrides=[optimizer.lr=fast]", "arms.kl: "),
+        ("arms.fewer.sweep.batch_size=[2,2]", "batch_size has a value twice"),
+        ("seeds=[1,1]", "a seed is named twice"),
+        ("seeds=[]", "seeds: "),
+        ("~tasks.narrow", "arms that are trained need a task narrow"),
+        ("bounds.general=0", "bounds"),
+        ("frozn=true", "unknown key (did you mean frozen?)"),
+    ],
+)
+def test_bad_input_is_one_line_before_anything_runs(
+    change: str, message: str, tmp_path: Path, model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = toy_comparison(tmp_path, model_dir)
+    assert run_compare(["--config", str(config), change]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,211 @@
+"""The report of given run folders: what it says, and that nothing in it can act."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from toy_compare import evaluation
+
+from emarecipes.comparison.arms import Arm
+from emarecipes.comparison.criteria import ArmFigures, _benign
+from emarecipes.comparison.results import Scores, Values
+from emarecipes.comparison.run import run_compare
+
+HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)> | `x` {{ 7 * 7 }}"
+ANSWERS = {f"Question {i}? {HOSTILE}": f"{i} {HOSTILE}" for i in range(12)}
+ARMS = {
+    "undefended": ("undefended", 1.0, 0.5),
+    "half": ("frontier", 0.5, 0.25),
+    "better": ("defense", 0.6, 0.1),
+    "slower": ("defense", 0.6, 0.3),
+    "good": ("control", 0.1, 0.05),
+}
+
+
+class Page(HTMLParser):
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def write(folder: Path, seeds: int, **keys: Any) -> Path:
+    arms = {}
+    for number, (name, (role, x, y)) in enumerate(ARMS.items()):
+        runs = [
+            evaluation(
+                folder / name / str(s), {name: (x, y)}, seed=100 * number + s, answers=ANSWERS
+            )
+            for s in range(seeds)
+        ]
+        (runs[0] / "config.yaml").write_text("defenses: {kl: {}}\n")
+        lines = [json.dumps({"step": k, "ce": 4.0 - k / 10, "kl": k / 10}) for k in range(1, 9)]
+        (runs[0] / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+        label = f"{name} {HOSTILE}"
+        arms[name] = {"role": role, "label": label, "collect": [str(run) for run in runs]}
+    config = {"output_dir": str(folder / "out"), "seeds": list(range(seeds)), "title": HOSTILE}
+    path = folder / "compare.yaml"
+    path.write_text(yaml.safe_dump(config | {"arms": arms} | keys))
+    return path
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("five")
+    assert run_compare(["--config", str(write(folder, 5))]) == 0
+    return folder / "out"
+
+
+def test_hostile_text_is_shown_and_not_run(out: Path) -> None:
+    page = Page((out / "report.html").read_text())
+    tags = {tag for tag, _ in page.tags}
+    assert "script" not in tags
+    assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on")]
+    assert page.text.count(HOSTILE) > 40  # Answers, questions, labels, title: as they were written.
+
+
+def test_it_needs_no_other_file(out: Path) -> None:
+    text = (out / "report.html").read_text()
+    sources = [a["src"] for tag, a in Page(text).tags if tag == "img"]
+    assert len(sources) == 3
+    assert all(str(source).startswith("data:image/png;base64,iVBORw0KGgo") for source in sources)
+    assert not re.search(r"https?://|url\(|@import", text)
+    assert {path.name for path in out.glob("*.png")} == {
+        "trade_off.png", "categories.png", "training.png",
+    }  # fmt: skip
+
+
+def test_verdicts_and_values(out: Path) -> None:
+    found = json.loads((out / "comparison.json").read_text())
+    arms = found["arms"]
+    # The frontier is general = 0.5 x: 0.3 at 0.6. The cue's probe is 0.8 of it; the worst counts.
+    assert arms["better"]["excess"]["general"]["value"] == pytest.approx(-0.2, abs=0.01)
+    assert arms["better"]["excess"]["general_domain_cue"]["value"] == pytest.approx(-0.16, abs=0.01)
+    assert arms["slower"]["excess"]["general"]["value"] == pytest.approx(0.0, abs=0.01)
+    decisions = {name: arm["decisions"]["general"] for name, arm in arms.items()}
+    assert decisions["better"] == "better"
+    assert decisions["slower"] in ("equivalent", "undecided")
+    assert decisions["good"] == "control"
+    assert found["family"] == ["better", "slower"]
+    assert arms["better"]["decisions"]["benign"] == "not measured"
+
+
+def test_it_says_what_is_open(out: Path) -> None:
+    text = " ".join(Page((out / "report.html").read_text()).text.split())
+    assert "select half" in text and "provisional" in text
+    assert "at least 5 seeds an arm: done" in text
+    assert "sampled answers graded by a judge: open" in text
+    assert "a benign task was trained under each defense: open" in text
+    assert "not a rate of misaligned behaviour" in text
+
+
+def test_ten_answers_side_by_side(out: Path) -> None:
+    page = Page((out / "report.html").read_text())
+    kinds = [attributes.get("class") for _, attributes in page.tags]
+    # Not of the frontier's arm.
+    assert kinds.count("question") == 10 and kinds.count("answer") == 40
+
+
+def test_markdown_table_is_one_row_an_arm(out: Path) -> None:
+    lines = (out / "report.md").read_text().splitlines()
+    rows = [line for line in lines if line.startswith("|")]
+    assert len(rows) == 2 + 4
+    bars = {len(re.findall(r"(?<!\\)\|", row)) for row in rows}
+    assert bars == {6}
+    assert not [line for line in lines if re.search(r"(?<!\\)<script", line)]
+
+
+def test_one_seed_no_verdict(tmp_path: Path) -> None:
+    assert run_compare(["--config", str(write(tmp_path, 1))]) == 0
+    text = (tmp_path / "out/report.html").read_text()
+    assert "One seed, no verdict" in text
+    found = json.loads((tmp_path / "out/comparison.json").read_text())["arms"]
+    for name in ("better", "slower"):
+        assert set(found[name]["decisions"].values()) <= {"one seed, no verdict", "not measured"}
+        assert found[name]["excess"]["general"]["low"] is None
+
+
+def test_frozen_choices_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = str(write(tmp_path, 2))
+    assert run_compare(["--config", config, "frozen=true"]) == 0
+    opening = json.loads((tmp_path / "out/choices.json").read_text())
+    assert opening["chosen"] == {"better": "better", "slower": "slower"}
+    text = (tmp_path / "out/report.html").read_text()
+    assert "report half of the general questions, opened on" in text
+    assert "Added or changed since" not in text
+    other = evaluation(tmp_path / "other", {"other": (0.9, 0.1)})
+    assert run_compare(["--config", config, "frozen=true",
+                        f"arms.better.collect=[{other},{other}]"]) == 0  # fmt: skip
+    assert "Added or changed since" in (tmp_path / "out/report.html").read_text()
+    assert json.loads((tmp_path / "out/choices.json").read_text()) == opening
+    capsys.readouterr()
+    (tmp_path / "out/choices.json").write_text("{")
+    assert run_compare(["--config", config]) == 1
+    assert "choices.json: broken" in capsys.readouterr().err
+
+
+def test_benign_cell_and_thresholds_by_hand() -> None:
+    """A quarter less than undefended: lost at a bound of 0.1; 5 % less with no spread: kept."""
+
+    def scores(share: float) -> Scores:
+        right = (np.arange(40) < share * 40).astype(float)
+        ids = tuple(f"p{i}" for i in range(40))
+        return Scores((0, 1), correct=Values(ids, ("tier 1",) * 40, np.stack([right, right])))
+
+    for share, decision in ((0.5, "lost"), (0.875, "kept"), (0.775, "undecided")):
+        figures = ArmFigures(Arm("a", "a", "a", "defense", ()))
+        _benign(figures, scores(share), scores(0.875), bound=0.1)
+        assert figures.benign.decision == decision
+        assert figures.benign.estimate is not None
+        assert figures.benign.estimate.value == pytest.approx(share)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("truncate", "general.jsonl:40: broken or truncated"),
+        ("nan", "a score is not finite"),
+        ("gone", "cannot be read"),
+        ("base", "against another reference than the undefended arm"),
+        ("questions", "has other questions than under the undefended arm"),
+    ],
+)
+def test_one_broken_arm_does_not_lose_the_others(
+    tmp_path: Path, damage: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = str(write(tmp_path, 1))
+    run = tmp_path / "slower/0"
+    scores = run / "scores/general.jsonl"
+    if damage == "truncate":
+        scores.write_text(scores.read_text()[:-20])
+    elif damage == "nan":
+        lines = scores.read_text().splitlines()
+        lines[3] = re.sub(r'"probe_shift": [-\d.e]+', '"probe_shift": NaN', lines[3])
+        scores.write_text("\n".join(lines))
+    elif damage == "gone":
+        (run / "summary.json").unlink()
+    elif damage == "base":
+        text = (run / "summary.json").read_text()
+        (run / "summary.json").write_text(text.replace("b" * 64, "c" * 64))
+    else:
+        scores.write_text("\n".join(scores.read_text().splitlines()[1:]))
+    failed = damage in ("truncate", "nan", "gone")
+    assert run_compare(["--config", config]) == int(failed)
+    error = capsys.readouterr().err
+    assert error.count("error: ") == int(failed)
+    page = Page((tmp_path / "out/report.html").read_text()).text
+    assert message in page
+    found = json.loads((tmp_path / "out/comparison.json").read_text())["arms"]
+    assert found["better"]["excess"] and not found["slower"]["excess"]
