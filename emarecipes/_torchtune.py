@@ -217,3 +217,13 @@ def full_state(model: Any, device: torch.device, *, first_process: bool) -> dict
     if training.is_distributed():
         return training.gather_cpu_state_dict(model, first_process, device=device)
     return {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+
+
+def build_rope_on_meta(model: Any) -> None:
+    """Give rotary embeddings on the meta device the table that torchtune leaves out there."""
+    for module in model.modules():
+        if getattr(module, "is_cache_built", True) is False:
+            shape = (module.max_seq_len, module.dim // 2, 2)
+            cache = torch.empty(shape, dtype=torch.float32, device="meta")
+            module.register_buffer("cache", cache, persistent=False)
+            module.is_cache_built = True

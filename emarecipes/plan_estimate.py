@@ -1,0 +1,211 @@
+"""Peak memory and operations of a training step, from the config and the meta device.
+
+Shapes: B rows of S tokens in a micro-batch, T labelled ones of them, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from emarecipes._torchtune import build_rope_on_meta, final_norm_and_cap, is_nf4, model_on_meta
+from emarecipes.components import build
+from emarecipes.config import Origin
+from emarecipes.defenses import Defense, ModelSource, SafeLoRA
+from emarecipes.plan_trace import Trace, trace
+from emarecipes.training.loss_head import LossHead, cross_entropy
+from emarecipes.training.reference_cache import reference_layers
+
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+# NF4: half a byte a weight, a byte for 64 of them, four bytes for 64 x 256.
+_NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+# Layers whose weights FSDP2 holds whole at once: the one that computes, and the next.
+_LAYERS_IN_FLIGHT = 2
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a device is given.
+
+    Attributes:
+        gpus: Devices that share the weights (FSDP2).
+        row_tokens: S.
+        labelled: T over B S.
+    """
+
+    gpus: int
+    row_tokens: int
+    labelled: float = 1.0
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes a device holds at the peak, by what holds them; operations a step on all devices."""
+
+    parts: dict[str, float]
+    flops: float
+    tokens: int
+
+    @property
+    def peak(self) -> float:
+        """Bytes at the peak."""
+        return sum(self.parts.values())
+
+
+def estimate(cfg: DictConfig, origin: Origin, load: Load) -> Estimate:
+    """Predict a step of a checked config.
+
+    The peak is the largest of three moments: the loss head; the first layer of the backward, when
+    the activations of all are still there; SafeLoRA's projection. What Python, CUDA's context and
+    an allocator's gaps take comes on top.
+
+    Raises:
+        UserError: The model or a defense cannot be built.
+    """
+    model = model_on_meta(cfg, origin)
+    build_rope_on_meta(model)
+    defenses = _defenses(cfg, origin, model)
+    dtype = _DTYPES[cfg.dtype]
+    fixed = _fixed(cfg, origin, model, load)
+    rows, width = cfg.batch_size, model.tok_embeddings.embedding_dim
+    stream = rows * load.row_tokens * width * dtype.itemsize
+    labelled = max(1, round(rows * load.row_tokens * load.labelled))
+    states = labelled * width * dtype.itemsize
+
+    hidden = torch.empty(rows, load.row_tokens, width, dtype=dtype, device="meta")
+    layer = trace(lambda: model.layers[len(model.layers) // 2](hidden.requires_grad_()))
+    head = _HeadTrace(cfg, model, defenses, labelled, dtype)
+    reads = reference_layers(defenses.values())
+    uses_reference = any(d.needs_reference for d in defenses.values())
+    reference = uses_reference * states + len(reads) * stream
+    distances = len(reads) * labelled * width * 4  # A difference in float32 for each layer.
+
+    recomputed = layer.kept if cfg.enable_activation_checkpointing else 0
+    each = stream if cfg.enable_activation_checkpointing else layer.kept
+    activations = stream + len(model.layers) * each
+    in_head = {"activations": activations, "loss head": head.kept + head.peak}
+    in_backward = {
+        "activations": activations + recomputed + layer.backward_peak - layer.kept,
+        "loss head": head.kept + states + distances,
+    }
+    peak = max(in_head, in_backward, key=lambda parts: sum(parts.values()))
+    parts = fixed | {"reference": float(reference)} | peak
+    after = fixed | {"SafeLoRA": float(_safelora(model, defenses))}
+    if sum(after.values()) > sum(parts.values()):
+        parts = after
+    flops = _flops(cfg, len(model.layers), layer, head, uses_reference)
+    micro_batches = cfg.gradient_accumulation_steps * load.gpus
+    return Estimate(parts, flops * micro_batches, rows * load.row_tokens * micro_batches)
+
+
+def _defenses(cfg: DictConfig, origin: Origin, model: Any) -> dict[str, Defense]:
+    defenses: dict[str, Defense] = {
+        name: build(cfg, f"defenses.{name}", origin) for name in cfg.defenses
+    }
+    folder = Path(str(cfg.checkpointer.get("checkpoint_dir")))
+    source = ModelSource(model, folder, str(cfg.checkpointer.get("model_type")))
+    for defense in defenses.values():
+        if defense.has("hidden_term"):  # Its layers; the files of others need not be there yet.
+            defense.check(source)
+    return defenses
+
+
+def _fixed(cfg: DictConfig, origin: Origin, model: Any, load: Load) -> dict[str, float]:
+    """What is there from the first step's end on."""
+    frozen = sum(_num_bytes(p) for p in model.parameters() if not p.requires_grad)
+    buffers = sum({b.data_ptr() or id(b): b.nbytes for b in model.buffers()}.values())
+    trained = [p for p in model.parameters() if p.requires_grad]
+    adapter = sum(p.nbytes for p in trained)
+    numbers = sum(p.numel() for p in trained)
+    state = numbers * _optimizer_bytes(cfg, origin)
+    parts = {"weights": frozen, "adapter": adapter, "gradients": adapter, "optimizer": state}
+    parts = {name: size / load.gpus for name, size in parts.items()}
+    parts["weights"] += buffers
+    if load.gpus > 1:
+        layers = [sum(map(_num_bytes, layer.parameters())) for layer in model.layers]
+        root = frozen + adapter - sum(layers)
+        if cfg.fsdp_cpu_offload:
+            parts = {name: 0.0 for name in parts}
+        in_flight = root + _LAYERS_IN_FLIGHT * max(layers)
+        if not cfg.fsdp_reshard_after_forward:
+            in_flight = frozen + adapter
+        parts["weights in flight"] = in_flight
+    return parts
+
+
+def _num_bytes(parameter: nn.Parameter) -> float:
+    return parameter.numel() * _NF4_BYTES if is_nf4(parameter) else parameter.nbytes
+
+
+def _optimizer_bytes(cfg: DictConfig, origin: Origin) -> float:
+    """Bytes of state a trained number, found by a step on a few of them."""
+    weight = nn.Parameter(torch.zeros(64, 64, dtype=_DTYPES[cfg.dtype]))
+    weight.grad = torch.ones_like(weight)
+    optimizer = build(cfg, "optimizer", origin, [weight])
+    optimizer.step()
+    state = optimizer.state[weight].values()
+    return sum(t.nbytes for t in state if isinstance(t, Tensor)) / weight.numel()
+
+
+class _HeadTrace:
+    """The final norm over the labelled positions, then one chunk of the loss head.
+
+    Attributes:
+        kept: Bytes from the norm to the backward: states, their gradient, what the norm keeps.
+        peak: Bytes of a chunk at its peak.
+        flops: Operations of all chunks.
+    """
+
+    def __init__(
+        self,
+        cfg: DictConfig,
+        model: Any,
+        defenses: Mapping[str, Defense],
+        labelled: int,
+        dtype: torch.dtype,
+    ) -> None:
+        head = LossHead(model)
+        norm, _ = final_norm_and_cap(model)
+        width = model.tok_embeddings.embedding_dim
+        size = min(labelled, head.chunk_size(torch.device(cfg.device or "cuda")))
+        states_TD = torch.empty(labelled, width, dtype=dtype, device="meta")
+        states_CD = torch.empty(size, width, dtype=dtype, device="meta")
+        targets_C = torch.zeros(size, dtype=torch.long, device="meta")
+        terms = [d for d in defenses.values() if d.has("logit_term")]
+
+        def loss() -> Tensor:
+            policy = head.log_probabilities(states_CD.requires_grad_())
+            total = cross_entropy(policy, None, targets_C).sum()
+            read = any(defense.needs_reference for defense in terms)
+            reference = head.reference_log_probabilities(states_CD) if read else None
+            for defense in terms:
+                given = reference if defense.needs_reference else None
+                total = total + defense.logit_term(policy, given).sum()
+            return total
+
+        normed = trace(lambda: norm(states_TD.requires_grad_()))
+        chunk = trace(loss)
+        self.kept = 2 * states_TD.nbytes + normed.kept
+        self.peak = max(chunk.forward_peak, chunk.backward_peak)
+        self.flops = (chunk.forward_flops + chunk.backward_flops) * labelled / size
+
+
+def _flops(
+    cfg: DictConfig, depth: int, layer: Trace, head: _HeadTrace, uses_reference: bool
+) -> float:
+    forwards = 1 + bool(cfg.enable_activation_checkpointing)
+    forwards += uses_reference and cfg.reference_cache is None
+    return depth * (forwards * layer.forward_flops + layer.backward_flops) + head.flops
+
+
+def _safelora(model: Any, defenses: Mapping[str, Defense]) -> int:
+    """Two weights and their difference in float32, of the largest adapted layer."""
+    if not any(isinstance(defense, SafeLoRA) for defense in defenses.values()):
+        return 0
+    return 3 * 4 * max(p.numel() for layer in model.layers for p in layer.parameters())

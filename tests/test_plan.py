@@ -1,0 +1,99 @@
+"""The prediction's parts against counts by hand, and what the command says."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import toy_run
+from torch.nn import functional as F
+
+from emarecipes.config import load_config
+from emarecipes.plan import run_plan
+from emarecipes.plan_estimate import Estimate, Load, estimate
+from emarecipes.plan_trace import trace
+from emarecipes.training.settings import check_settings
+
+CONFIGS = toy_run.REPO / "configs"
+
+
+def predict(name: str, load: Load, *overrides: str) -> Estimate:
+    raw, origin = load_config(["--config", str(CONFIGS / f"{name}.yaml"), *overrides])
+    return estimate(check_settings(raw, origin), origin, load)
+
+
+def test_a_trace_counts_what_autograd_keeps() -> None:
+    """y = silu(x W): keeps x W and y; the backward adds three tensors of this size at most."""
+    x = torch.empty(8, 16, device="meta", requires_grad=True)
+    weight = torch.empty(16, 32, device="meta")
+    found = trace(lambda: F.silu(x @ weight))
+    each = 8 * 32 * 4
+    assert found.kept == found.forward_peak == 2 * each
+    assert 3 * each <= found.backward_peak <= 4 * each + x.nbytes
+    assert (found.forward_flops, found.backward_flops) == (2 * 8 * 16 * 32, 2 * 8 * 16 * 32)
+
+
+def test_attention_keeps_no_scores() -> None:
+    q = torch.empty(1, 2, 512, 8, device="meta", requires_grad=True)
+    found = trace(lambda: F.scaled_dot_product_attention(q, q, q, is_causal=True))
+    assert found.forward_peak < 512 * 512 * 4
+    assert found.forward_flops == 2 * 2 * (2 * 512 * 512 * 8)
+
+
+def test_weights_adapter_and_optimizer_by_hand() -> None:
+    """SmolLM2-135M: 134,515,008 weights; LoRA of rank 32 on all linear layers."""
+    found = predict("smollm2_135m_kl", Load(1, 256)).parts
+    table = 8192 * 32 * 2 * 4  # Rotary, float32.
+    assert found["weights"] == pytest.approx(2 * 134_515_008, abs=table + 1)
+    wide, narrow, mlp = 576, 192, 1536
+    sizes = [(wide, wide)] * 2 + [(wide, narrow)] * 2 + [(wide, mlp)] * 3
+    numbers = 30 * sum(32 * (one + other) for one, other in sizes)
+    assert found["adapter"] == found["gradients"] == 2 * numbers
+    # AdamW: two moments in bf16; its count of steps is four bytes a matrix.
+    assert found["optimizer"] == pytest.approx(4 * numbers, rel=1e-3)
+    sgd = predict("smollm2_135m_kl", Load(1, 256), "optimizer=torch.optim.SGD")
+    assert sgd.parts["optimizer"] == 0
+
+
+def test_operations_by_hand() -> None:
+    """Linear layers and attention, forward and backward; the frozen weights have no gradient."""
+    rows, tokens = 4, 256
+    found = predict("smollm2_135m_lora", Load(1, tokens)).flops
+    weights = 30 * (2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536) + 49152 * 576
+    lora = 30 * 32 * (2 * 1152 + 2 * 768 + 3 * 2112)
+    attention = 30 * 2 * tokens * 576  # Products of each token with all others: scores and values.
+    # The backward: 1x for inputs of frozen weights, 2x for LoRA, 2.5x for attention.
+    expected = 2 * rows * tokens * (2 * weights + 3 * lora + 3.5 * attention)
+    assert found == pytest.approx(expected, rel=0.02)
+    with_kl = predict("smollm2_135m_kl", Load(1, tokens)).flops
+    cached = predict("smollm2_135m_kl", Load(1, tokens), "reference_cache=cache").flops
+    assert found < cached < with_kl
+    assert (with_kl - found) / found == pytest.approx(0.5, abs=0.06)
+
+
+def test_devices_share_weights_and_checkpointing_saves_activations() -> None:
+    one, four = (predict("llama3_8b_kl", Load(n, 2048)) for n in (1, 4))
+    assert four.parts["adapter"] == one.parts["adapter"] / 4
+    # Embedding, output and norm, and two layers, are whole: 128256 x 4096 twice, 218 M a layer.
+    in_flight = 2 * (2 * 128256 * 4096 + 2 * 218_112_000)
+    assert four.parts["weights in flight"] == pytest.approx(in_flight, rel=0.02)
+    plain = predict("llama3_8b_kl", Load(1, 2048), "enable_activation_checkpointing=false")
+    assert plain.parts["activations"] > 8 * one.parts["activations"]
+    assert plain.flops < one.flops
+    assert four.tokens == 4 * one.tokens
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = str(CONFIGS / "llama3_8b_kl.yaml")
+    assert run_plan([config, "--row-tokens", "2048", "--gpu-memory", "80"]) == 0
+    assert "Fits 80 GB" in capsys.readouterr().out
+    arguments = [config, "--row-tokens", "2048", "--gpu-memory", "20"]
+    assert run_plan([*arguments, "enable_activation_checkpointing=false"]) == 1
+    out = capsys.readouterr().out
+    assert out.index("enable_activation_checkpointing=true: ") < out.index("batch_size=2 ")
+    assert "and it fits" in out
+    assert run_plan([config, "--gpu-memory", "1", "batch_size=1"]) == 1
+    assert "it still does not fit" in capsys.readouterr().out
+    assert run_plan([config, "batchsize=2"]) == 1
+    assert "error: command line: batchsize: unknown key" in capsys.readouterr().err
+    assert run_plan([config, "tokenizer.max_seq_len=null"]) == 1
+    assert "say --row-tokens N" in capsys.readouterr().err
