@@ -128,6 +128,7 @@ def test_a_base_in_four_bits(models: dict[bool, Path], tmp_path: Path, model_dir
     assert len(toy_run.error_lines(refused)) == 1
 
 
+@pytest.mark.long  # With all defenses it is in test_all_defenses.
 def test_compiled_layers(models: dict[bool, Path], tmp_path: Path) -> None:
     plain = train(write(models, tmp_path / "a", pad_to_multiple_of=128))
     compiled = train(write(models, tmp_path / "b", pad_to_multiple_of=128, compile=True))
