@@ -38,7 +38,7 @@ from emarecipes.training.model_checks import (
     check_rows_fit,
 )
 from emarecipes.training.reference_cache import ReferenceCache, open_cache
-from emarecipes.training.run_folder import check_output_dir
+from emarecipes.training.run_folder import check_output_dir, check_outside_output
 from emarecipes.training.settings import check_settings
 from emarecipes.training.step import check_hidden_layers
 
@@ -145,16 +145,10 @@ def _check_inputs_outlive_outputs(
     cfg: DictConfig, origin: Origin, data_files: Sequence[Path]
 ) -> None:
     """`overwrite` must not delete what the run reads."""
-    output = Path(cfg.output_dir).resolve()
     inputs = [origin.path, Path(str(cfg.checkpointer.checkpoint_dir)), *data_files]
     if cfg.tokenizer.get("path") is not None:
         inputs.append(Path(str(cfg.tokenizer.path)))
-    for path in inputs:
-        if path.resolve().is_relative_to(output):
-            raise UserError(
-                f"{origin.at('output_dir')}: the run reads {path}, which lies in its own output "
-                "folder; choose another output_dir"
-            )
+    check_outside_output(cfg, origin, inputs)
 
 
 def _check_optimizer(cfg: DictConfig, origin: Origin) -> None:

@@ -26,6 +26,7 @@ from emarecipes.evaluation.suites import read_suites
 from emarecipes.training.batch import Batch, make_batch
 from emarecipes.training.loss_head import LossHead
 from emarecipes.training.model_checks import check_rows_fit
+from emarecipes.training.run_folder import check_outside_output
 from emarecipes.training.settings import ProbeSettings, parse_settings
 
 Sum = Callable[[Tensor], Tensor]
@@ -47,6 +48,7 @@ def read_probe(cfg: DictConfig, origin: Origin, tokenizer: Any, model: Any) -> P
         return None
     settings = parse_settings(cfg.probe, origin, ProbeSettings, within="probe")
     suites = read_suites(cfg.probe.suites, "probe.suites", origin, settings.max_rows)
+    check_outside_output(cfg, origin, (file for suite in suites for file in suite.files))
     rows = {suite.name: suite.rows(tokenizer) for suite in suites}
     for name, part in rows.items():
         samples = [{"tokens": list(row.tokens), "labels": list(row.labels)} for row in part]

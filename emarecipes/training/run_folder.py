@@ -84,6 +84,21 @@ def _holds_a_run(folder: Path) -> bool:
     return config.is_file() and "\nprovenance:" in config.read_text(encoding="utf-8")
 
 
+def check_outside_output(cfg: DictConfig, origin: Origin, inputs: Iterable[Path]) -> None:
+    """Check that no file or folder that the run reads lies where `overwrite` would replace it.
+
+    Raises:
+        UserError: One lies in the run's own output folder.
+    """
+    output = Path(cfg.output_dir).resolve()
+    for path in inputs:
+        if path.resolve().is_relative_to(output):
+            raise UserError(
+                f"{origin.at('output_dir')}: the run reads {path}, which lies in its own output "
+                "folder; choose another output_dir"
+            )
+
+
 class RunFolder:
     """A run's output folder, written by the first process.
 

@@ -129,3 +129,17 @@ def test_a_wrong_probe_is_refused_before_weights(
     assert len([line for line in errors if line.startswith("error: ")]) == 1
     assert reason in errors[-1]
     assert not (tmp_path / "a/out").exists()
+
+
+def test_a_probe_file_that_overwrite_would_replace_is_refused(
+    toy_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs = tmp_path / "a/out/logs/pairs.jsonl"
+    config = write(toy_dir, tmp_path / "a", 0.0, {"suites": {"x": {"pairs": str(pairs)}}})
+    pairs.parent.mkdir(parents=True)
+    text = (toy_run.REPO / "data/general_probe/select.jsonl").read_text()
+    pairs.write_text(text)
+    (tmp_path / "a/out/config.yaml").write_text("seed: 1\nprovenance: {}\n")
+    assert run_lora(["--config", str(config), "overwrite=true"]) == 1
+    assert f"output_dir: the run reads {pairs}, which lies in" in capsys.readouterr().err
+    assert pairs.read_text() == text
