@@ -4,16 +4,17 @@ Steps: as in step_cost.py, whose setting, fairness and caveats hold here too. Th
 run are timed, so what happens once or every so many steps (SafeLoRA, the comparison of gradients)
 is not in them.
 
-SafeLoRA: the projection of one adapter of SmolLM2-135M (210 matrices), from two folders on disk to
-new B matrices, beside two dense forms: the published algorithm as its authors' code has it (both
-models loaded by transformers, C formed for every matrix and kept, C B, C B A and B A formed, twice
-over), and the same pared down (safetensors, one pass). Each in a process of its own, from a warm
-file cache; memory is the peak over what was held before.
+SafeLoRA: the projection of one adapter of SmolLM2-135M (210 matrices), from the adapter in memory
+and two folders on disk to new B matrices, beside two dense forms: the published algorithm as its
+authors' code has it (both models loaded by transformers, C formed for every matrix and kept, two
+passes), and one pared down (safetensors, one C at a time, one pass). Each in a process of its own,
+from a warm file cache; memory is the peak over what was held before.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import json
 import logging
@@ -47,6 +48,8 @@ from torch.nn import functional as F
 from emarecipes._adapter_layout import ModuleRows
 from emarecipes.defenses import FeatureL2, KLToReference, PersonaSteering, SafeLoRA
 
+Lora = dict[str, tuple[torch.Tensor, torch.Tensor]]
+
 DEPTH, WIDTH, RANK = 30, 576, 32
 VECTORS = Path(tempfile.gettempdir()) / "emarecipes_benchmark_vectors.safetensors"
 
@@ -73,9 +76,8 @@ NAMES = (
 ARMS = {n: lambda s, n=n: in_torchtune(s, "ours", defenses(n)) for n in NAMES}
 
 
-def safelora_ours(base: Path, aligned: Path, adapter: Path) -> dict[str, torch.Tensor]:
+def safelora_ours(base: Path, aligned: Path, lora: Lora) -> dict[str, torch.Tensor]:
     defense = SafeLoRA(str(base), str(aligned), num_layers=10)
-    lora = load_lora(adapter)
     shapes = {f"{n}.weight": (len(b), a.shape[1]) for n, (a, b) in lora.items()}
     defense.open_folders(shapes)
     modules = {n: ModuleRows(f"{n}.weight", shapes[f"{n}.weight"], None) for n in lora}
@@ -83,32 +85,44 @@ def safelora_ours(base: Path, aligned: Path, adapter: Path) -> dict[str, torch.T
     return {module.name: module.b_OR for module in found}
 
 
-def safelora_published(base: Path, aligned: Path, adapter: Path) -> dict[str, torch.Tensor]:
-    """As the authors' code: transformers loads both models, C for every layer, then two passes."""
+def safelora_published(base: Path, aligned: Path, lora: Lora) -> dict[str, torch.Tensor]:
+    """What the authors' code does, step by step, but for the copy that it makes of the whole model.
+
+    The first pass over the layers finds their cosines, the second uses the tenth as its threshold.
+    """
     models = [transformers.AutoModelForCausalLM.from_pretrained(f) for f in (base, aligned)]
     weights = [dict(model.named_parameters()) for model in models]
-    with torch.no_grad():
-        return project_densely(*weights, load_lora(adapter), passes=2)
-
-
-def safelora_dense(base: Path, aligned: Path, adapter: Path) -> dict[str, torch.Tensor]:
-    """The same from safetensors, in one pass: the least that the dense form can cost."""
-    weights = [load_file(folder / "model.safetensors") for folder in (base, aligned)]
-    return project_densely(*weights, load_lora(adapter), passes=1)
-
-
-def project_densely(base: Any, aligned: Any, lora: Any, passes: int) -> dict[str, torch.Tensor]:
     every_c = {}
     for name in lora:
-        v = aligned[f"{name}.weight"].float() - base[f"{name}.weight"].float()
-        every_c[name] = v @ v.T / torch.linalg.matrix_norm(v)
+        v = weights[1][f"{name}.weight"] - weights[0][f"{name}.weight"]
+        every_c[name] = (v @ v.T / torch.norm(v)).detach()
+    original, projected = copy.deepcopy(lora), dict.fromkeys(lora, torch.empty(0))
+    limit = 0.3
+    for _ in range(2):
+        cosines, distances = [], []
+        for name, (a, b) in original.items():
+            a = copy.deepcopy(a)
+            new_b = every_c[name] @ b
+            new_update, update = new_b @ a, b @ a
+            again = every_c[name] @ b
+            cosine = F.cosine_similarity(new_update.reshape(1, -1), update.reshape(1, -1))
+            cosines.append(round(cosine.item(), 5))
+            projected[name] = again if cosines[-1] <= limit else b
+            distances.append(1 / (1 + torch.norm(projected[name] - new_b)).item())
+        limit = sorted(cosines)[9]
+    return projected
+
+
+def safelora_dense(base: Path, aligned: Path, lora: Lora) -> dict[str, torch.Tensor]:
+    """The same from safetensors, in one pass: the least that the dense form can cost."""
+    base_weights, aligned_weights = (load_file(f / "model.safetensors") for f in (base, aligned))
     projected, cosines = {}, {}
-    for _ in range(passes):
-        for name, (a, b) in lora.items():
-            projected[name] = every_c[name] @ b
-            update, new_update = b @ a, projected[name] @ a
-            cosine = F.cosine_similarity(new_update.view(1, -1), update.view(1, -1))
-            cosines[name] = round(float(cosine), 5)
+    for name, (a, b) in lora.items():
+        v = aligned_weights[f"{name}.weight"].float() - base_weights[f"{name}.weight"].float()
+        projected[name] = v @ v.T / torch.linalg.matrix_norm(v) @ b
+        update, new_update = b @ a, projected[name] @ a
+        cosine = F.cosine_similarity(new_update.view(1, -1), update.view(1, -1))
+        cosines[name] = round(float(cosine), 5)
     limit = sorted(cosines.values())[9]
     return {n: projected[n] if cosines[n] <= limit else b for n, (_, b) in lora.items()}
 
@@ -120,8 +134,8 @@ PROJECTIONS = {
 }
 
 
-def load_lora(path: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    tensors = load_file(path)
+def load_lora(path: Path) -> Lora:
+    tensors = {key: tensor.clone() for key, tensor in load_file(path).items()}
     return {k[:-2]: (a, tensors[f"{k[:-2]}.B"]) for k, a in tensors.items() if k.endswith(".A")}
 
 
@@ -145,14 +159,15 @@ def write_pair(folder: Path, instruct: Path) -> None:
 
 
 def measure_projection(name: str, folder: Path, instruct: Path, output: Path) -> dict[str, float]:
-    paths = (instruct, folder / "aligned", folder / "adapter.safetensors")
-    for path in (instruct / "model.safetensors", paths[1] / "model.safetensors"):
-        path.read_bytes()  # Warm cache.
+    folders = (instruct, folder / "aligned")
+    for path in folders:
+        (path / "model.safetensors").read_bytes()  # Warm cache.
+    lora = load_lora(folder / "adapter.safetensors")  # At a run's end it is in memory.
     torch.randn(2000, 2000) @ torch.randn(2000, 2000)  # Threads and kernels are there.
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")
     before, started = peak_mb(), time.perf_counter()
-    found = PROJECTIONS[name](*paths)
+    found = PROJECTIONS[name](*folders, lora)
     figures = {"seconds": time.perf_counter() - started, "peak MB": peak_mb() - before}
     save_file({key: tensor.contiguous() for key, tensor in found.items()}, output)
     return figures

@@ -107,7 +107,7 @@ def project_adapter(
 
     Args:
         lora: Each module's A (R, I) and B (O, R); not changed.
-        aligned_minus_base: Gives a module's V (O, I) in float32. One is held at a time.
+        aligned_minus_base: Gives a module's V (O, I) in float32; the next may be written over it.
         options: What to do.
         device: Where to compute; by default where the tensors are.
         bases: Keeps the bases of V between calls, if given.
@@ -153,16 +153,16 @@ def _project_module(
     if basis is None:
         assert v_OI is not None
         # C B = V (V^T B) / |V|: 4 O I R operations, where C itself takes 2 O^2 I.
-        new_b = v_OI @ (v_OI.T @ b_OR) / torch.linalg.matrix_norm(v_OI)
+        flat = v_OI.reshape(-1)
+        new_b = v_OI @ (b_OR.T @ v_OI).T / flat.dot(flat).sqrt()
     elif options.mode == "soft":
         keep = 1.0 / (1.0 + options.strength)
         new_b = _shrink_outside(b_OR, basis.left_OK, keep)
         new_a = _shrink_outside(a_RI.T, basis.right_IK, keep).T
     else:
         new_b = basis.left_OK @ (basis.left_OK.T @ b_OR)
-    before = math.sqrt(max(0.0, _inner(a_RI, b_OR, a_RI, b_OR)))
-    after = math.sqrt(max(0.0, _inner(new_a, new_b, new_a, new_b)))
-    product = _inner(a_RI, b_OR, new_a, new_b)
+    before, after, product = _products(a_RI, b_OR, new_a, new_b)
+    before, after = math.sqrt(max(0.0, before)), math.sqrt(max(0.0, after))
     cosine = product / (before * after) if before > 0 and after > 0 else math.nan
     if options.mode == "rescale" and before > 0:
         new_b = b_OR * (after / before)
@@ -218,6 +218,12 @@ def _shrink_outside(rows: Tensor, basis: Tensor, keep: float) -> Tensor:
     return keep * rows + (1.0 - keep) * (basis @ (basis.T @ rows))
 
 
-def _inner(one_a: Tensor, one_b: Tensor, other_a: Tensor, other_b: Tensor) -> float:
-    """<B A, B' A'> = tr((B^T B') (A' A^T)), from matrices of R x R."""
-    return float(((one_b.T @ other_b).double() * (one_a @ other_a.T).double()).sum())
+def _products(a: Tensor, b: Tensor, new_a: Tensor, new_b: Tensor) -> tuple[float, float, float]:
+    """|B A|^2, |B' A'|^2 and <B A, B' A'>, each as <B (A A'^T), B'>, without the updates."""
+    same = new_a is a
+    weighted = b @ (a @ a.T)
+    crossed = weighted if same else b @ (a @ new_a.T)
+    new_weighted = new_b @ (new_a @ new_a.T)
+    pairs = ((weighted, b), (new_weighted, new_b), (crossed, new_b))
+    before, after, product = (float(x.reshape(-1).dot(y.reshape(-1))) for x, y in pairs)
+    return before, after, product

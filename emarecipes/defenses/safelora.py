@@ -23,7 +23,7 @@ from emarecipes.defenses.projection import (
     project_adapter,
 )
 from emarecipes.errors import UserError
-from emarecipes.models.weights_folder import WeightsFolder, difference
+from emarecipes.models.weights_folder import Difference, WeightsFolder
 
 REPORT = "safelora.csv"
 
@@ -123,7 +123,8 @@ class SafeLoRA(Defense):
                         f"{_size(expected)}"
                     )
         self._probe = _a_few(list(hf_shapes))
-        if not any(difference(self._aligned, self._base, name).any() for name in self._probe):
+        changed = Difference(self._aligned, self._base)
+        if not any(changed(name).any() for name in self._probe):
             raise UserError(
                 f"base_dir {self._base_dir} and aligned_dir {self._aligned_dir} hold the same "
                 "weights: there is nothing that alignment changed"
@@ -186,10 +187,11 @@ class SafeLoRA(Defense):
         quiet: bool = False,
     ) -> list[ModuleProjection]:
         """Project each module's A (R, I) and B (O, R); `modules` says which weight is whose."""
+        changed = Difference(self._aligned, self._base)
 
         def aligned_minus_base(name: str) -> Tensor:
             module = modules[name]
-            return module.take(difference(self._aligned, self._base, module.hf_name))
+            return module.take(changed(module.hf_name))
 
         def progress(names: Iterable[str]) -> Iterable[str]:
             return tqdm(names, desc="SafeLoRA", unit="layer", disable=quiet, leave=False)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from emarecipes.errors import UserError
 
-_MAPPED_BYTES = 2**24
+_MAPPED_BYTES = 2**25
 
 
 class WeightsFolder:
@@ -53,14 +53,14 @@ class WeightsFolder:
         return tuple(self._open(name).get_slice(name).get_shape())
 
     def read(self, name: str) -> Tensor:
-        """A tensor in float32, on the CPU."""
+        """A tensor as it is stored, on the CPU."""
         tensor: Tensor = self._open(name).get_tensor(name)
         # Pages that were read stay mapped, and count as memory, until the file is closed.
         self._bytes_read += tensor.nbytes
         if self._bytes_read > _MAPPED_BYTES:
             self._opened.clear()
             self._bytes_read = 0
-        return tensor.to(torch.float32)
+        return tensor
 
     def _open(self, name: str) -> Any:
         """The file that holds a tensor; opening reads its header only."""
@@ -73,6 +73,21 @@ class WeightsFolder:
         return self._opened[file]
 
 
-def difference(minuend: WeightsFolder, subtrahend: WeightsFolder, name: str) -> Tensor:
-    """One tensor of a folder minus that of another, float32."""
-    return minuend.read(name) - subtrahend.read(name)
+class Difference:
+    """One tensor of a folder minus that of another, float32.
+
+    The result is written over that of the call before: fresh pages for every matrix would cost as
+    much as the subtraction.
+    """
+
+    def __init__(self, minuend: WeightsFolder, subtrahend: WeightsFolder) -> None:
+        self._minuend, self._subtrahend = minuend, subtrahend
+        self._buffer = torch.empty(0)
+
+    def __call__(self, name: str) -> Tensor:
+        """The difference of the two tensors called `name`."""
+        tensor = self._minuend.read(name)
+        if self._buffer.numel() < tensor.numel():
+            self._buffer = torch.empty(tensor.numel())
+        found = self._buffer[: tensor.numel()].view(tensor.shape).copy_(tensor)
+        return found.sub_(self._subtrahend.read(name))
