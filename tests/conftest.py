@@ -1,3 +1,4 @@
+import gc
 from pathlib import Path
 
 import pytest
@@ -12,3 +13,10 @@ def model_dir() -> Path:
     """The SmolLM2-135M-Instruct folder, prepared by the first test that asks for it."""
     name = "smollm2-135m-instruct"
     return prepare_model(name, REPOSITORY / "models" / name)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imports_are_not_collected() -> None:
+    """torchtune collects garbage whenever it loads weights: a third of a toy run, for nothing."""
+    gc.collect()
+    gc.freeze()

@@ -10,6 +10,7 @@ import pytest
 import torch
 import toy_defenses
 import toy_run
+from ranks import run_ranks
 from safetensors.torch import load_file
 from torch.testing import assert_close
 from torchtune.modules import TransformerDecoder
@@ -133,7 +134,7 @@ def test_two_processes_and_accumulation_give_the_run_of_one(
     config = write(toy, folder, names, batch_size=2, gradient_accumulation_steps=2)
     accumulated = train(config)
     two = write(toy, tmp_path / "two", names, batch_size=2)
-    done = toy_run.tune_run(two, processes=2)
+    done = run_ranks(two)
     assert done.returncode == 0, done.stderr[-3000:]
     for other in (accumulated, trained(tmp_path / "two")):
         for row in (*one[0], *other[0]):

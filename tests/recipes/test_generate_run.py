@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import toy_run
 import toy_select
+from ranks import run_ranks
 
 from emarecipes.generation.run import run_generate
 
@@ -94,7 +95,7 @@ def test_batches_processes_and_interruptions_do_not_change_answers(
         assert case.path(str(size)).read_bytes() == whole
     config = toy_run.write_config(case.folder / "two.yaml", case.config)
     two = f"output_dir={case.folder / 'two'}"
-    done = toy_run.tune_run(config, two, recipe=RECIPE, processes=2)
+    done = run_ranks(config, two, recipe=RECIPE)
     assert done.returncode == 0, done.stderr
     assert case.path("two").read_bytes() == whole
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import toy_run
+from ranks import run_ranks
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
@@ -117,12 +118,10 @@ def test_a_base_in_four_bits(models: dict[bool, Path], tmp_path: Path, model_dir
     found = train(config)
     assert found[0][2] == 0.0
     assert found[-1][2] > 1e-5
-    found_two = toy_run.tune_run(config, "output_dir=" + str(tmp_path / "two/out"), "batch_size=2",
-                                 processes=2)  # fmt: skip
+    found_two = run_ranks(config, "output_dir=" + str(tmp_path / "two/out"), "batch_size=2")
     assert found_two.returncode == 0, found_two.stderr[-2000:]
     assert losses(tmp_path / "two") == approx_rows(found, 1e-4)
-    refused = toy_run.tune_run(config, "output_dir=" + str(tmp_path / "three/out"),
-                               "batch_size=1", processes=3)  # fmt: skip
+    refused = run_ranks(config, f"output_dir={tmp_path}/three/out", "batch_size=1", processes=3)
     assert refused.returncode != 0
     assert "in 4 bits on 3 process(es) it needs a multiple of 49152" in refused.stderr
     assert len(toy_run.error_lines(refused)) == 1
@@ -153,7 +152,7 @@ def test_two_processes_give_the_losses_of_one(
     alone = write(models, tmp_path / "one", shuffle=True, **changes)
     shared = changes | {"batch_size": 2, "save_merged": "use_dora" in changes.get("model", {})}
     together = write(models, tmp_path / "two", shuffle=True, **shared)
-    done = toy_run.tune_run(together, processes=2)
+    done = run_ranks(together)
     assert done.returncode == 0, done.stderr[-3000:]
     expected = train(alone)
     assert losses(tmp_path / "two") == approx_rows(expected, 1e-4)

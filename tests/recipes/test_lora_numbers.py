@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 import toy_run
+from ranks import run_ranks
 from safetensors.torch import load_file
 from torch.testing import assert_close
+
+from emarecipes.training import run_lora
 
 KL = {"kl": {"_component_": "emarecipes.defenses.KLToReference", "weight": 0.5}}
 
@@ -60,13 +63,20 @@ def test_without_defenses_losses_equal_torchtunes_recipe(
     stock = config_of(toy, tmp_path / "stock", **changes)
     expected = stock_losses(stock, tmp_path / "stock/out", processes)
     ours = config_of(toy, tmp_path / "ours", **changes)
-    done = toy_run.tune_run(ours, processes=processes)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run(ours, processes)
     losses = [m["loss"] for m in toy_run.metrics(tmp_path / "ours/out")]
     assert len(losses) == 8
     assert losses == pytest.approx(expected, rel=1e-5)
     # The same rows again are predicted better: equal because nothing moved would not do.
     assert losses[-1] < losses[1] - 0.02
+
+
+def run(config: Path, processes: int) -> None:
+    if processes:
+        done = run_ranks(config, processes=processes)
+        assert done.returncode == 0, done.stderr[-3000:]
+    else:
+        assert run_lora(["--config", str(config)]) == 0
 
 
 def test_one_process_accumulation_and_two_processes_agree(
@@ -86,8 +96,7 @@ def test_one_process_accumulation_and_two_processes_agree(
             batch_size=batch_size,
             gradient_accumulation_steps=accumulation,
         )
-        done = toy_run.tune_run(config, processes=processes)
-        assert done.returncode == 0, done.stderr[-3000:]
+        run(config, processes)
         rows = toy_run.metrics(tmp_path / name / "out")
         losses[name] = [(m["loss"], m["ce"], m["kl"]) for m in rows]
         adapters[name] = load_file(tmp_path / name / "out/adapter/adapter_model.safetensors")

@@ -11,6 +11,7 @@ import pytest
 import torch
 import toy_run
 from omegaconf import OmegaConf
+from ranks import run_ranks
 from safetensors import safe_open
 
 from emarecipes.components import build
@@ -18,6 +19,7 @@ from emarecipes.config import load_config
 from emarecipes.models.load import load_model
 from emarecipes.persona import run_persona
 from emarecipes.persona.prompts import load_prompts
+from emarecipes.training import run_lora
 
 RECIPE = "recipes/ema_persona.py"
 PROMPTS = """\
@@ -167,19 +169,18 @@ def test_persona_steering_takes_the_file(finished: Path, toy_model_dir: Path) ->
     }
     config |= {"defenses": {"persona": steering}, "max_steps_per_epoch": 2}
     path = toy_run.write_config(finished / "train.yaml", config)
-    done = toy_run.tune_run(path)
-    assert done.returncode == 0, done.stderr
+    assert run_lora(["--config", str(path)]) == 0
     steered = toy_run.metrics(finished / "trained")
     assert len(steered) == 2
     assert all(row["persona_ratio"] > 0 for row in steered)
-    done = toy_run.tune_run(path, "defenses.persona.vector=random", "overwrite=true")
-    assert done.returncode == 0, done.stderr
+    random = ["defenses.persona.vector=random", "overwrite=true"]
+    assert run_lora(["--config", str(path), *random]) == 0
     assert toy_run.metrics(finished / "trained")[0]["ce"] != steered[0]["ce"]
 
 
 def test_two_processes_are_refused_in_one_line(tmp_path: Path, toy_model_dir: Path) -> None:
     path = toy_run.write_config(tmp_path / "c.yaml", persona_config(tmp_path, toy_model_dir))
-    done = toy_run.tune_run(path, recipe=RECIPE, processes=2)
+    done = run_ranks(path, recipe=RECIPE)
     assert done.returncode != 0
     assert toy_run.error_lines(done) == [
         "error: ema_persona runs in one process; leave --nproc_per_node out"

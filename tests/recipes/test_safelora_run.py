@@ -10,6 +10,7 @@ import reference_defenses
 import torch
 import toy_defenses
 import toy_run
+from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
@@ -155,7 +156,7 @@ def test_a_result_is_not_overwritten_unasked(
 
 
 def test_several_processes_are_refused(finished: dict[str, Any], tmp_path: Path) -> None:
-    done = toy_run.tune_run(write(finished, tmp_path), recipe=RECIPE, processes=2)
+    done = run_ranks(write(finished, tmp_path), recipe=RECIPE)
     assert done.returncode != 0
     (line,) = toy_run.error_lines(done)
     assert line == "error: ema_safelora runs in one process; leave --nproc_per_node out"

@@ -12,6 +12,7 @@ import toy_run
 import toy_select
 import transformers
 from peft import PeftModel
+from ranks import run_ranks
 from tokenizers import Tokenizer
 from torchtune.datasets import chat_dataset
 from toy_select import Case
@@ -226,7 +227,7 @@ def test_a_row_that_loses_its_answer_is_not_scored(case: Case) -> None:
 
 
 def test_several_processes_are_refused(case: Case) -> None:
-    done = toy_run.tune_run(case.write(), processes=2, recipe="recipes/ema_select.py")
+    done = run_ranks(case.write(), recipe="recipes/ema_select.py")
     assert done.returncode != 0
     assert toy_run.error_lines(done) == [
         "error: ema_select runs in one process; leave --nproc_per_node out"

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import toy_run
+from ranks import run_ranks
 
 from emarecipes.evaluation.run import run_eval
 from emarecipes.training import run_lora
@@ -75,7 +76,7 @@ def test_probes_are_those_of_the_saved_adapter_and_of_two_processes(
 ) -> None:
     last = train(toy_dir, tmp_path / "a", 0.0, PROBE)[-1]
     config = tmp_path / "a/config.yaml"
-    two = toy_run.tune_run(config, f"output_dir={tmp_path}/two", "batch_size=2", processes=2)
+    two = run_ranks(config, f"output_dir={tmp_path}/two", "batch_size=2")
     assert two.returncode == 0, two.stderr[-2000:]
     on_two = toy_run.metrics(tmp_path / "two")[-1]
     probed = {key: value for key, value in last.items() if key.startswith("probe_")}

@@ -10,6 +10,7 @@ import pytest
 import torch
 import toy_defenses
 import toy_run
+from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from torchtune.data import padded_collate_sft
 from torchtune.modules import TransformerDecoder
@@ -223,7 +224,7 @@ def test_filled_ahead_over_two_processes(
     plain = train(toy, tmp_path / "a")
     cache = {"reference_cache": str(tmp_path / "cache")}
     config = Path(write(toy, tmp_path / "b", gradient_accumulation_steps=1, **cache))
-    done = toy_run.tune_run(config, processes=2, recipe="recipes/ema_cache.py")
+    done = run_ranks(config, recipe="recipes/ema_cache.py")
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "b/out/metrics.jsonl").exists()
     (folder,) = (tmp_path / "cache").iterdir()
@@ -238,7 +239,7 @@ def test_filled_ahead_over_two_processes(
     marks[0] = 0
     marks.flush()
     config = Path(write(toy, tmp_path / "d", gradient_accumulation_steps=1, **cache))
-    done = toy_run.tune_run(config, processes=2)
+    done = run_ranks(config)
     assert done.returncode == 0, done.stderr
     assert marks[0] != 0
     for expected, found in zip(plain[0], trained(tmp_path / "d")[0], strict=True):
