@@ -25,7 +25,7 @@ from emarecipes.training.model_checks import (
     check_model,
     check_rows_fit,
 )
-from emarecipes.training.run_folder import check_output_dir
+from emarecipes.training.run_folder import check_output_dir, check_outside_output
 
 
 @dataclass
@@ -62,7 +62,8 @@ def check_selection(argv: Sequence[str]) -> CheckedSelection:
     check_components(cfg, origin)
     check_device(cfg, origin)
     check_output_dir(cfg, origin)
-    _check_inputs_outlive_outputs(cfg, origin)
+    inputs = (origin.path, Path(cfg.candidates), *map(Path, cfg.adapters))
+    check_outside_output(cfg, origin, inputs)
     check_checkpoint_files(cfg, origin)
     source = check_model(cfg, origin)
     for adapter in cfg.adapters:
@@ -82,16 +83,6 @@ def check_selection(argv: Sequence[str]) -> CheckedSelection:
     file = ScoreFile(Path(cfg.output_dir), _fingerprint(cfg, rows))
     file.check(origin, overwrite=cfg.overwrite)
     return CheckedSelection(cfg, tokenizer, source, candidates, scored, rows, num_selected, file)
-
-
-def _check_inputs_outlive_outputs(cfg: DictConfig, origin: Origin) -> None:
-    output = Path(cfg.output_dir).resolve()
-    for path in (origin.path, Path(cfg.candidates), *map(Path, cfg.adapters)):
-        if path.resolve().is_relative_to(output):
-            raise UserError(
-                f"{origin.at('output_dir')}: the run reads {path}, which lies in its own output "
-                "folder; choose another output_dir"
-            )
 
 
 def _num_selected(cfg: DictConfig, origin: Origin, candidates: Sequence[Candidate]) -> int:
