@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +11,9 @@ from torch.nn import functional as F
 
 from emarecipes.defenses.base import Defense, ModelSource, Samples
 from emarecipes.errors import UserError
-from emarecipes.training.batch import Batch
+
+if TYPE_CHECKING:
+    from emarecipes.training.batch import Batch
 
 FeatureTokens = Literal["response", "all", "last", "mean"]
 Normalize = Literal["none", "token", "sequence"]

@@ -212,8 +212,11 @@ class LoRATraining:
         counts = self.loss.counts(batches)
         # With the tokens of this step, for the log, and whether to stop: one reduction.
         tokens = sum(batch.num_tokens for batch in batches)
-        more = torch.tensor([tokens, self._stop.made], dtype=torch.float64)
-        *counts_list, tokens_all, stop = self._summed(torch.cat([counts, more])).tolist()
+        padded = sum(batch.conversation_BS.numel() for batch in batches)
+        more = torch.tensor([tokens, padded, self._stop.made], dtype=torch.float64)
+        *counts_list, tokens_all, padded_all, stop = self._summed(
+            torch.cat([counts, more])
+        ).tolist()
         if stop:
             return None
         counts = torch.tensor(counts_list, dtype=torch.float64)
@@ -240,6 +243,7 @@ class LoRATraining:
         figures |= ratios | self._update(step, skip=broken is not None)
         seconds = time.perf_counter() - started
         figures |= {"tokens_per_second": tokens_all / seconds, "tokens": tokens_all}
+        figures["padding_share"] = 1.0 - tokens_all / padded_all
         if self.cfg.log_peak_memory_stats and self._device.type == "cuda":
             figures |= training.get_memory_stats(device=self._device)
         self._bar.set_postfix_str(shown)
