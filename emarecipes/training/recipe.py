@@ -90,6 +90,7 @@ class LoRATraining:
             safe_ce_weight=self.run.rows.safe_ce_weight,
             forward_context=self.activations_handling_ctx,
             reference_cache=self.run.reference_cache,
+            seed=self.seed,
         )
         self._gradients = Gradients(self._model, self.loss, self.world_size)
         context = TrainingContext(
@@ -209,6 +210,7 @@ class LoRATraining:
         """
         started = time.perf_counter()
         batches = self._batches(rows)
+        self.loss.begin_step(step)
         counts = self.loss.counts(batches)
         # With the tokens of this step, for the log, and whether to stop: one reduction.
         tokens = sum(batch.num_tokens for batch in batches)
@@ -232,7 +234,7 @@ class LoRATraining:
         shown = " ".join(f"{name} {figures[name]:.3f}" for name in names)
         norm = self._gradients.clip(float(self.cfg.clip_grad_norm or math.inf))
         broken = broken_loss(figures, batches, sums) or broken_gradient(
-            norm, lambda n: self._gradients.norm_of([n], batches, counts), self.loss.names, rows
+            norm, lambda n: self._gradients.norm_of([n], batches, counts), self.loss.present, rows
         )
         if self.cfg.clip_grad_norm is not None:
             figures["grad_norm"] = norm
