@@ -15,7 +15,8 @@ help:
 	@echo "make all-defenses  all defenses at once, with what they need made before, in about 12 min"
 	@echo "make test          lint, types, tests"
 	@echo "make test-long     the tests that kill runs at many moments, in about 5 min"
-	@echo "make bench         time and memory of a step beside torchtune and PEFT, and of each defense"
+	@echo "make bench         time and memory of a step beside torchtune and PEFT, of each defense, with a"
+	@echo "                   reference cache, and of ragged rows; quick forms, in about 8 min"
 	@echo "make clean         remove .venv, models/ and runs/"
 
 # The stamps say which dependencies the environment was last installed with.
@@ -66,7 +67,9 @@ test-long: .venv/installed-dev $(MODEL)/prepared.json
 
 bench: .venv/installed-dev $(MODEL)/prepared.json
 	$(BIN)/python benchmarks/step_cost.py --quick
-	$(BIN)/python benchmarks/defense_cost.py --repetitions 3
+	$(BIN)/python benchmarks/defense_cost.py --quick
+	$(BIN)/python benchmarks/cache_cost.py --quick
+	$(BIN)/python benchmarks/epoch_ragged.py --quick
 
 clean:
 	rm -rf .venv models runs

@@ -222,6 +222,7 @@ def verdict(ratio: float, limit: float) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="What each defense costs.")
     parser.add_argument("--repetitions", type=int, default=5, help="timed runs of each arm")
+    parser.add_argument("--quick", action="store_true", help="3 steps of half the rows, fewer arms")
     parser.add_argument("--json", type=Path, help="file for all figures")
     parser.add_argument("--arm", choices=ARMS, help="with --memory: the arm to measure")
     parser.add_argument("--memory", action="store_true", help="print the peak of one arm, in MB")
@@ -237,15 +238,16 @@ def main() -> None:
         return print(json.dumps(measure_projection(*arguments)))
     with tempfile.TemporaryDirectory() as scratch:
         setting = Setting(scratch)
-        batch = setting.batch(rows=4)
+        batch = setting.batch(rows=2 if options.quick else 4)
         if options.memory:
             trainer = Trainer(*ARMS[options.arm](setting))
             return print(measure_memory(trainer, setting.batch(1, length=16), batch))
         machine = describe_machine()
-        projections = compare_projections(setting.base, options.repetitions)
-        peaks = {name: peak_of_arm(name) for name in ARMS}
-        trainers = {name: Trainer(*build(setting)) for name, build in ARMS.items()}
-        steps = measure_time(trainers, batch, options.repetitions, peaks)
+        names = (NAMES[0], NAMES[1], NAMES[-1]) if options.quick else NAMES
+        projections = compare_projections(setting.base, 1 if options.quick else options.repetitions)
+        peaks = {name: peak_of_arm(name) for name in names}
+        trainers = {name: Trainer(*ARMS[name](setting)) for name in names}
+        steps = measure_time(trainers, batch, 3 if options.quick else options.repetitions, peaks)
     if options.json:
         figures = {"machine": machine, "steps": steps, "projections": projections}
         options.json.write_text(json.dumps(figures, indent=2))

@@ -48,11 +48,13 @@ from emarecipes.config import load_config
 from emarecipes.defenses import Defense, KLToReference, ModelSource, TrainingContext
 from emarecipes.training.batch import Batch, make_batch
 from emarecipes.training.export import save_adapter
+from emarecipes.training.reference_cache import ReferenceCache
 from emarecipes.training.settings import check_settings
 from emarecipes.training.step import TrainingLoss
 
 CONFIG = Path(__file__).parent.parent / "configs" / "smollm2_135m_kl.yaml"
 PROMISES = [  # Figure, arm, over which arm, at most.
+    ("seconds", "ours, no defense", "torchtune's recipe", 0.92),
     ("seconds", "ours, KL", "torchtune's recipe", 1.45),
     ("peak MB", "ours, KL", "torchtune's recipe", 1.20),
     ("seconds", "ours, KL", "PEFT, naive KL", 0.65),
@@ -73,16 +75,21 @@ class Setting:  # The same in every process.
         self.adapter = {k: 0.03 * torch.randn(w.shape).bfloat16() for k, w in weights.items()}
         data = Path(self.cfg.dataset.data_files).read_text(encoding="utf-8")
         text = "\n".join(re.findall(r'"content": "([^"]*)"', data)[:200])
-        self._tokens = Tokenizer.from_file(str(self.base / "tokenizer.json")).encode(text).ids
+        self.tokens = Tokenizer.from_file(str(self.base / "tokenizer.json")).encode(text).ids
 
     def batch(self, rows: int, length: int = 256) -> Batch:
         ignored = [CROSS_ENTROPY_IGNORE_IDX] * int(0.4 * length)
-        tokens = [self._tokens[row * length :][:length] for row in range(rows)]
+        tokens = [self.tokens[row * length :][:length] for row in range(rows)]
         samples = [{"tokens": row, "labels": ignored + row[len(ignored) :]} for row in tokens]
         return make_batch(samples, range(rows), padded_collate_sft, pad_id=0)
 
 
-def in_torchtune(setting: Setting, kind: str, defenses: Defenses | None = None) -> Model:
+def in_torchtune(
+    setting: Setting,
+    kind: str,
+    defenses: Defenses | None = None,
+    make_cache: Callable[[Defenses], ReferenceCache | None] = lambda _: None,
+) -> Model:
     cfg = setting.cfg
     recipe = stock_recipe("lora_finetune_single_device").LoRAFinetuneRecipeSingleDevice(cfg)
     weights = recipe.load_checkpoint(cfg.checkpointer)[training.MODEL_KEY]
@@ -91,7 +98,9 @@ def in_torchtune(setting: Setting, kind: str, defenses: Defenses | None = None) 
     if kind == "naive KL":
         return model, partial(naive_kl, model, partial(disable_adapter, model))
     if kind != "recipe":
-        return model, partial(ours, TrainingLoss(model, set_up(setting, model, defenses or {})))
+        defenses = set_up(setting, model, defenses or {})
+        loss = TrainingLoss(model, defenses, reference_cache=make_cache(defenses))
+        return model, partial(ours, loss)
     recipe._loss_fn = CEWithChunkedOutputLoss()  # As torchtune's configs have it.
     model.set_num_output_chunks(recipe._loss_fn.num_output_chunks)
     recipe.ignore_labels_cache = torch.full((cfg.batch_size, 1), CROSS_ENTROPY_IGNORE_IDX)

@@ -18,6 +18,7 @@ from emarecipes.components import build
 from emarecipes.config import Origin
 from emarecipes.datasets.chat_files import check_data_files, row_place
 from emarecipes.datasets.interleaved import InterleavedDataset, Placement, evenly
+from emarecipes.datasets.length_groups import group_by_length
 from emarecipes.defenses import Defense
 from emarecipes.errors import UserError
 
@@ -43,6 +44,7 @@ class Rows:
         dropped: See above.
         placement: Where each epoch's order puts safe rows, see `interleaved_dataset`.
         safe_ce_weight: See above.
+        grouped: Whether a shuffled epoch's steps hold rows of similar length.
     """
 
     def __init__(
@@ -51,11 +53,14 @@ class Rows:
         dropped: int,
         placement: Placement = "shuffle",
         safe_ce_weight: float = 1.0,
+        grouped: bool = False,
     ) -> None:
         self._samples = samples
         self._placement = placement
+        self._grouped = grouped
+        self._lengths = np.array([len(sample["tokens"]) for sample in samples])
         self.dropped = dropped
-        self.longest = max(len(sample["tokens"]) for sample in samples)
+        self.longest = int(self._lengths.max())
         self.largest_token = max(int(max(sample["tokens"])) for sample in samples)
         self._is_safe = np.array([sample.get("source") == "safe" for sample in samples])
         self.num_safe = int(self._is_safe.sum())
@@ -103,8 +108,9 @@ class Rows:
         """
         steps = self.num_steps(rows_per_step)
         order = np.arange(len(self))
+        generator = np.random.Generator(np.random.PCG64([seed, epoch]))
         if shuffle:
-            order = np.random.Generator(np.random.PCG64([seed, epoch])).permutation(len(self))
+            order = generator.permutation(len(self))
         if self._placement != "shuffle":
             # Both sources in their own order; only who comes where is set.
             safe, task = order[self._is_safe[order]], order[~self._is_safe[order]]
@@ -114,7 +120,12 @@ class Rows:
                 pattern = np.tile(evenly(rows_per_step, share), steps)
             order = np.empty(len(pattern), dtype=np.int64)
             order[pattern], order[~pattern] = safe[: pattern.sum()], task[: (~pattern).sum()]
-        return order[: steps * rows_per_step].reshape(steps, rows_per_step).tolist()
+        by_step = order[: steps * rows_per_step].reshape(steps, rows_per_step)
+        if shuffle and self._grouped and steps:
+            # Where every step holds its share of safe rows, they have the same places in each.
+            apart = self._is_safe[by_step[0]] & (self._placement == "per_batch")
+            by_step = group_by_length(by_step, self._lengths, generator, apart)
+        return by_step.tolist()
 
     def covering_steps(self, rows_per_step: int, *, seed: int, shuffle: bool) -> list[list[int]]:
         """The first epoch's steps, then steps of the rows that these leave out.
@@ -189,7 +200,15 @@ def load_rows(
         raise UserError(f"{origin.at('dataset')}: nothing to train on: {why}{_hint(dropped)}")
     if len({"seq_lens" in sample for sample in samples}) > 1:
         raise UserError(f"{origin.at('dataset')}: packed and unpacked rows cannot be mixed")
-    return Rows(samples, dropped, placement, safe_ce_weight)
+    grouped = bool(cfg.group_by_length)
+    if grouped and (placement == "every_k" or "seq_lens" in samples[0]):
+        why = (
+            "packs all have one length"
+            if "seq_lens" in samples[0]
+            else "with placement every_k the order of rows is set; use shuffle or per_batch"
+        )
+        raise UserError(f"{origin.at('group_by_length')}: {why}")
+    return Rows(samples, dropped, placement, safe_ce_weight, grouped)
 
 
 class DefendedTokenizer:

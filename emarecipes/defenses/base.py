@@ -68,9 +68,12 @@ class Defense:
         tokens: Positions the term acts on: those whose next token is trained ("response"), or
             those whose next token is any real one, the prompt included ("all").
         samples: Rows the term acts on: "all", or those whose source is "task" or "safe".
+        every_n_batches: k: the term is computed in one step of every k, in one drawn at random,
+            with k times its weight there: the gradient's expectation is that of k = 1.
 
     Raises:
-        UserError: If `weight` is negative or not finite, or `tokens` or `samples` is unknown.
+        UserError: If `weight` is negative or not finite, `tokens` or `samples` is unknown, or
+            `every_n_batches` is less than 1.
     """
 
     needs_reference: bool = False
@@ -80,7 +83,11 @@ class Defense:
     """Residual-stream indices that `hidden_term` reads: i is the input of layer i, from 0."""
 
     def __init__(
-        self, weight: float = 1.0, tokens: Tokens = "response", samples: Samples = "all"
+        self,
+        weight: float = 1.0,
+        tokens: Tokens = "response",
+        samples: Samples = "all",
+        every_n_batches: int = 1,
     ) -> None:
         if not 0.0 <= weight < float("inf"):
             raise UserError(f"weight must be a finite number >= 0, not {weight}")
@@ -88,6 +95,9 @@ class Defense:
             raise UserError(f"tokens must be response or all, not {tokens}")
         if samples not in ("all", "task", "safe"):
             raise UserError(f"samples must be all, task or safe, not {samples}")
+        if every_n_batches < 1:
+            raise UserError(f"every_n_batches must be >= 1, not {every_n_batches}")
+        self.every_n_batches = every_n_batches
         self.weight = weight
         self.tokens = tokens
         self.samples = samples

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +11,9 @@ from torch.nn import functional as F
 
 from emarecipes.defenses.base import Defense, ModelSource, Samples
 from emarecipes.errors import UserError
-from emarecipes.training.batch import Batch
+
+if TYPE_CHECKING:
+    from emarecipes.training.batch import Batch
 
 FeatureTokens = Literal["response", "all", "last", "mean"]
 Normalize = Literal["none", "token", "sequence"]
@@ -67,6 +69,8 @@ class FeatureL2(Defense):
         average_dimensions: Divide by layers x width: a mean over dimensions, not a sum.
         gradient_ratio_every: Log the ratio of this term's gradient to cross entropy's every that
             many steps (at step 10 first); 0: never. It costs two further steps' time each.
+        every_n_batches: k: compute the term in one step of every k, see `KLToReference`. The ratio,
+            of k times the weight, is then logged in that step of the k where it would be due.
 
     Raises:
         UserError: An unknown option, or not exactly one choice of layers.
@@ -87,6 +91,7 @@ class FeatureL2(Defense):
         normalize: Normalize | None = None,
         average_dimensions: bool | None = None,
         gradient_ratio_every: int = 50,
+        every_n_batches: int = 1,
     ) -> None:
         if preset is not None and preset not in PRESETS:
             raise UserError(f"preset must be {', '.join(PRESETS)} or null, not {preset}")
@@ -118,7 +123,7 @@ class FeatureL2(Defense):
             raise UserError(f"gradient_ratio_every must be >= 0, not {gradient_ratio_every}")
         self.gradient_ratio_every = gradient_ratio_every
         super().__init__(
-            weight=weight, tokens="all" if self._pooling == "all" else "response", samples=samples
+            weight, "all" if self._pooling == "all" else "response", samples, every_n_batches
         )
 
     def check(self, source: ModelSource) -> None:

@@ -38,9 +38,13 @@ class KLToReference(Defense):
         samples: "all", or only the "task" or the "safe" rows of an interleaved data set.
         temperature: Divides both models' logits; above 1 it weighs rare tokens more. No factor of
             its square is applied.
+        every_n_batches: k: compute the term, and run the reference for it, in one step of every k,
+            drawn at random, with k times the weight. The gradient's expectation does not change;
+            Adam's update, and a clipped gradient's, do.
 
     Raises:
-        UserError: For a negative weight, an unknown option, or a temperature that is not positive.
+        UserError: For a negative weight, an unknown option, a temperature that is not positive, or
+            `every_n_batches` less than 1.
     """
 
     needs_reference = True
@@ -52,8 +56,9 @@ class KLToReference(Defense):
         tokens: Tokens = "response",
         samples: Samples = "all",
         temperature: float = 1.0,
+        every_n_batches: int = 1,
     ) -> None:
-        super().__init__(weight=weight, tokens=tokens, samples=samples)
+        super().__init__(weight, tokens, samples, every_n_batches)
         if direction not in ("policy_to_reference", "reference_to_policy", "symmetric"):
             raise UserError(
                 "direction must be policy_to_reference, reference_to_policy or symmetric, "

@@ -47,16 +47,18 @@ class Gradients:
         self, step: int, batch: Batch, counts: Tensor, defenses: Mapping[str, Defense]
     ) -> dict[str, float]:
         """Norm of each due term's gradient over cross entropy's, on one micro-batch."""
-        due = [
-            name
-            for name, defense in defenses.items()
-            if name in self._loss.names
-            and defense.gradient_ratio_every
-            and step % defense.gradient_ratio_every == 10 % defense.gradient_ratio_every
-        ]
+        due = [n for n in self._loss.present if n in defenses and _due(defenses[n], step)]
         if not due:
             return {}
         cross_entropy = self.norm_of(("ce", "ce_task", "ce_safe"), [batch], counts)
         norms = {name: self.norm_of([name], [batch], counts) for name in due}
         # Nothing to compare with: cross entropy of weight 0 on every row of this micro-batch.
         return {f"{n}_gradient_ratio": v / cross_entropy for n, v in norms.items() if cross_entropy}
+
+
+def _due(defense: Defense, step: int) -> bool:
+    """Whether the ratio is due in this step, or in one of its block that the term is not in."""
+    ratio_every, every = defense.gradient_ratio_every, defense.every_n_batches
+    before = (step - 1) // every * every
+    block = range(before + 1, before + every + 1)
+    return ratio_every > 0 and any(s % ratio_every == 10 % ratio_every for s in block)

@@ -90,6 +90,7 @@ class LoRATraining:
             safe_ce_weight=self.run.rows.safe_ce_weight,
             forward_context=self.activations_handling_ctx,
             reference_cache=self.run.reference_cache,
+            seed=self.seed,
         )
         self._gradients = Gradients(self._model, self.loss, self.world_size)
         context = TrainingContext(
@@ -209,11 +210,15 @@ class LoRATraining:
         """
         started = time.perf_counter()
         batches = self._batches(rows)
+        self.loss.begin_step(step)
         counts = self.loss.counts(batches)
         # With the tokens of this step, for the log, and whether to stop: one reduction.
         tokens = sum(batch.num_tokens for batch in batches)
-        more = torch.tensor([tokens, self._stop.made], dtype=torch.float64)
-        *counts_list, tokens_all, stop = self._summed(torch.cat([counts, more])).tolist()
+        padded = sum(batch.conversation_BS.numel() for batch in batches)
+        more = torch.tensor([tokens, padded, self._stop.made], dtype=torch.float64)
+        *counts_list, tokens_all, padded_all, stop = self._summed(
+            torch.cat([counts, more])
+        ).tolist()
         if stop:
             return None
         counts = torch.tensor(counts_list, dtype=torch.float64)
@@ -229,7 +234,7 @@ class LoRATraining:
         shown = " ".join(f"{name} {figures[name]:.3f}" for name in names)
         norm = self._gradients.clip(float(self.cfg.clip_grad_norm or math.inf))
         broken = broken_loss(figures, batches, sums) or broken_gradient(
-            norm, lambda n: self._gradients.norm_of([n], batches, counts), self.loss.names, rows
+            norm, lambda n: self._gradients.norm_of([n], batches, counts), self.loss.present, rows
         )
         if self.cfg.clip_grad_norm is not None:
             figures["grad_norm"] = norm
@@ -240,6 +245,7 @@ class LoRATraining:
         figures |= ratios | self._update(step, skip=broken is not None)
         seconds = time.perf_counter() - started
         figures |= {"tokens_per_second": tokens_all / seconds, "tokens": tokens_all}
+        figures["padding_share"] = 1.0 - tokens_all / padded_all
         if self.cfg.log_peak_memory_stats and self._device.type == "cuda":
             figures |= training.get_memory_stats(device=self._device)
         self._bar.set_postfix_str(shown)

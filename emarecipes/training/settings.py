@@ -102,6 +102,7 @@ class Settings(ModelSettings):
     # emarecipes' own.
     defenses: dict[str, Entry] | None = Field(default_factory=dict)
     pad_to_multiple_of: Positive = 1
+    group_by_length: bool = False
     reference_cache: Annotated[str, Field(min_length=1)] | None = None
     reference_cache_dtype: Literal["bf16", "fp32"] | None = None
     save_merged: bool | None = None
@@ -158,6 +159,8 @@ def check_settings(cfg: DictConfig, origin: Origin) -> DictConfig:
     settings = parse_settings(cfg, origin, Settings)
     settings.defenses = settings.defenses or {}
     _check_defenses(settings.defenses, origin)
+    if settings.group_by_length and not settings.shuffle:
+        raise UserError(f"{origin.at('group_by_length')}: needs shuffle: true")
     loss = (settings.loss or {}).get("_component_", "CrossEntropyLoss")
     for key, value in (settings.loss or {}).items():
         if key not in _LOSS_KEYS or (_LOSS_KEYS[key] is not None and value != _LOSS_KEYS[key]):
@@ -208,6 +211,7 @@ _LOGGED = frozenset(
         "lr",
         "grad_norm",
         "tokens_per_second",
+        "padding_share",
         "skipped",
     }
 )

@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torchtune.modules.peft import disable_adapter
@@ -25,7 +26,8 @@ class TrainingLoss:
         CE   = sum_s w_s (sum of source s) / sum_s w_s (count of source s)
 
     where sums and counts run over all micro-batches and processes of a step, and the sources s are
-    one, or "task" and "safe" where safe rows are interleaved; w_task = 1.
+    one, or "task" and "safe" where safe rows are interleaved; w_task = 1. A term with
+    `every_n_batches: n` is in one step of every n, with n times its weight.
 
     Args:
         model: torchtune's decoder with LoRA; its `unembed` is replaced by the loss head.
@@ -34,6 +36,7 @@ class TrainingLoss:
         forward_context: Wraps the policy's forward (torchtune's activation offloading).
         chunk_elements: See `LossHead`.
         reference_cache: Where the reference's states are kept, else they are computed every time.
+        seed: Draws the steps of the terms with `every_n_batches`.
     """
 
     def __init__(
@@ -44,8 +47,10 @@ class TrainingLoss:
         forward_context: AbstractContextManager[Any] | None = None,
         chunk_elements: int | None = None,
         reference_cache: ReferenceCache | None = None,
+        seed: int = 0,
     ) -> None:
         self._model = model
+        self._seed = seed
         self._reference_cache = reference_cache
         # In order of name, so that the order in the config does not change a rounding.
         self._defenses = dict(sorted(defenses.items()))
@@ -54,13 +59,19 @@ class TrainingLoss:
         )
         self._on_logits = {n: d for n, d in self._defenses.items() if d.has("logit_term")}
         self._on_hidden = {n: d for n, d in self._defenses.items() if d.has("hidden_term")}
-        self._needs_reference = any(
-            d.needs_reference for d in (*self._on_logits.values(), *self._on_hidden.values())
-        )
+        self._on_reference = {name for name, d in self._terms() if d.needs_reference}
         self._layers = sorted({i for d in self._on_hidden.values() for i in d.hidden_layers})
         self._forward_context = forward_context or nullcontext()
         self.head = LossHead(model, chunk_elements)
         model.output_hidden_states = [i for i in self._layers if i < len(model.layers)]
+        self.begin_step(1)
+
+    def begin_step(self, step: int) -> None:
+        """Say which step comes, from 1: terms with `every_n_batches` are in some steps only."""
+        self.present = [
+            *self._ce_weights,
+            *(n for n, d in self._terms() if _takes_part(d.every_n_batches, step, self._seed)),
+        ]
 
     @property
     def names(self) -> list[str]:
@@ -70,7 +81,7 @@ class TrainingLoss:
     @property
     def weights(self) -> list[float]:
         """Each term's weight, in the order of `names`; that of a cross entropy among its like."""
-        return [*self._ce_weights.values(), *(d.weight for d in self._with_terms())]
+        return [*self._ce_weights.values(), *(d.weight for _, d in self._terms())]
 
     def counts(self, batches: Sequence[Batch]) -> Tensor:
         """How many items each term sums over, shape (len(names),), float64, on the CPU."""
@@ -78,14 +89,16 @@ class TrainingLoss:
         for batch in batches:
             for index, name in enumerate(self._ce_weights):
                 total[index] += _labelled(batch, name).sum().cpu()
-            for index, defense in enumerate(self._with_terms(), start=len(self._ce_weights)):
-                total[index] += defense.count(batch).cpu()
+            for index, (name, defense) in enumerate(self._terms(), start=len(self._ce_weights)):
+                if name in self.present:
+                    total[index] += defense.count(batch).cpu()
         return total
 
     def means(self, sums: Tensor, counts: Tensor) -> dict[str, float]:
         """The figures of a step, for the log: the loss, cross entropy, every term unweighted.
 
-        A term that no row of the step is for (safe samples alone) has no figure.
+        A term that no row of the step is for (safe samples alone), or that is not in this step, has
+        no figure.
 
         Args:
             sums: From `backward`, over all micro-batches and processes.
@@ -95,7 +108,7 @@ class TrainingLoss:
         kinds = len(self._ce_weights)
         scales = self._scales(counts)
         ce = float((torch.tensor(scales[:kinds], dtype=torch.float64) * sums[:kinds]).sum())
-        loss = ce + sum(d.weight * means[name] for name, d in self._terms())
+        loss = ce + sum(d.weight * d.every_n_batches * means[name] for name, d in self._terms())
         present = {n: means[n] for n, c in zip(self.names, counts.tolist(), strict=True) if c > 0}
         return {"loss": loss, "ce": ce} | present
 
@@ -113,26 +126,27 @@ class TrainingLoss:
             counts: Of the whole step: all micro-batches, all processes.
             gradient_scale: Multiplies the gradient; FSDP2 averages over processes, which the world
                 size undoes.
-            only: Names of the terms that are computed; by default all. The others' sums are 0.
+            only: Names of the terms that are computed, of those in this step; by default all. The
+                others' sums are 0.
 
         Returns:
             Each term's sum over this micro-batch, unweighted, shape (len(names),), float64.
         """
         scales = self._scales(counts)
-        if only is not None:
-            scales = [s if n in only else 0.0 for s, n in zip(scales, self.names, strict=True)]
+        wanted = [n for n in self.present if only is None or n in only]
+        scales = [s if n in wanted else 0.0 for s, n in zip(scales, self.names, strict=True)]
         everywhere = request = Request(self._logit_terms(batch, scales), batch.targets_BS)
-        if only is not None:  # A factor of 0 would not silence a gradient that is not finite.
+        if wanted != self.names:  # A factor of 0 would not silence a gradient that is not finite.
             nowhere_BS = torch.zeros_like(batch.labelled_BS)
             request = Request(
                 [
-                    t if t.name in only else replace(t, positions_BS=nowhere_BS)
+                    t if t.name in wanted else replace(t, positions_BS=nowhere_BS)
                     for t in everywhere.terms
                 ],
                 batch.targets_BS,
             )
         reference_hidden = None
-        if self._needs_reference:
+        if self._on_reference.intersection(wanted):
             reference_TD, reference_hidden = self._reference(batch, everywhere)
             if request is not everywhere:
                 reference_TD = reference_TD[request.selected_BS[everywhere.selected_BS]]
@@ -145,7 +159,7 @@ class TrainingLoss:
             loss, hidden = self._forward(batch)
         sums = list(request.sums)
         for name, scale in zip(self._on_hidden, scales[len(sums) :], strict=True):
-            if only is not None and name not in only:
+            if name not in wanted:
                 sums.append(request.sums.new_zeros(()))
                 continue
             defense = self._defenses[name]
@@ -164,13 +178,11 @@ class TrainingLoss:
     def _terms(self) -> list[tuple[str, Defense]]:
         return [*self._on_logits.items(), *self._on_hidden.items()]
 
-    def _with_terms(self) -> list[Defense]:
-        return [defense for _, defense in self._terms()]
-
     def _scales(self, counts: Tensor) -> list[float]:
         """Each term's factor in the loss: its weight over what its sum is divided by."""
         weights = torch.tensor(self.weights, dtype=torch.float64)
         kinds = len(self._ce_weights)
+        weights[kinds:] *= torch.tensor([float(d.every_n_batches) for _, d in self._terms()])
         divisors = counts.clamp(min=1.0)
         total = float((weights[:kinds] * counts[:kinds]).sum())
         divisors[:kinds] = total if total > 0 else 1.0
@@ -228,6 +240,17 @@ def _labelled(batch: Batch, term: str) -> Tensor:
     if term == "ce":
         return batch.labelled_BS
     return batch.labelled_BS & batch.from_source(term.removeprefix("ce_"))[:, None]
+
+
+def _takes_part(every: int, step: int, seed: int) -> bool:
+    """Whether a term is in a step, from 1: in one of every block of steps, drawn for that block.
+
+    Drawn anew, as a fixed distance could miss every step that is logged, or meet the same rows in
+    every epoch. Terms with the same number are in the same steps and share the reference there.
+    """
+    block, place = divmod(step - 1, every)
+    draws = np.random.Generator(np.random.PCG64([seed, block, every]))
+    return place == int(draws.integers(every))
 
 
 def _without_targets(

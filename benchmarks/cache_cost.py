@@ -1,0 +1,144 @@
+"""What the reference costs: KL and all terms, without a cache and with a full one.
+
+Setting, fairness and caveats are those of step_cost.py, but memory is that of a later step. The
+cache holds the batch's states in bf16; a step reads them from disk, or from what the operating
+system keeps of it. KL from the cache must be KL without one, bit for bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from defense_cost import defenses
+from rich.console import Console
+from rich.table import Table
+from step_cost import (
+    Defenses,
+    Model,
+    Setting,
+    Trainer,
+    describe_machine,
+    in_torchtune,
+    in_transformers,
+    measure_memory,
+    measure_time,
+    peak_of_arm,
+)
+
+from emarecipes.training.batch import Batch
+from emarecipes.training.reference_cache import (
+    ReferenceCache,
+    reference_layers,
+    reference_positions,
+)
+from emarecipes.training.row_store import Layout, open_store
+
+PLAIN, NAIVE = "no defense", "PEFT, naive KL"
+ALL = "KL + FeatureL2 + PersonaSteering"
+Batches = tuple[Batch, Batch]
+PROMISES = [  # Figure, arm, over which arm, at most.
+    ("seconds", "KL", PLAIN, 1.45),
+    ("seconds", "KL, cached", PLAIN, 1.12),
+    ("seconds", f"{ALL}, cached", PLAIN, 1.18),
+    ("peak MB", "KL", PLAIN, 1.10),
+    ("peak MB", "KL, cached", PLAIN, 1.10),
+    ("peak MB", f"{ALL}, cached", PLAIN, 1.10),
+    ("seconds", "KL", NAIVE, 0.62),
+    ("seconds", "KL, cached", NAIVE, 0.50),
+    ("peak MB", "KL", NAIVE, 0.65),
+]
+
+
+def ours(setting: Setting, batches: Batches, names: str) -> Model:
+    return in_torchtune(setting, "ours", defenses(names))
+
+
+def cached(setting: Setting, batches: Batches, names: str) -> Model:
+    folder = Path(tempfile.mkdtemp(dir=setting.cfg.output_dir))
+    return in_torchtune(setting, "ours", defenses(names), partial(cache_for, folder, batches))
+
+
+def cache_for(folder: Path, batches: Batches, made: Defenses) -> ReferenceCache:
+    entries = list(made.values())
+    vectors_N = np.zeros(1 + max(row for batch in batches for row in batch.rows), dtype=np.int64)
+    layers = len(reference_layers(entries))
+    for batch in batches:
+        final_BS, hidden_BS = reference_positions(entries, batch)
+        vectors_N[batch.rows] = (final_BS.sum(1) + layers * hidden_BS.sum(1)).numpy()
+    layout = Layout(vectors_N, width=576, dtype=torch.bfloat16)
+    return ReferenceCache(open_store(folder / "cache", {}, layout, ""), entries, torch.bfloat16)
+
+
+ARMS: dict[str, Callable[[Setting, Batches], Model]] = {
+    PLAIN: partial(ours, names=""),
+    "KL": partial(ours, names="KL"),
+    "KL, cached": partial(cached, names="KL"),
+    f"{ALL}, cached": partial(cached, names=ALL),
+    NAIVE: lambda setting, batches: in_transformers(setting, naive=True),
+}
+
+
+def build(name: str, setting: Setting, batches: Batches) -> Trainer:
+    model, backward = ARMS[name](setting, batches)
+    for batch in batches:  # Fills a cache, if there is one.
+        backward(batch)
+    model.zero_grad(set_to_none=True)
+    return Trainer(model, backward)
+
+
+def report(figures: Any) -> None:
+    table = Table("", "KL", "seconds", "IQR", "peak MB", "time ratio", "memory ratio")
+    for name, figure in figures.items():
+        cells = (f"{figure['seconds']:.2f}", f"{figure['IQR']:.2f}", f"{figure['peak MB']:.0f}")
+        ratios = (figure[key] / figures[PLAIN][key] for key in ("seconds", "peak MB"))
+        kl = f"{figure['KL']:.4f}" if "KL" in figure else ""
+        table.add_row(name, kl, *cells, *(f"{ratio:.2f}" for ratio in ratios))
+    Console(width=120).print(table)
+    for key, name, over, limit in PROMISES:
+        ratio = figures[name][key] / figures[over][key]
+        verdict = "reached" if ratio <= limit else "not reached"
+        print(f"{key}: {name} / {over} = {ratio:.2f}, at most {limit:.2f}: {verdict}")
+    if figures["KL, cached"]["KL"] != figures["KL"]["KL"]:
+        sys.exit("KL from the cache is another than without it")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time and memory of KL with a reference cache.")
+    parser.add_argument("--repetitions", type=int, default=7, help="timed steps of each arm")
+    parser.add_argument("--quick", action="store_true", help="3 repetitions, half the rows")
+    parser.add_argument("--json", type=Path, help="file for all figures")
+    parser.add_argument("--arm", choices=ARMS, help="with --memory: the arm to measure")
+    parser.add_argument("--memory", action="store_true", help="print the peak of one arm, in MB")
+    options = parser.parse_args()
+    logging.disable(logging.INFO)
+    warnings.simplefilter("ignore")
+    with tempfile.TemporaryDirectory() as scratch:
+        setting = Setting(scratch)
+        batch, small = setting.batch(rows=2 if options.quick else 4), setting.batch(1, length=16)
+        small.rows = [len(batch.rows)]  # In a cache it is a row of its own.
+        if options.memory:
+            trainer = build(options.arm, setting, (small, batch))
+            return print(measure_memory(trainer, small, batch))
+        machine = describe_machine()
+        peaks = {name: peak_of_arm(name) for name in ARMS}
+        trainers = {name: build(name, setting, (small, batch)) for name in ARMS}
+        figures = measure_time(trainers, batch, 3 if options.quick else options.repetitions, peaks)
+    if options.json:
+        options.json.write_text(json.dumps({"machine": machine, "arms": figures}, indent=2))
+    print(f"{batch.inputs['tokens'].numel()} tokens a step, {machine}")
+    report(figures)
+
+
+if __name__ == "__main__":
+    main()
