@@ -26,7 +26,7 @@ class Run:
         config = toy_run.toy_config(model, self.rows, folder / "out")
         config["tokenizer"]["max_seq_len"] = 64
         safe = toy_defenses.write_safe_rows(folder / "safe.jsonl")
-        self.config: dict[str, Any] = config | {
+        self.config: dict[str, Any] = toy_run.with_variable(config) | {
             "dataset": toy_defenses.interleaved(config["dataset"], safe),
             "shuffle": True,
             "epochs": EPOCHS,
@@ -108,6 +108,19 @@ def test_a_finished_run_is_only_exported_again(run: Run, whole: Run) -> None:
     shutil.copytree(whole.folder / "out", run.folder / "out")
     shutil.rmtree(run.folder / "out/adapter")
     assert run("out", "resume=auto") == 0
+    assert same(run.result("out"), whole.result("out"))
+    # So it is by the config that the run wrote, which is the original's with all values in place.
+    shutil.rmtree(run.folder / "out/adapter")
+    written = run.folder / "out/config.yaml"
+    assert "model_dir" not in written.read_text()
+    moved = f"output_dir={run.folder}/out"
+    assert run_lora(["--config", str(written), moved, "resume=auto"]) == 0
+    assert same(run.result("out"), whole.result("out"))
+
+
+def test_the_config_that_a_run_wrote_trains_the_same_anew(run: Run, whole: Run) -> None:
+    written = whole.folder / "out/config.yaml"
+    assert run_lora(["--config", str(written), f"output_dir={run.folder}/out"]) == 0
     assert same(run.result("out"), whole.result("out"))
 
 
