@@ -69,8 +69,7 @@ def load_config(argv: Sequence[str]) -> tuple[DictConfig, Origin]:
     parser.add_argument("overrides", nargs="*", help="key=value, or ~key to remove an entry")
     arguments, extra = parser.parse_known_args(argv)
     overrides = [*arguments.overrides, *extra]
-    for override in overrides:
-        check_no_secrets(override, "command line")
+    check_no_secrets(overrides, lambda _: "command line")
     path = Path(arguments.config)
     if path.is_relative_to(Path.cwd()):  # As torchtune gives it, absolute; shorter in messages.
         path = path.relative_to(Path.cwd())
@@ -85,8 +84,7 @@ def load_config(argv: Sequence[str]) -> tuple[DictConfig, Origin]:
         variables=frozenset(_VARIABLE.findall(text + " ".join(overrides))),
     )
     try:
-        for key, value in texts(OmegaConf.to_container(cfg, resolve=False)):
-            check_no_secrets(value, origin.at(key))
+        check_no_secrets(OmegaConf.to_container(cfg, resolve=False), origin.at)
         OmegaConf.resolve(cfg)
         missing = OmegaConf.missing_keys(cfg)
         if missing:
@@ -95,8 +93,9 @@ def load_config(argv: Sequence[str]) -> tuple[DictConfig, Origin]:
         key = getattr(error, "full_key", None) or ""
         reason = str(error).splitlines()[0]
         raise UserError(f"{origin.at(key)}: cannot be resolved: {reason}") from None
-    for key, value in texts(OmegaConf.to_container(cfg)):
-        check_no_secrets(value, origin.at(key))
+    plain = OmegaConf.to_container(cfg)
+    check_no_secrets(plain, origin.at)
+    for key, value in texts(plain):
         if "\0" in value:
             raise UserError(f"{origin.at(key)}: must not contain the character NUL")
     _find_inputs(cfg, origin)

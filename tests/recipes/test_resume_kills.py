@@ -71,7 +71,19 @@ def killed(
         for name, tensor in expected.items():
             assert found[name].equal(tensor), f"{output}: {name}"
         assert figures(output) == rows
+        if "reference_cache" in config:
+            assert cache_files(output) == cache_files(folder / "whole")
     return attempts
+
+
+def cache_files(output: Path) -> dict[str, bytes]:
+    """The states and marks of a run's reference cache, which holds every row that it trained on."""
+    (cache,) = output.with_name(f"{output.name}_cache").iterdir()
+    files = {name: (cache / name).read_bytes() for name in ("states.bin", "marks.bin")}
+    rows = json.loads((output / "checkpoints/step_10/run.json").read_text())["rows_per_step"]
+    filled = sum(any(files["marks.bin"][i : i + 8]) for i in range(0, len(files["marks.bin"]), 8))
+    assert filled >= rows * STEPS
+    return files
 
 
 def figures(output: Path) -> list[dict[str, float]]:
@@ -92,8 +104,12 @@ def check_others(attempts: list[dict[str, Any]]) -> None:
 
 
 def test_killed_and_resumed(config: dict[str, Any], tmp_path: Path) -> None:
+    """Also while it fills its reference cache."""
+    config = config | {"reference_cache": "cache"}
     attempts = killed(config, tmp_path, kills=4, seed=1, processes=1)
     assert any(attempt["from"] for attempt in attempts), "no run went on from a checkpoint"
+    places = {attempt["fatal"][0] for attempt in attempts if attempt["killed"]}
+    assert places & {"cache", "cached row"}
 
 
 def test_one_of_two_processes_killed(config: dict[str, Any], tmp_path: Path) -> None:
@@ -106,6 +122,16 @@ def test_killed_at_fifty_moments(config: dict[str, Any], tmp_path: Path) -> None
     assert sum(bool(attempt["partial"]) for attempt in attempts) >= 3, "kills during a save"
     places = {attempt["fatal"][0] for attempt in attempts if attempt["killed"]}
     assert places == {"run", "save", "adapter", "last step"}
+
+
+@pytest.mark.long
+def test_killed_at_fifty_moments_with_a_reference_cache(
+    config: dict[str, Any], tmp_path: Path
+) -> None:
+    config = config | {"reference_cache": "cache"}
+    attempts = killed(config, tmp_path, kills=50, seed=4, processes=1)
+    places = {attempt["fatal"][0] for attempt in attempts if attempt["killed"]}
+    assert places == {"run", "save", "adapter", "last step", "cache", "cached row"}
 
 
 @pytest.mark.long
