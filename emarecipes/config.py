@@ -76,7 +76,12 @@ def load_config(argv: Sequence[str]) -> tuple[DictConfig, Origin]:
 
     text, root, cfg = _read_yaml(path)
     for override in overrides:
-        cfg = _apply_override(cfg, override)
+        try:
+            _apply_override(cfg, override)
+        except UserError:
+            raise
+        except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError) as error:
+            raise UserError(f"command line: {override}: {_first_line(error)}") from None
     origin = Origin(
         path=path,
         lines=dict(_key_lines(root, "")),
@@ -195,7 +200,9 @@ def _key_lines(node: yaml.Node | None, prefix: str) -> Iterable[tuple[str, int]]
             yield from _key_lines(item, f"{prefix}{index}.")
 
 
-def _apply_override(cfg: DictConfig, override: str) -> DictConfig:
+def _apply_override(cfg: DictConfig, override: str) -> None:
+    if override.lstrip("~").startswith("["):
+        raise UserError(f"command line: {override}: a key begins with a name, not with an index")
     if override.startswith("~"):
         parent_key, _, name = override[1:].partition("=")[0].rpartition(".")
         parent = OmegaConf.select(cfg, parent_key) if parent_key else cfg
@@ -204,7 +211,7 @@ def _apply_override(cfg: DictConfig, override: str) -> DictConfig:
             hint = suggestion(name, map(str, known))
             raise UserError(f"command line: {override}: no such key to remove{hint}")
         del parent[name]
-        return cfg
+        return
     key, equals, value = override.partition("=")
     if not equals or not key or key.startswith("-"):
         raise UserError(f"command line: {override}: an override is written key=value, or ~key")
@@ -212,15 +219,9 @@ def _apply_override(cfg: DictConfig, override: str) -> DictConfig:
     node = OmegaConf.select(cfg, key, throw_on_missing=False)
     if value not in ("null", "None") and isinstance(node, DictConfig) and "_component_" in node:
         key += "._component_"
-    try:
-        _nodes(value, f"command line: {override}")
-        parsed = value if "max_filename" in key else OmegaConf.from_dotlist([f"x={value}"])["x"]
-        OmegaConf.update(cfg, key, None if value == "None" else parsed, merge=False)
-    except UserError:
-        raise
-    except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError) as error:
-        raise UserError(f"command line: {override}: {_first_line(error)}") from None
-    return cfg
+    _nodes(value, f"command line: {override}")
+    parsed = value if "max_filename" in key else OmegaConf.from_dotlist([f"x={value}"])["x"]
+    OmegaConf.update(cfg, key, None if value == "None" else parsed, merge=False)
 
 
 def _find_inputs(node: Any, origin: Origin, prefix: str = "") -> None:
