@@ -1,7 +1,9 @@
 """Defenses that cause a mishap at a step: a signal, a value or a gradient that is not finite."""
 
 import os
+import shutil
 import signal
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -18,6 +20,19 @@ class SignalAfter(Defense):
         chosen = rank == int(os.environ.get("SIGNAL_RANK", 0))
         if chosen and os.environ.get("SIGNAL_AFTER") == str(step):
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+class FillsDisk(Defense):
+    """After a step someone else's file takes all room but 16 kB on the disk of `path`."""
+
+    def __init__(self, path: str, step: int) -> None:
+        super().__init__(weight=1.0)
+        self._path, self._step = Path(path), step
+
+    def after_step(self, model: torch.nn.Module, step: int) -> None:
+        if step == self._step:
+            free = shutil.disk_usage(self._path.parent).free
+            self._path.write_bytes(b"x" * (free - 16384))
 
 
 class Broken(Defense):
