@@ -1,14 +1,17 @@
 """Writes checkpoints, adapters and runs onto a disk that gets full.
 
-    python full_disk_run.py CONFIG DISK
+    python full_disk_run.py CONFIG DISK KEPT
 
-DISK is a file system of 3 MB, and the output_dir of CONFIG lies on it. Prints one JSON object a
+DISK is a file system of 3 MB, and the output_dir of CONFIG lies on it; the adapter of the run that
+was resumed is copied to KEPT. Prints one JSON object a
 line: what failed, with which words, and what was on the disk then.
 """
 
 import contextlib
 import io
 import json
+import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -40,7 +43,8 @@ def checkpoint_that_does_not_fit(disk: Path) -> None:
     show("checkpoint", disk, line=line, newest=found and found.counters.step)
 
 
-def run(name: str, config: Path, disk: Path, *overrides: str) -> None:
+def run(name: str, config: Path, disk: Path, *overrides: str, full_after: int = 0) -> None:
+    os.environ |= {"FILL_AFTER": str(full_after), "FILL_FILE": str(disk / "filler")}
     printed = io.StringIO()
     with contextlib.redirect_stderr(printed):
         code = run_lora(["--config", str(config), *overrides])
@@ -51,18 +55,19 @@ def run(name: str, config: Path, disk: Path, *overrides: str) -> None:
 
 
 def main() -> None:
-    config, disk = map(Path, sys.argv[1:])
-    filler = disk / "filler"
+    config, disk, copy = map(Path, sys.argv[1:])
     torch.set_num_threads(1)
     checkpoint_that_does_not_fit(disk)
-    run("no room for step 4", config, disk, "defenses.disk.step=3")
-    filler.unlink()
-    run("resumed", config, disk, "defenses.disk.step=99", "resume=auto")
+    shutil.rmtree(disk / "checkpoints")
+    run("no room for step 4", config, disk, full_after=3)
+    (disk / "filler").unlink()
+    run("resumed", config, disk, "resume=auto")
     # A run that replaces one whose adapter is there fails when it writes its own.
     adapter = disk / "run/adapter/adapter_model.safetensors"
     before = adapter.read_bytes()
+    copy.write_bytes(before)
     more = ["overwrite=true", "save_every_n_steps=null", "seed=9"]
-    run("no room for the adapter", config, disk, "defenses.disk.step=4", *more)
+    run("no room for the adapter", config, disk, *more, full_after=4)
     kept = disk / "run/.replaced/adapter/adapter_model.safetensors"
     show("kept", disk, same=kept.is_file() and kept.read_bytes() == before)
 

@@ -23,16 +23,12 @@ class SignalAfter(Defense):
 
 
 class FillsDisk(Defense):
-    """After a step someone else's file takes all room but 16 kB on the disk of `path`."""
-
-    def __init__(self, path: str, step: int) -> None:
-        super().__init__(weight=1.0)
-        self._path, self._step = Path(path), step
+    """After the step that FILL_AFTER names, FILL_FILE takes all room but 16 kB on its disk."""
 
     def after_step(self, model: torch.nn.Module, step: int) -> None:
-        if step == self._step:
-            free = shutil.disk_usage(self._path.parent).free
-            self._path.write_bytes(b"x" * (free - 16384))
+        if os.environ.get("FILL_AFTER") == str(step):
+            file = Path(os.environ["FILL_FILE"])
+            file.write_bytes(b"x" * (shutil.disk_usage(file.parent).free - 16384))
 
 
 class Broken(Defense):
