@@ -46,7 +46,7 @@ def checkpoint_that_does_not_fit(disk: Path) -> None:
 def run(name: str, config: Path, disk: Path, *overrides: str, full_after: int = 0) -> None:
     os.environ |= {"FILL_AFTER": str(full_after), "FILL_FILE": str(disk / "filler")}
     printed = io.StringIO()
-    with contextlib.redirect_stderr(printed):
+    with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
         code = run_lora(["--config", str(config), *overrides])
     lines = printed.getvalue().splitlines()
     traceback = any(line.startswith("Traceback") for line in lines)
