@@ -14,7 +14,7 @@ help:
 	@echo "make demo          train SmolLM2-135M-Instruct with a KL defense on a CPU, in minutes"
 	@echo "make all-defenses  all defenses at once, with what they need made before, in about 12 min"
 	@echo "make test          lint, types, tests"
-	@echo "make test-long     the tests that kill runs at many moments, in about 5 min"
+	@echo "make test-long     the tests that kill runs at many moments, in about 8 min"
 	@echo "make bench         time and memory of a step beside torchtune and PEFT, of each defense, with a"
 	@echo "                   reference cache, and of ragged rows; quick forms, in about 8 min"
 	@echo "make clean         remove .venv, models/ and runs/"

@@ -6,7 +6,7 @@ themselves. A config that reads it too would be written, resolved, into the run'
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from emarecipes.errors import UserError
@@ -33,18 +33,28 @@ def texts(tree: Any, key: str = "") -> Iterator[tuple[str, str]]:
             yield from texts(value, f"{key}.{index}")
 
 
-def check_no_secrets(text: str, where: str) -> None:
-    """Check that a text neither reads nor holds the value of a variable that is named like a key.
+def check_no_secrets(tree: Any, at: Callable[[str], str]) -> None:
+    """Check that no text of a tree reads or holds a variable that is named like a key.
+
+    Args:
+        tree: A config, as plain containers.
+        at: The place of a dotted key, for the message.
 
     Raises:
-        UserError: It does. The message names the variable, not its value.
+        UserError: One does. The message names the variable, not its value.
     """
-    for name in _READS_ENVIRONMENT.findall(text):
-        if _SECRET_NAME.search(name):
-            raise UserError(f"{where}: reads ${name}, {_WHY}")
-    for name, value in os.environ.items():
-        if len(value) >= _SHORTEST and value in text and _SECRET_NAME.search(name):
-            raise UserError(f"{where}: holds the value of ${name}, {_WHY}")
+    secrets = [
+        (name, value)
+        for name, value in os.environ.items()
+        if len(value) >= _SHORTEST and _SECRET_NAME.search(name)
+    ]
+    for key, text in texts(tree):
+        for name in _READS_ENVIRONMENT.findall(text):
+            if _SECRET_NAME.search(name):
+                raise UserError(f"{at(key)}: reads ${name}, {_WHY}")
+        for name, value in secrets:
+            if value in text:
+                raise UserError(f"{at(key)}: holds the value of ${name}, {_WHY}")
 
 
 _WHY = (

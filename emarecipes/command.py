@@ -7,6 +7,7 @@ mend in a config or a file is one line alone.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -23,6 +24,8 @@ import torch.distributed as dist
 from emarecipes.errors import UserCodeError, UserError
 
 _Result = TypeVar("_Result")
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def together(work: Callable[[], _Result]) -> _Result:
@@ -102,6 +105,8 @@ def explain(error: Exception) -> UserError:
         return error
     if isinstance(error, torch.OutOfMemoryError):
         return UserError("out of the device's memory; lower batch_size")
+    if isinstance(error, OSError) and error.errno in _NO_ROOM:
+        return UserError(f"{error.filename or 'writing'}: {error.strerror}; make room")
     found = UserCodeError(
         f"unexpected {type(error).__name__}: {error}; the traceback above says where. If none of "
         "your own code is in it, please report it, with the config"

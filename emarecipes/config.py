@@ -69,15 +69,19 @@ def load_config(argv: Sequence[str]) -> tuple[DictConfig, Origin]:
     parser.add_argument("overrides", nargs="*", help="key=value, or ~key to remove an entry")
     arguments, extra = parser.parse_known_args(argv)
     overrides = [*arguments.overrides, *extra]
-    for override in overrides:
-        check_no_secrets(override, "command line")
+    check_no_secrets(overrides, lambda _: "command line")
     path = Path(arguments.config)
     if path.is_relative_to(Path.cwd()):  # As torchtune gives it, absolute; shorter in messages.
         path = path.relative_to(Path.cwd())
 
     text, root, cfg = _read_yaml(path)
     for override in overrides:
-        cfg = _apply_override(cfg, override)
+        try:
+            _apply_override(cfg, override)
+        except UserError:
+            raise
+        except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError) as error:
+            raise UserError(f"command line: {override}: {_first_line(error)}") from None
     origin = Origin(
         path=path,
         lines=dict(_key_lines(root, "")),
@@ -85,8 +89,7 @@ def load_config(argv: Sequence[str]) -> tuple[DictConfig, Origin]:
         variables=frozenset(_VARIABLE.findall(text + " ".join(overrides))),
     )
     try:
-        for key, value in texts(OmegaConf.to_container(cfg, resolve=False)):
-            check_no_secrets(value, origin.at(key))
+        check_no_secrets(OmegaConf.to_container(cfg, resolve=False), origin.at)
         OmegaConf.resolve(cfg)
         missing = OmegaConf.missing_keys(cfg)
         if missing:
@@ -95,8 +98,9 @@ def load_config(argv: Sequence[str]) -> tuple[DictConfig, Origin]:
         key = getattr(error, "full_key", None) or ""
         reason = str(error).splitlines()[0]
         raise UserError(f"{origin.at(key)}: cannot be resolved: {reason}") from None
-    for key, value in texts(OmegaConf.to_container(cfg)):
-        check_no_secrets(value, origin.at(key))
+    plain = OmegaConf.to_container(cfg)
+    check_no_secrets(plain, origin.at)
+    for key, value in texts(plain):
         if "\0" in value:
             raise UserError(f"{origin.at(key)}: must not contain the character NUL")
     _find_inputs(cfg, origin)
@@ -196,7 +200,9 @@ def _key_lines(node: yaml.Node | None, prefix: str) -> Iterable[tuple[str, int]]
             yield from _key_lines(item, f"{prefix}{index}.")
 
 
-def _apply_override(cfg: DictConfig, override: str) -> DictConfig:
+def _apply_override(cfg: DictConfig, override: str) -> None:
+    if override.lstrip("~").startswith("["):
+        raise UserError(f"command line: {override}: a key begins with a name, not with an index")
     if override.startswith("~"):
         parent_key, _, name = override[1:].partition("=")[0].rpartition(".")
         parent = OmegaConf.select(cfg, parent_key) if parent_key else cfg
@@ -205,7 +211,7 @@ def _apply_override(cfg: DictConfig, override: str) -> DictConfig:
             hint = suggestion(name, map(str, known))
             raise UserError(f"command line: {override}: no such key to remove{hint}")
         del parent[name]
-        return cfg
+        return
     key, equals, value = override.partition("=")
     if not equals or not key or key.startswith("-"):
         raise UserError(f"command line: {override}: an override is written key=value, or ~key")
@@ -213,15 +219,9 @@ def _apply_override(cfg: DictConfig, override: str) -> DictConfig:
     node = OmegaConf.select(cfg, key, throw_on_missing=False)
     if value not in ("null", "None") and isinstance(node, DictConfig) and "_component_" in node:
         key += "._component_"
-    try:
-        _nodes(value, f"command line: {override}")
-        parsed = value if "max_filename" in key else OmegaConf.from_dotlist([f"x={value}"])["x"]
-        OmegaConf.update(cfg, key, None if value == "None" else parsed, merge=False)
-    except UserError:
-        raise
-    except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError) as error:
-        raise UserError(f"command line: {override}: {_first_line(error)}") from None
-    return cfg
+    _nodes(value, f"command line: {override}")
+    parsed = value if "max_filename" in key else OmegaConf.from_dotlist([f"x={value}"])["x"]
+    OmegaConf.update(cfg, key, None if value == "None" else parsed, merge=False)
 
 
 def _find_inputs(node: Any, origin: Origin, prefix: str = "") -> None:

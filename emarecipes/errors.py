@@ -1,5 +1,13 @@
 """The exceptions that mean "the user can mend this"."""
 
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
 _LONGEST = 1200
 
 
@@ -24,3 +32,18 @@ class UserCodeError(UserError):
 
     Its author needs the traceback of the cause, which commands print above the line.
     """
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """While safetensors writes `path`: what the disk refuses is raised as the OSError that it is.
+
+    safetensors only quotes its number in a text.
+    """
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error

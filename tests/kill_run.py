@@ -28,6 +28,8 @@ import emarecipes.training.recipe
 from emarecipes.training import run_lora
 from emarecipes.training.checkpoint_save import CheckpointSaver
 from emarecipes.training.recipe import LoRATraining
+from emarecipes.training.reference_cache import ReferenceCache
+from emarecipes.training.row_store import RowStore
 
 emarecipes._torchtune.stock_recipe("lora_finetune_single_device")
 emarecipes._torchtune.stock_recipe("lora_finetune_distributed")
@@ -67,7 +69,7 @@ class Calls:
             if place == self.place and not self.at:
                 self.at = before + self.left
             result = function(*args, **kwargs)
-            self.sizes[place] = self.count - before
+            self.sizes[place] = max(self.count - before, self.sizes.get(place, 0))
             return result
 
         setattr(owner, name, watched)
@@ -90,6 +92,9 @@ def child(
     calls.watch("adapter", emarecipes.training.recipe, "save_weights")
     ends = lambda run, step, rows: step % run.steps_per_epoch == 0  # noqa: E731
     calls.watch("last step", LoRATraining, "_step", ends)
+    # Entered only with a reference cache, which such a run fills as it goes.
+    calls.watch("cache", ReferenceCache, "states")
+    calls.watch("cached row", RowStore, "write")
     code = run_lora(["--config", str(config), *overrides])
     sys.setprofile(None)
     if report is not None:
@@ -109,6 +114,8 @@ def launch(
 ) -> list[dict[str, Any]]:
     """Run once; `rank` dies at its call number `fatal`. Returns how each process ended."""
     overrides = [f"output_dir={output}", "resume=auto"]
+    if "reference_cache:" in config.read_text():
+        overrides.append(f"reference_cache={cache_of(output)}")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -140,6 +147,11 @@ def launch(
         code = os.waitstatus_to_exitcode(status)
         ended[r] = {"code": code, "time": time.monotonic(), "log": logs[r].read_text()}
     return ended
+
+
+def cache_of(output: Path) -> Path:
+    """A run's own reference cache: kept over its kills, empty when the next run begins."""
+    return output.with_name(f"{output.name}_cache")
 
 
 def draw(rng: random.Random, sizes: dict[str, int], left: float) -> tuple[str, int]:

@@ -61,6 +61,10 @@ class Broken(Defense):
     def after_step(self, model, step):
         self.fail("after_step")
 
+    def state_dict(self):
+        self.fail("state_dict")
+        return {}
+
     def figures(self):
         self.fail("figures")
         return {}
@@ -85,6 +89,7 @@ METHODS = [
     "hidden_term",
     "after_step",
     "figures",
+    "state_dict",
 ]
 
 
@@ -123,7 +128,7 @@ def test_an_exception_in_a_users_defense(
     tmp_path: Path,
     method: str,
 ) -> None:
-    code, err = run(toy, capfd, tmp_path, method)
+    code, err = run(toy, capfd, tmp_path, method, "save_every_n_steps=1")
     assert code == 1
     last = err.splitlines()[-1]
     assert last.startswith("error: ")

@@ -71,6 +71,14 @@ def test_places(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert origin.at("model.in_features") == "command line: model.in_features"
 
 
+@pytest.mark.parametrize("override", ["[=1", "[x=1", "~[.a", "[0]=1"])
+def test_an_override_that_begins_with_an_index(path: Path, override: str) -> None:
+    with pytest.raises(UserError) as error:
+        load_config(["--config", str(path), override])
+    expected = f"command line: {override}: a key begins with a name, not with an index"
+    assert str(error.value) == expected
+
+
 def test_shipped_files_are_found_from_anywhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import http.server
 import json
+import os
 import re
 import socket
 import threading
@@ -47,6 +48,12 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     put()
     return put
+
+
+@pytest.fixture(autouse=True)
+def _state(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The record of files fetched first is the test's own."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
 
 
 @pytest.fixture
@@ -159,6 +166,34 @@ def test_another_file_than_the_published_one(
     line = error_of(capsys, "toy", "--output", tmp_path / "out", "--from", source)
     assert str(source) in line and message in line
     assert list(tmp_path.iterdir()) == [source]
+
+
+def test_without_a_known_checksum_the_first_file_is_trusted(
+    tmp_path: Path, toy: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    toy(sha256=None, unconfirmed=("sha256",))
+    file = tmp_path / "toy.jsonl"
+    file.write_bytes(CONTENT)
+    digest = hashlib.sha256(CONTENT).hexdigest()
+    assert main(["toy", "--output", str(tmp_path / "one"), "--from", str(file)]) == 0
+    assert f"this one's, {digest}, is in " in capsys.readouterr().out
+    record = Path(os.environ["XDG_STATE_HOME"]) / "emarecipes/first_seen.json"
+    assert json.loads(record.read_text()) == {"toy@c0ffee": digest}
+
+    file.write_bytes(CONTENT.replace(b"B.", b"C."))
+    line = error_of(capsys, "toy", "--output", tmp_path / "two", "--from", file)
+    assert f"that of the file fetched first was {digest} (recorded in {record})" in line
+    assert not (tmp_path / "two").exists()
+    # The same file again, another revision, and a record that was deleted on purpose.
+    file.write_bytes(CONTENT)
+    assert main(["toy", "--output", str(tmp_path / "two"), "--from", str(file)]) == 0
+    toy(sha256=None, unconfirmed=("sha256",), revision="beef")
+    file.write_bytes(CONTENT.replace(b"B.", b"C."))
+    assert main(["toy", "--output", str(tmp_path / "three"), "--from", str(file)]) == 0
+    assert len(json.loads(record.read_text())) == 2
+    record.write_text("[")
+    line = error_of(capsys, "toy", "--output", tmp_path / "four", "--from", file)
+    assert f"{record}: not a record of checksums" in line
 
 
 def test_an_unconfirmed_count_is_only_told(

@@ -1,7 +1,9 @@
 """Defenses that cause a mishap at a step: a signal, a value or a gradient that is not finite."""
 
 import os
+import shutil
 import signal
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -18,6 +20,15 @@ class SignalAfter(Defense):
         chosen = rank == int(os.environ.get("SIGNAL_RANK", 0))
         if chosen and os.environ.get("SIGNAL_AFTER") == str(step):
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+class FillsDisk(Defense):
+    """After the step that FILL_AFTER names, FILL_FILE takes all room but 16 kB on its disk."""
+
+    def after_step(self, model: torch.nn.Module, step: int) -> None:
+        if os.environ.get("FILL_AFTER") == str(step):
+            file = Path(os.environ["FILL_FILE"])
+            file.write_bytes(b"x" * (shutil.disk_usage(file.parent).free - 16384))
 
 
 class Broken(Defense):

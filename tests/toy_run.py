@@ -142,6 +142,18 @@ def toy_config(model_dir: Path, rows: Path, output_dir: Path) -> dict[str, Any]:
     }
 
 
+def with_variable(config: dict[str, Any]) -> dict[str, Any]:
+    """The same config, with the model's folder in a variable of its own, as shipped ones have it.
+
+    What a run writes of it must run again, although nothing there refers to the variable any more.
+    """
+    checkpointer = config["checkpointer"]
+    return config | {
+        "model_dir": checkpointer["checkpoint_dir"],
+        "checkpointer": checkpointer | {"checkpoint_dir": "${model_dir}"},
+    }
+
+
 def write_config(path: Path, config: dict[str, Any]) -> Path:
     OmegaConf.save(OmegaConf.create(config), path)
     return path

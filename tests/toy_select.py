@@ -45,7 +45,7 @@ def select_config(
     model_dir: Path, candidates: Path, adapters: list[Path], output_dir: Path
 ) -> dict[str, Any]:
     training = toy_run.toy_config(model_dir, candidates, output_dir)
-    return {key: training[key] for key in SELECT_KEYS} | {
+    return toy_run.with_variable({key: training[key] for key in SELECT_KEYS}) | {
         "candidates": str(candidates),
         "adapters": [str(adapter) for adapter in adapters],
         "num_rows": 5,

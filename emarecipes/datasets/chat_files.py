@@ -234,6 +234,12 @@ def _local_files(name: str, where: str) -> list[Path]:
         return []
     try:
         if Path(name).is_file():
+            if glob.has_magic(name):
+                # `datasets` would look for, say, rows1.jsonl.
+                raise UserError(
+                    f"{where}: {name} is a file, but *, ? and [ in a name are read as a pattern; "
+                    "rename it"
+                )
             return [Path(name)]
         found = sorted(glob.glob(name, recursive=True)) if glob.has_magic(name) else []  # noqa: PTH207
     except OSError as error:  # Too long a name, for one.

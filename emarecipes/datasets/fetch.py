@@ -26,6 +26,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from emarecipes.config import suggestion
+from emarecipes.datasets._first_seen import check_first_seen, record_path, remember
 from emarecipes.datasets._published_forms import FORMS, Converted
 from emarecipes.datasets.published import PUBLISHED, Published
 from emarecipes.errors import UserError
@@ -83,6 +84,12 @@ def _fetched(entry: Published, target: Path, manifest: dict[str, Any], was_there
         notes.append(f"about {entry.rows} rows were expected; that number is unconfirmed")
     if entry.unconfirmed:
         notes.append(f"unconfirmed: {', '.join(entry.unconfirmed)}")
+    if entry.sha256 is None:
+        notes.append(
+            "no SHA-256 of it is known to us, so nothing tells whether this is the published file; "
+            f"this one's, {manifest['source_sha256']}, is in {record_path()}, and every later "
+            "fetch must give the same"
+        )
     if entry.note:
         notes.append(entry.note)
     files = {file: known["rows"] for file, known in manifest["files"].items()}
@@ -125,12 +132,16 @@ def _write(name: str, entry: Published, target: Path, source: Path | None) -> di
         try:
             file = source or _download(name, entry, staging)
             _check_file(name, entry, file)
+            if entry.sha256 is None:
+                check_first_seen(f"{name}@{entry.revision}", sha256(file))
             converted = FORMS[entry.form](file, name)
             _check_rows(name, entry, file, converted.source_rows)
             folder = staging / "folder"
             folder.mkdir()
             manifest = _fill(folder, name, entry, file, converted)
             folder.replace(target)
+            if entry.sha256 is None:
+                remember(f"{name}@{entry.revision}", manifest["source_sha256"])
         finally:
             shutil.rmtree(staging, ignore_errors=True)
     except OSError as error:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
+from emarecipes.errors import disk_errors
+
 if TYPE_CHECKING:
     from gguf import GGUFReader
 
@@ -100,7 +102,8 @@ def _write_weights(reader: GGUFReader, meta: dict[str, Any], path: Path) -> None
             weight = _unpermute(weight, heads[part])
         tensors[f"model.layers.{layer}.{_LAYER_TENSORS[part]}.{suffix}"] = weight
     # transformers reads a safetensors file only if it says which framework's layout it has.
-    save_file(tensors, path, metadata={"format": "pt"})
+    with disk_errors(path):
+        save_file(tensors, path, metadata={"format": "pt"})
 
 
 def _unpermute(weight: np.ndarray, num_heads: int) -> np.ndarray:

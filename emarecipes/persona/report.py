@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from emarecipes.datasets.rows import file_fingerprints
-from emarecipes.errors import UserError
+from emarecipes.errors import UserError, disk_errors
 from emarecipes.persona.checks import RESULT_FILES
 from emarecipes.training.run_folder import environment
 
@@ -153,9 +153,10 @@ def write_result(result: Result, folder: Path) -> None:
             lines = (json.dumps(answer, ensure_ascii=False) for answer in result.answers)
             (staging / "answers.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         plot(result, staging / "persona.png")
-        save_file(
-            result.vectors, staging / "vectors.safetensors", metadata=_vector_metadata(result)
-        )
+        with disk_errors(folder):
+            save_file(
+                result.vectors, staging / "vectors.safetensors", metadata=_vector_metadata(result)
+            )
         for name in RESULT_FILES:
             if (staging / name).exists():
                 (staging / name).replace(folder / name)

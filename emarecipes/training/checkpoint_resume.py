@@ -14,7 +14,9 @@ from torchtune import utils
 from emarecipes.config import Origin
 from emarecipes.datasets.rows import Rows
 from emarecipes.errors import UserError
+from emarecipes.fingerprint import sampled_digest
 from emarecipes.training.checkpoint import FOLDER, Checkpoint, newest_checkpoint, read_checkpoint
+from emarecipes.training.model_checks import base_files
 from emarecipes.training.run_folder import environment, run_files
 from emarecipes.training.settings import Settings
 
@@ -125,6 +127,33 @@ def check_same_rows(rows: Rows, checkpoint: Checkpoint, origin: Origin) -> None:
         )
 
 
+def check_same_base(cfg: DictConfig, checkpoint: Checkpoint, origin: Origin) -> None:
+    """Check that the frozen model is the one that the adapter was trained on.
+
+    Raises:
+        UserError: A file of it has changed.
+    """
+    now = base_fingerprint(cfg)
+    # A checkpoint of an older version does not say; it is taken at its word.
+    before = checkpoint.run.get("base", now)
+    changed = sorted(name for name in before.keys() | now if before.get(name) != now.get(name))
+    if changed:
+        raise UserError(
+            f"{origin.at('checkpointer.checkpoint_dir')}: {', '.join(changed)} in "
+            f"{cfg.checkpointer.checkpoint_dir} changed since {checkpoint.path} was written: not "
+            "the base that its adapter belongs to. Put the files back, or train anew in another "
+            "output_dir"
+        )
+
+
+def base_fingerprint(cfg: DictConfig) -> dict[str, str]:
+    """A digest of each file of the frozen model: its size, and its first and last megabyte.
+
+    All of it, as the reference cache takes, would cost every start a second a gigabyte.
+    """
+    return {path.name: sampled_digest([path]) for path in base_files(cfg)}
+
+
 def describe_run(
     cfg: DictConfig, stated: dict[str, Any], rows: Rows, world_size: int
 ) -> dict[str, Any]:
@@ -140,6 +169,7 @@ def describe_run(
         "processes": world_size,
         "rows_per_step": cfg.batch_size * cfg.gradient_accumulation_steps * world_size,
         "rows_fingerprint": rows.fingerprint,
+        "base": base_fingerprint(cfg),
         "packages": environment()["packages"],
         "config": stated | {"seed": cfg.seed},
     }

@@ -25,6 +25,7 @@ from emarecipes.errors import UserError
 from emarecipes.training.batch import Collate, make_batch
 from emarecipes.training.checkpoint import Checkpoint
 from emarecipes.training.checkpoint_resume import (
+    check_same_base,
     check_same_rows,
     check_same_run,
     describe_run,
@@ -115,6 +116,8 @@ def check_run(
     if resumed is not None:
         check_same_run(cfg, resumed, origin, world_size)
     check_checkpoint_files(cfg, origin)
+    if resumed is not None:
+        check_same_base(cfg, resumed, origin)
     data_files = check_data_files(cfg, origin)
     if resumed is None:
         _check_inputs_outlive_outputs(cfg, origin, data_files)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from emarecipes._adapter_layout import adapter_layers, adapter_to_hf, exported_scale
 from emarecipes._torchtune_convert import read_config, to_hf
-from emarecipes.errors import UserError
+from emarecipes.errors import UserError, disk_errors
 
 _COPIED_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
 _COPIED_STEMS = ("LICENSE", "NOTICE", "USE_POLICY")
@@ -89,7 +89,8 @@ def save_adapter(
     }
     with replacing(output_dir, marker="adapter_config.json", keep=base_dir) as folder:
         _write_json(folder / "adapter_config.json", peft_config)
-        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        with disk_errors(output_dir):
+            save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def merge_adapter(
@@ -206,7 +207,8 @@ def _write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, shard_byt
     pending: dict[str, Tensor] = {}
 
     def flush() -> None:
-        save_file(pending, folder / f"{len(shards)}.part", metadata={"format": "pt"})
+        with disk_errors(folder):
+            save_file(pending, folder / f"{len(shards)}.part", metadata={"format": "pt"})
         shards.append({name: tensor.nbytes for name, tensor in pending.items()})
         pending.clear()
 

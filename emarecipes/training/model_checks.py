@@ -92,6 +92,16 @@ def check_checkpoint_files(cfg: DictConfig, origin: Origin) -> None:
         raise UserError(f"{origin.at('tokenizer.path')}: no such file or folder: {path}")
 
 
+def base_files(cfg: DictConfig) -> list[Path]:
+    """The files that the frozen model comes from: its weights, and its `config.json`."""
+    folder = Path(str(cfg.checkpointer.checkpoint_dir))
+    names = cfg.checkpointer.get("checkpoint_files")
+    if names is None or hasattr(names, "keys"):  # torchtune's own pattern of names.
+        names = [p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".pt")]
+    paths = [folder / str(name) for name in sorted({*map(str, names), "config.json"})]
+    return [path for path in paths if path.is_file()]
+
+
 def check_rows_fit(cfg: DictConfig, origin: Origin, rows: Rows, model: Any) -> None:
     """Check that the model takes the longest row, padded, and the largest token.
 

@@ -27,7 +27,7 @@ from emarecipes.config import Origin, load_config
 from emarecipes.defenses import SafeLoRA
 from emarecipes.defenses.projection import ModuleProjection
 from emarecipes.defenses.safelora import REPORT, write_report
-from emarecipes.errors import UserError
+from emarecipes.errors import UserError, disk_errors
 from emarecipes.training.export import replacing
 from emarecipes.training.run_folder import environment, write_text
 from emarecipes.training.settings import Entry, parse_settings
@@ -91,7 +91,8 @@ def _project(argv: Sequence[str]) -> None:
     output.mkdir(parents=True, exist_ok=True)
     with replacing(output / "adapter", marker="adapter_config.json", keep=folder) as fresh:
         shutil.copyfile(folder / "adapter_config.json", fresh / "adapter_config.json")
-        save_file(tensors, fresh / "adapter_model.safetensors", metadata={"format": "pt"})
+        with disk_errors(output / "adapter"):
+            save_file(tensors, fresh / "adapter_model.safetensors", metadata={"format": "pt"})
     write_report(output / REPORT, found)
     plot(output / "safelora.png", found)
     cfg.provenance = environment()

@@ -28,6 +28,7 @@ from emarecipes._torchtune import is_nf4
 from emarecipes.defenses import Defense
 from emarecipes.errors import UserError
 from emarecipes.training.batch import Batch, make_batch
+from emarecipes.training.model_checks import base_files
 from emarecipes.training.row_store import Layout, RowStore, open_store
 
 if TYPE_CHECKING:
@@ -208,13 +209,8 @@ def _count_vectors(run: CheckedRun, defenses: list[Defense], quiet: bool) -> tup
 
 def _weights_fingerprint(cfg: Any, quiet: bool) -> dict[str, str]:
     """SHA-256 of the base's weights and config.json, by file name."""
-    folder = Path(cfg.checkpointer.checkpoint_dir)
-    names = cfg.checkpointer.get("checkpoint_files")
-    if names is None or hasattr(names, "keys"):  # torchtune's own pattern of names.
-        names = [p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".pt")]
     found = {}
-    paths = [folder / str(name) for name in sorted({*names, "config.json"})]
-    paths = [path for path in paths if path.is_file()]
+    paths = base_files(cfg)
     size = sum(path.stat().st_size for path in paths)
     with tqdm(total=size, desc="Weights", unit="B", unit_scale=True, disable=quiet) as bar:
         for path in paths:

@@ -122,6 +122,8 @@ def parse_settings(cfg: DictConfig, origin: Origin, kind: type[_Kind], within: s
     """Check the top level of a config against a recipe's settings and fill in defaults.
 
     A key that the recipe does not know is refused, unless another value refers to it as `${key}`.
+    Such a variable is left out: its value is where it was referred to. So a written config, in
+    which nothing refers to it any more, can be run again.
 
     Args:
         cfg: The config, or one of its entries.
@@ -134,8 +136,12 @@ def parse_settings(cfg: DictConfig, origin: Origin, kind: type[_Kind], within: s
     """
     plain: Any = OmegaConf.to_container(cfg)
     prefix = f"{within}." if within else ""
+    if not within:
+        plain = {
+            k: v for k, v in plain.items() if k in kind.model_fields or k not in origin.variables
+        }
     for key in plain:
-        if key in kind.model_fields or (not within and key in origin.variables):
+        if key in kind.model_fields:
             continue
         hint = suggestion(key, kind.model_fields)
         allowed = (

@@ -61,7 +61,7 @@ def config_of(toy_dir: Path, adapters: list[Path], folder: Path) -> dict[str, An
     training = toy_run.toy_config(toy_dir, folder / "none", folder / "out")
     write_jsonl(folder / "pairs.jsonl", PAIRS)
     write_jsonl(folder / "answers/short.jsonl", ANSWERS)
-    return {key: training[key] for key in KEYS} | {
+    return toy_run.with_variable({key: training[key] for key in KEYS}) | {
         "adapters": {"one": str(adapters[0]), "two": str(adapters[1])},
         "probes": {
             "general": {"pairs": str(folder / "pairs.jsonl")},
@@ -195,7 +195,7 @@ def test_the_summary_says_what_it_is_of(done: Path, adapters: list[Path]) -> Non
 def test_a_second_run_needs_overwrite_and_reads_likelihoods_back(
     done: Path, toy_dir: Path, adapters: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = OmegaConf.to_container(OmegaConf.load(done / "config.yaml"))
+    config = OmegaConf.to_container(OmegaConf.load(done / "out/eval.yaml"))
     assert isinstance(config, dict)
     config = {str(key): item for key, item in config.items() if key != "opswap"}
     before = (done / "out/summary.json").read_bytes()

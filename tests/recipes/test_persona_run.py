@@ -47,7 +47,7 @@ def persona_config(folder: Path, model_dir: Path) -> dict[str, Any]:
     (folder / "prompts.yaml").write_text(PROMPTS)
     toy = toy_run.toy_config(model_dir, folder / "rows.jsonl", folder / "out")
     shared = ("output_dir", "tokenizer", "model", "checkpointer", "seed", "device", "dtype")
-    return {key: toy[key] for key in shared} | {
+    return toy_run.with_variable({key: toy[key] for key in shared}) | {
         "prompts": str(folder / "prompts.yaml"),
         "max_new_tokens": 6,
         "batch_size": 5,
@@ -233,7 +233,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"dataset": {"source": "json"}}, "dataset: unknown key"),
         ({"device": "cuda"}, "device: this machine has no usable CUDA device"),
         ({"model.embed_dim": 64}, "the checkpoint is of another architecture"),
-        ({"checkpointer.checkpoint_dir": "absent"}, "checkpoint_dir: no such folder: absent"),
+        ({"model_dir": "absent"}, "checkpoint_dir: no such folder: absent"),
     ],
 )
 def test_config(change: dict[str, Any], expected: str, tmp_path: Path, toy_model_dir: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import toy_defenses
 import toy_run
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from emarecipes.training import run_lora
@@ -26,7 +26,7 @@ class Run:
         config = toy_run.toy_config(model, self.rows, folder / "out")
         config["tokenizer"]["max_seq_len"] = 64
         safe = toy_defenses.write_safe_rows(folder / "safe.jsonl")
-        self.config: dict[str, Any] = config | {
+        self.config: dict[str, Any] = toy_run.with_variable(config) | {
             "dataset": toy_defenses.interleaved(config["dataset"], safe),
             "shuffle": True,
             "epochs": EPOCHS,
@@ -109,6 +109,19 @@ def test_a_finished_run_is_only_exported_again(run: Run, whole: Run) -> None:
     shutil.rmtree(run.folder / "out/adapter")
     assert run("out", "resume=auto") == 0
     assert same(run.result("out"), whole.result("out"))
+    # So it is by the config that the run wrote, which is the original's with all values in place.
+    shutil.rmtree(run.folder / "out/adapter")
+    written = run.folder / "out/config.yaml"
+    assert "model_dir" not in written.read_text()
+    moved = f"output_dir={run.folder}/out"
+    assert run_lora(["--config", str(written), moved, "resume=auto"]) == 0
+    assert same(run.result("out"), whole.result("out"))
+
+
+def test_the_config_that_a_run_wrote_trains_the_same_anew(run: Run, whole: Run) -> None:
+    written = whole.folder / "out/config.yaml"
+    assert run_lora(["--config", str(written), f"output_dir={run.folder}/out"]) == 0
+    assert same(run.result("out"), whole.result("out"))
 
 
 def test_damaged_newest_and_named_older_checkpoints(
@@ -167,6 +180,35 @@ def test_a_config_that_changes_the_result_is_refused(
     arguments = whole.arguments("out", "resume=auto", *overrides)
     assert run_lora(arguments) == 1
     assert expected in capfd.readouterr().err
+
+
+def test_a_base_that_changed_is_refused(
+    run: Run, whole: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(whole.folder / "out", run.folder / "out")
+    base = Path(run.config["model_dir"])
+    kept = shutil.copytree(base, tmp_path / "kept")
+
+    def refused(name: str) -> None:
+        capfd.readouterr()
+        assert run("out", "resume=auto") == 1
+        (error,) = [s for s in capfd.readouterr().err.splitlines() if s.startswith("error: ")]
+        assert f"checkpointer.checkpoint_dir: {name} in {base} changed since {run.folder}" in error
+        shutil.copy2(kept / name, base / name)
+
+    try:
+        tensors = load_file(base / "model.safetensors")
+        tensors["model.norm.weight"][3] *= 1.001
+        save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+        refused("model.safetensors")
+        settings = json.loads((base / "config.json").read_text())
+        (base / "config.json").write_text(json.dumps(settings | {"rms_norm_eps": 1e-6}))
+        refused("config.json")
+        # Written anew with the same content it is the same base.
+        (base / "config.json").write_text(json.dumps(settings))
+        assert run("out", "resume=auto") == 0
+    finally:
+        shutil.copytree(kept, base, dirs_exist_ok=True)
 
 
 def test_harmless_keys_and_more_epochs(run: Run, whole: Run) -> None:

@@ -2,8 +2,12 @@
 
 import json
 import os
+import re
+import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +75,19 @@ def killed(
         for name, tensor in expected.items():
             assert found[name].equal(tensor), f"{output}: {name}"
         assert figures(output) == rows
+        if "reference_cache" in config:
+            per_step = config["batch_size"] * config["gradient_accumulation_steps"]
+            states, marks = cache_files(output)
+            assert (states, marks) == cache_files(folder / "whole")
+            filled = sum(any(marks[i : i + 8]) for i in range(0, len(marks), 8))
+            assert filled >= STEPS * per_step, "a row of the first epoch is not stored"
     return attempts
+
+
+def cache_files(output: Path) -> tuple[bytes, bytes]:
+    """The states of a run's own reference cache, and the marks of its rows."""
+    (cache,) = output.with_name(f"{output.name}_cache").iterdir()
+    return (cache / "states.bin").read_bytes(), (cache / "marks.bin").read_bytes()
 
 
 def figures(output: Path) -> list[dict[str, float]]:
@@ -92,8 +108,12 @@ def check_others(attempts: list[dict[str, Any]]) -> None:
 
 
 def test_killed_and_resumed(config: dict[str, Any], tmp_path: Path) -> None:
+    """Also while it fills its reference cache."""
+    config = config | {"reference_cache": "cache"}
     attempts = killed(config, tmp_path, kills=4, seed=1, processes=1)
     assert any(attempt["from"] for attempt in attempts), "no run went on from a checkpoint"
+    places = {attempt["fatal"][0] for attempt in attempts if attempt["killed"]}
+    assert places & {"cache", "cached row"}
 
 
 def test_one_of_two_processes_killed(config: dict[str, Any], tmp_path: Path) -> None:
@@ -106,6 +126,59 @@ def test_killed_at_fifty_moments(config: dict[str, Any], tmp_path: Path) -> None
     assert sum(bool(attempt["partial"]) for attempt in attempts) >= 3, "kills during a save"
     places = {attempt["fatal"][0] for attempt in attempts if attempt["killed"]}
     assert places == {"run", "save", "adapter", "last step"}
+
+
+@pytest.mark.long
+def test_killed_at_fifty_moments_with_a_reference_cache(
+    config: dict[str, Any], tmp_path: Path
+) -> None:
+    config = config | {"reference_cache": "cache"}
+    attempts = killed(config, tmp_path, kills=50, seed=4, processes=1)
+    places = {attempt["fatal"][0] for attempt in attempts if attempt["killed"]}
+    assert places == {"run", "save", "adapter", "last step", "cache", "cached row"}
+
+
+@pytest.mark.long
+def test_sigterm_to_the_launcher(config: dict[str, Any], tmp_path: Path) -> None:
+    """As a cluster preempts a job: both processes save the same step, and the printed line goes on.
+
+    The launcher kills what is left after its grace; then there would be no checkpoint and no line.
+    """
+    more = {"gradient_accumulation_steps": 1, "epochs": 12, "save_every_n_steps": None}
+    path = toy_run.write_config(tmp_path / "config.yaml", config | more)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    output = tmp_path / "out"
+    command = [toy_run.TUNE, "run", "--nproc_per_node", "2", "recipes/ema_lora.py"]
+    arguments = ["--config", str(path), f"output_dir={output}"]
+    launcher = subprocess.Popen(
+        [*command, *arguments], cwd=toy_run.REPO, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    metrics = output / "metrics.jsonl"
+    while not (metrics.is_file() and len(metrics.read_bytes().splitlines()) >= 3):
+        assert launcher.poll() is None, launcher.communicate()
+        time.sleep(0.02)
+    launcher.send_signal(signal.SIGTERM)
+    printed, errors = launcher.communicate(timeout=300)
+    assert launcher.returncode == 1
+    assert errors.rstrip().endswith("error: interrupted"), errors[-2000:]
+    stopped = re.search(
+        r"Stopped after step (\d+)\. Resume from step (\d+) with: tune (.*)", printed
+    )
+    assert stopped, printed + errors[-2000:]
+    (checkpoint,) = (output / "checkpoints").iterdir()
+    assert checkpoint.name == f"step_{stopped[1]}" == f"step_{stopped[2]}"
+    assert len(figures(output)) == int(stopped[1]) < 12 * STEPS
+    assert printed.count("Stopped after step") == 1, "one of the two processes says it"
+
+    go_on, whole = shlex.split(stopped[3]), tmp_path / "whole"
+    done = subprocess.run([toy_run.TUNE, *go_on], cwd=toy_run.REPO, env=environment)
+    assert done.returncode == 0
+    assert toy_run.tune_run(path, f"output_dir={whole}", processes=2).returncode == 0
+    assert figures(output) == figures(whole)
+    found, expected = (load_file(f / "adapter/adapter_model.safetensors") for f in (output, whole))
+    for name, tensor in expected.items():
+        assert found[name].equal(tensor), name
 
 
 @pytest.mark.long

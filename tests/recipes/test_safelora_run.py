@@ -37,10 +37,11 @@ def write(finished: dict[str, Any], folder: Path, **options: Any) -> Path:
     entry = {
         "_component_": "emarecipes.defenses.SafeLoRA",
         "base_dir": str(finished["base"]),
-        "aligned_dir": str(finished["model"]),
+        "aligned_dir": "${model_dir}",
         **options,
     }
     config = {
+        "model_dir": str(finished["model"]),
         "output_dir": str(folder / "out"),
         "adapter": str(finished["adapter"]),
         "safelora": entry,
@@ -85,6 +86,11 @@ def test_the_published_algorithm_on_a_finished_adapter(
         p / "adapter_config.json" for p in (finished["adapter"], tmp_path / "out/adapter")
     )
     assert one.read_text() == other.read_text()
+    # The config that was written, in which nothing refers to model_dir any more, projects the same.
+    again = ["--config", str(tmp_path / "out/config.yaml"), f"output_dir={tmp_path / 'again'}"]
+    assert run_safelora(again) == 0
+    written = (tmp_path / name / "adapter/adapter_model.safetensors" for name in ("out", "again"))
+    assert next(written).read_bytes() == next(written).read_bytes()
 
 
 def edited(finished: dict[str, Any], folder: Path, **tensors: torch.Tensor | None) -> Path:

@@ -1,0 +1,55 @@
+"""Trust on first use, for published files of which no checksum is known to this project.
+
+The SHA-256 of the first one that was fetched is kept for the user, as SSH keeps a host's key; every
+later fetch of the same revision, into whichever folder, must give the same.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from emarecipes.errors import UserError
+
+
+def record_path() -> Path:
+    """`first_seen.json` in the user's state folder."""
+    state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+    return Path(state).expanduser() / "emarecipes/first_seen.json"
+
+
+def check_first_seen(key: str, digest: str) -> None:
+    """Check a file's SHA-256 against the one that was fetched first, if there was one.
+
+    Raises:
+        UserError: It is another, or the record cannot be read.
+    """
+    known = _read().get(key, digest)
+    if known != digest:
+        raise UserError(
+            f"{key}: its SHA-256 is {digest}, that of the file fetched first was {known} "
+            f"(recorded in {record_path()}): one of them is not the published file. Compare both, "
+            "and delete that line only if you trust the new one"
+        )
+
+
+def remember(key: str, digest: str) -> None:
+    """Record a file that has been written, unless one was before."""
+    record, path = _read(), record_path()
+    if key not in record:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary.write_text(json.dumps(record | {key: digest}, indent=2) + "\n", encoding="utf-8")
+        temporary.replace(path)
+
+
+def _read() -> dict[str, str]:
+    path = record_path()
+    try:
+        record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if not isinstance(record, dict):
+            raise ValueError
+    except ValueError:
+        raise UserError(f"{path}: not a record of checksums; mend or delete it") from None
+    return record
