@@ -69,8 +69,9 @@ def check_evaluation(argv: Sequence[str]) -> CheckedEvaluation:
     check_device(cfg, origin)
     _check_output(cfg, origin)
     check_checkpoint_files(cfg, origin)
-    suites = read_suites(cfg.probes, "probes", origin)
+    suites = read_suites(cfg.probes, "probes", origin, cfg.max_rows)
     found = {name: _read_answers(cfg, origin, name) for name in cfg.answers}
+    _mark_harmless(cfg, origin, found)
     judgement = None if cfg.judge is None else _check_judges(cfg, origin, found)
     try:
         problems = [] if cfg.opswap is None else held_out_problems(cfg.opswap)
@@ -126,6 +127,25 @@ def _read_answers(cfg: DictConfig, origin: Origin, name: str) -> dict[str, list[
         return read_answers(Path(cfg.answers[name]))
     except UserError as error:
         raise UserError(f"{origin.at(f'answers.{name}')}: {error}") from None
+
+
+def _mark_harmless(
+    cfg: DictConfig, origin: Origin, answers: dict[str, dict[str, list[Answer]]]
+) -> None:
+    """Answers of the suites that the config calls harmless, where their own file does not say."""
+    for suite in cfg.harmless:
+        if not any(suite in files for files in answers.values()):
+            known = ", ".join(dict.fromkeys(stem for files in answers.values() for stem in files))
+            raise UserError(
+                f"{origin.at('harmless')}: there are no answers of a suite {suite}; there are "
+                f"those of {known or 'none'}"
+            )
+        for files in answers.values():
+            if suite in files:
+                files[suite] = [
+                    answer.model_copy(update={"harmless": answer.harmless is not False})
+                    for answer in files[suite]
+                ]
 
 
 def _check_judges(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from emarecipes.errors import UserError
-from emarecipes.provider import error_line, provider_model
+from emarecipes.provider import SECONDS_AN_ATTEMPT, error_line, provider_model
 
 Kind = Literal["score", "code", "refusal", "unparsable"]
 
@@ -70,6 +70,7 @@ def ask(
     top_logprobs: int | None = None,
     max_tokens: int | None = None,
     max_connections: int | None = None,
+    timeout: int = SECONDS_AN_ATTEMPT,
 ) -> list[Reply]:
     """What the judge replies to each prompt, at temperature 0.
 
@@ -85,6 +86,7 @@ def ask(
         top_logprobs: How many alternatives of a token to ask for; None: no log-probabilities.
         max_tokens: Of a reply; None leaves it to the provider.
         max_connections: Calls at a time; None leaves it to Inspect.
+        timeout: Seconds that an attempt may take; one that takes longer is made again.
 
     Returns:
         One reply a prompt, in their order.
@@ -92,7 +94,11 @@ def ask(
     Raises:
         UserError: As `check_judge`; or a call failed for good. Nothing is skipped silently.
     """
-    options: dict[str, Any] = {"max_tokens": max_tokens, "max_connections": max_connections}
+    options: dict[str, Any] = {
+        "max_tokens": max_tokens,
+        "max_connections": max_connections,
+        "timeout": timeout,
+    }
     if top_logprobs is not None:
         options |= {"logprobs": True, "top_logprobs": top_logprobs}
     judge = _judge(model_name, options)

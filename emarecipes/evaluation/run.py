@@ -138,6 +138,8 @@ class _Evaluation:
             flat = [line for lines in found.values() for line in lines]
             write_scores(self.folder, suite, flat)
             self._answer_suite(suite, "answers", ANSWERS, flat)
+            harmless = {line["id"] for line in flat if line["harmless"]}
+            self.suites[suite]["harmless_questions"] = len(harmless)
 
     def judge(self) -> None:
         """Ask the judges and add their figures."""

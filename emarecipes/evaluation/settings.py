@@ -13,6 +13,7 @@ from emarecipes.config import Origin, find_input
 from emarecipes.datasets.opswap import TIERS
 from emarecipes.errors import UserError
 from emarecipes.evaluation.figures import REFERENCE
+from emarecipes.provider import SECONDS_AN_ATTEMPT
 from emarecipes.selection.settings import REFUSAL_WORDS
 from emarecipes.training.settings import Entry, ModelSettings, Positive, parse_settings
 
@@ -30,7 +31,9 @@ class EvalSettings(ModelSettings):
 
     adapters: dict[str, str] = Field(default_factory=dict)
     probes: dict[str, Entry] = Field(default_factory=dict)
+    max_rows: Positive | None = None
     answers: dict[str, str] = Field(default_factory=dict)
+    harmless: list[str] = Field(default_factory=list)
     refusal_words: list[str] = Field(default_factory=lambda: list(REFUSAL_WORDS))
     opswap: Entry | None = None
     judge: Entry | None = None
@@ -64,6 +67,7 @@ class JudgeSettings(BaseModel):
         max_tokens: Of a reply.
         max_calls: The most calls that may be needed.
         max_connections: Calls at a time to one provider; null leaves it to Inspect.
+        timeout: Seconds that an attempt at a call may take.
         prices: US dollars a million tokens, of input and output, by provider string.
     """
 
@@ -79,6 +83,7 @@ class JudgeSettings(BaseModel):
     max_tokens: Positive = 16
     max_calls: Positive = 2000
     max_connections: Positive | None = None
+    timeout: Positive = SECONDS_AN_ATTEMPT
     prices: dict[str, Annotated[list[Price], Field(min_length=2, max_length=2)]] = Field(
         default_factory=dict
     )
