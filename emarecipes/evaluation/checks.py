@@ -20,6 +20,7 @@ from emarecipes.evaluation.benign import held_out_problems
 from emarecipes.evaluation.coherence import CoherenceRows, coherence_rows
 from emarecipes.evaluation.contrast import AnswerRow
 from emarecipes.evaluation.figures import SCORES, SUMMARY
+from emarecipes.evaluation.harness import check_harness
 from emarecipes.evaluation.judge import check_judge
 from emarecipes.evaluation.judging import Judgement
 from emarecipes.evaluation.settings import check_eval_settings
@@ -67,6 +68,8 @@ def check_evaluation(argv: Sequence[str]) -> CheckedEvaluation:
     cfg = check_eval_settings(raw, origin)
     check_components(cfg, origin)
     check_device(cfg, origin)
+    if cfg.harness is not None:
+        check_harness(cfg.harness, origin)
     _check_output(cfg, origin)
     check_checkpoint_files(cfg, origin)
     suites = read_suites(cfg.probes, "probes", origin, cfg.max_rows)
