@@ -106,7 +106,7 @@ def ask(
     async def ask_one(prompt: str) -> Reply:
         try:
             output = await judge.generate(prompt, cache=True)
-            reply = _read_reply(output)
+            reply = read_reply(output)
         except Exception as error:
             raise UserError(f"the judge {model_name} failed: {error_line(error)}") from None
         progress(1)
@@ -151,7 +151,8 @@ def expected_score(number: str, alternatives: Sequence[tuple[str, float]]) -> fl
     return sum(n * p for n, p in probability.items()) / mass
 
 
-def _read_reply(output: Any) -> Reply:
+def read_reply(output: Any) -> Reply:
+    """A judge's reply as a score, from Inspect's model output: see `ask`."""
     text = str(output.completion)
     kind, score = read_kind(text), parse_score(text)
     if score is None:
