@@ -108,15 +108,19 @@ def report(shifts: dict[str, dict[int, list[float]]]) -> None:
     rho = spearmanr(SHARES, means).statistic
     print(f"\n{len(general[0])} general questions. Monotone: {rising}; Spearman's rho {rho:.2f}.")
     for low, high in (*pairwise(SHARES), (SHARES[0], SHARES[-1])):
-        rise = [b - a for a, b in zip(general[low], general[high], strict=True)]
-        print(f"{low} to {high} %: {show(question_bootstrap(rise))}")
+        rises = {
+            suite: [b - a for a, b in zip(found[low], found[high], strict=True)]
+            for suite, found in shifts.items()
+        }
+        shown = ", ".join(f"{suite} {show(question_bootstrap(r))}" for suite, r in rises.items())
+        print(f"{low} to {high} %: {shown}")
 
 
 def plot(path: Path, shifts: dict[str, dict[int, list[float]]]) -> None:
     figure, axes = plt.subplots(figsize=(4.8, 3.4), layout="constrained")
     axes.axhline(0, color="#999999", linewidth=0.8)
-    looks = (("#b2182b", "-", "o"), ("#2166ac", "--", "s"))
-    for (suite, label), (colour, dashes, marker) in zip(SUITES.items(), looks, strict=True):
+    looks = (("#b2182b", "-", "o", -0.8), ("#2166ac", "--", "s", 0.8))
+    for (suite, label), (colour, dashes, marker, aside) in zip(SUITES.items(), looks, strict=True):
         found = [question_bootstrap(shifts[suite][share]) for share in SHARES]
         values = [value.estimate for value in found]
         errors = [
@@ -124,8 +128,8 @@ def plot(path: Path, shifts: dict[str, dict[int, list[float]]]) -> None:
             [value.high - value.estimate for value in found],
         ]
         axes.errorbar(
-            SHARES, values, errors, color=colour, linestyle=dashes, marker=marker, capsize=3,
-            label=label,
+            [share + aside for share in SHARES], values, errors, color=colour, linestyle=dashes,
+            marker=marker, capsize=3, label=label,
         )  # fmt: skip
     axes.set_xticks(SHARES)
     axes.set_xlabel("misaligned answers among the training rows (%)")
