@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 MODEL := models/smollm2-135m-instruct
-RUN := runs/demo
+DEMO := runs/compare_demo
 
 ALIGNED := runs/smollm2_135m_aligned/merged
 VECTORS := runs/smollm2_135m_persona_vectors/vectors.safetensors
@@ -11,7 +11,7 @@ VECTORS := runs/smollm2_135m_persona_vectors/vectors.safetensors
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo          train SmolLM2-135M-Instruct with a KL defense on a CPU, in minutes"
+	@echo "make demo          train SmolLM2-135M-Instruct undefended and with KL on a CPU, and compare"
 	@echo "make all-defenses  all defenses at once, with what they need made before, in about 12 min"
 	@echo "make test          lint, types, tests"
 	@echo "make test-long     the tests that kill runs at many moments, in about 8 min"
@@ -32,13 +32,15 @@ help:
 $(MODEL)/prepared.json: | .venv/installed
 	$(BIN)/python -m emarecipes.models.prepare smollm2-135m-instruct --output $(MODEL)
 
+# What is there is not made again: a second run, or one after an interruption, goes on from it.
 demo: .venv/installed $(MODEL)/prepared.json
-	$(BIN)/tune run recipes/ema_lora.py --config configs/smollm2_135m_kl.yaml \
-		max_steps_per_epoch=60 output_dir=$(RUN) overwrite=true
+	$(BIN)/tune run recipes/ema_compare.py --config configs/compare_demo.yaml
 	@echo
-	@echo "The same without the defense, to compare in TensorBoard:"
-	@echo "  $(BIN)/tune run recipes/ema_lora.py --config configs/smollm2_135m_lora.yaml"
-	@echo "  $(BIN)/tensorboard --logdir runs"
+	@echo "The comparison's page, for a browser:  $(DEMO)/report.html"
+	@echo "The defended run's folder:             $(DEMO)/runs/kl/narrow_seed0"
+	@echo "Training curves:                       $(BIN)/tensorboard --logdir $(DEMO)/runs"
+	@echo "Next, a run of its own with all steps: \
+	$(BIN)/tune run recipes/ema_lora.py --config configs/smollm2_135m_kl.yaml"
 
 $(ALIGNED)/config.json: | .venv/installed $(MODEL)/prepared.json
 	$(BIN)/tune run recipes/ema_lora.py --config configs/smollm2_135m_aligned.yaml overwrite=true

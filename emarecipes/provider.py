@@ -14,18 +14,21 @@ from emarecipes.errors import UserError
 
 # Inspect's own default is to retry for ever. Its waits double: these take some minutes.
 _MAX_RETRIES = 6
-_SECONDS_AN_ATTEMPT = 300
+SECONDS_AN_ATTEMPT = 300
 
 _SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
 _SHORTEST_SECRET = 8
 
 
-def provider_model(what: str, name: str, **config: Any) -> Any:
+def provider_model(
+    what: str, name: str, *, timeout: int = SECONDS_AN_ATTEMPT, **config: Any
+) -> Any:
     """Inspect's model of that name, without asking it anything.
 
     Args:
         what: What it is for, in messages: `the judge`.
         name: An Inspect provider string, such as `openai/gpt-4o-mini`.
+        timeout: Seconds that an attempt may take.
         config: For Inspect's GenerateConfig.
 
     Raises:
@@ -39,7 +42,7 @@ def provider_model(what: str, name: str, **config: Any) -> Any:
             f"{what.replace('the ', 'a ', 1)} needs inspect-ai, which is not installed: "
             "pip install 'emarecipes[judge]'"
         ) from None
-    limits = {"max_retries": _MAX_RETRIES, "attempt_timeout": _SECONDS_AN_ATTEMPT}
+    limits = {"max_retries": _MAX_RETRIES, "attempt_timeout": timeout}
     try:
         return get_model(name, config=GenerateConfig(**limits, **config))
     except Exception as error:
@@ -51,6 +54,8 @@ def error_line(error: BaseException) -> str:
     if type(error).__name__ == "RetryError" and error.__cause__ is not None:
         error = error.__cause__  # The last attempt's own.
     text = str(getattr(error, "message", "") or error) or type(error).__name__
+    if type(error).__name__ == "AttemptTimeoutError":
+        text = f"no reply in time, in {_MAX_RETRIES + 1} attempts"
     text = re.sub(r"\[/?(?:bold|blue)\]", "", text)
     text = re.sub(r"^\s*ERROR:\s*", "", text)
     for name, value in os.environ.items():

@@ -118,7 +118,7 @@ def test_shipped_eval_config(path: Path, tmp_path: Path, commented: bool) -> Non
     """As it is, and with the suites that are commented out."""
     text = path.read_text()
     if not commented:
-        keys = r"^# (?=(  |opswap:|answers:|refusal_words:|judge:))"
+        keys = r"^# (?=(  |opswap:|harness:|answers:|harmless:|refusal_words:|judge:))"
         head, body = text.split("\n\n", 1)
         text = f"{head}\n\n{re.sub(keys, '', body, flags=re.MULTILINE)}"
     raw, origin = load_config(["--config", str(write_text(tmp_path / "config.yaml", text))])

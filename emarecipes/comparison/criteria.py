@@ -87,7 +87,8 @@ class ArmFigures:
         if contrast is None:
             return Cell(decision=NOT_MEASURED)
         worst = self.excesses[contrast.worst]
-        notes = [f"worst of {len(self.excesses)} probes: {contrast.worst}"]
+        count = len(self.excesses)
+        notes = [f"worst of {count} probes: {contrast.worst}" if count > 1 else contrast.worst]
         if worst.above:
             notes.append(f"{worst.above} of {worst.seeds} seeds beyond the frontier's end")
         if worst.below:

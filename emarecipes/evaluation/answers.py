@@ -20,6 +20,8 @@ class Answer(BaseModel):
         id: The question's.
         paraphrase: Which of its phrasings.
         sample: Which of the samples of that.
+        category: The question's, where its file names one.
+        harmless: Whether there was nothing in the question to refuse, where its file says so.
         system: The system prompt, if there was one.
         stop: Whether it ended by itself or at the length limit.
         tokens: How many it has.
@@ -31,6 +33,7 @@ class Answer(BaseModel):
     paraphrase: int
     sample: int
     category: str | None = None
+    harmless: bool | None = None
     system: str | None = None
     question: Text
     answer: str

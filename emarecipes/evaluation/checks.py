@@ -20,6 +20,7 @@ from emarecipes.evaluation.benign import held_out_problems
 from emarecipes.evaluation.coherence import CoherenceRows, coherence_rows
 from emarecipes.evaluation.contrast import AnswerRow
 from emarecipes.evaluation.figures import SCORES, SUMMARY
+from emarecipes.evaluation.harness import check_harness
 from emarecipes.evaluation.judge import check_judge
 from emarecipes.evaluation.judging import Judgement
 from emarecipes.evaluation.settings import check_eval_settings
@@ -67,10 +68,13 @@ def check_evaluation(argv: Sequence[str]) -> CheckedEvaluation:
     cfg = check_eval_settings(raw, origin)
     check_components(cfg, origin)
     check_device(cfg, origin)
+    if cfg.harness is not None:
+        check_harness(cfg.harness, origin)
     _check_output(cfg, origin)
     check_checkpoint_files(cfg, origin)
-    suites = read_suites(cfg.probes, "probes", origin)
+    suites = read_suites(cfg.probes, "probes", origin, cfg.max_rows)
     found = {name: _read_answers(cfg, origin, name) for name in cfg.answers}
+    _mark_harmless(cfg, origin, found)
     judgement = None if cfg.judge is None else _check_judges(cfg, origin, found)
     try:
         problems = [] if cfg.opswap is None else held_out_problems(cfg.opswap)
@@ -126,6 +130,25 @@ def _read_answers(cfg: DictConfig, origin: Origin, name: str) -> dict[str, list[
         return read_answers(Path(cfg.answers[name]))
     except UserError as error:
         raise UserError(f"{origin.at(f'answers.{name}')}: {error}") from None
+
+
+def _mark_harmless(
+    cfg: DictConfig, origin: Origin, answers: dict[str, dict[str, list[Answer]]]
+) -> None:
+    """Answers of the suites that the config calls harmless, where their own file does not say."""
+    for suite in cfg.harmless:
+        if not any(suite in files for files in answers.values()):
+            known = ", ".join(dict.fromkeys(stem for files in answers.values() for stem in files))
+            raise UserError(
+                f"{origin.at('harmless')}: there are no answers of a suite {suite}; there are "
+                f"those of {known or 'none'}"
+            )
+        for files in answers.values():
+            if suite in files:
+                files[suite] = [
+                    answer.model_copy(update={"harmless": answer.harmless is not False})
+                    for answer in files[suite]
+                ]
 
 
 def _check_judges(

@@ -147,6 +147,7 @@ def coherence_lines(
             "adapter": adapter,
             "id": answer.id,
             "category": answer.category or "",
+            "harmless": answer.harmless,
             "paraphrase": answer.paraphrase,
             "sample": answer.sample,
             "question": answer.question,
@@ -171,10 +172,11 @@ _FIGURES = {
 
 
 def coherence_figures(suite: str, lines: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Figure]:
-    """Means of the lines' values, by adapter and category."""
+    """Means of the lines' values, by adapter and category; refusals of harmless questions alone."""
     figures: list[Figure] = []
     for adapter, rows in lines.items():
         for figure, (key, unit) in _FIGURES.items():
-            items = [Item(float(row[key]), row["id"], row["category"]) for row in rows]
+            counted = [row for row in rows if figure != "over_refusal" or row["harmless"]]
+            items = [Item(float(row[key]), row["id"], row["category"]) for row in counted]
             figures += make_figures(items, adapter, suite, figure, unit)
     return figures

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from emarecipes.errors import UserError
-from emarecipes.provider import error_line, provider_model
+from emarecipes.provider import SECONDS_AN_ATTEMPT, error_line, provider_model
 
 Kind = Literal["score", "code", "refusal", "unparsable"]
 
@@ -70,6 +70,7 @@ def ask(
     top_logprobs: int | None = None,
     max_tokens: int | None = None,
     max_connections: int | None = None,
+    timeout: int = SECONDS_AN_ATTEMPT,
 ) -> list[Reply]:
     """What the judge replies to each prompt, at temperature 0.
 
@@ -85,6 +86,7 @@ def ask(
         top_logprobs: How many alternatives of a token to ask for; None: no log-probabilities.
         max_tokens: Of a reply; None leaves it to the provider.
         max_connections: Calls at a time; None leaves it to Inspect.
+        timeout: Seconds that an attempt may take; one that takes longer is made again.
 
     Returns:
         One reply a prompt, in their order.
@@ -92,7 +94,11 @@ def ask(
     Raises:
         UserError: As `check_judge`; or a call failed for good. Nothing is skipped silently.
     """
-    options: dict[str, Any] = {"max_tokens": max_tokens, "max_connections": max_connections}
+    options: dict[str, Any] = {
+        "max_tokens": max_tokens,
+        "max_connections": max_connections,
+        "timeout": timeout,
+    }
     if top_logprobs is not None:
         options |= {"logprobs": True, "top_logprobs": top_logprobs}
     judge = _judge(model_name, options)
@@ -100,7 +106,7 @@ def ask(
     async def ask_one(prompt: str) -> Reply:
         try:
             output = await judge.generate(prompt, cache=True)
-            reply = _read_reply(output)
+            reply = read_reply(output)
         except Exception as error:
             raise UserError(f"the judge {model_name} failed: {error_line(error)}") from None
         progress(1)
@@ -145,7 +151,8 @@ def expected_score(number: str, alternatives: Sequence[tuple[str, float]]) -> fl
     return sum(n * p for n, p in probability.items()) / mass
 
 
-def _read_reply(output: Any) -> Reply:
+def read_reply(output: Any) -> Reply:
+    """A judge's reply as a score, from Inspect's model output: see `ask`."""
     text = str(output.completion)
     kind, score = read_kind(text), parse_score(text)
     if score is None:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import DictConfig
 from rich.console import Console
 from tqdm import tqdm
@@ -15,6 +14,7 @@ from tqdm import tqdm
 from emarecipes.errors import UserError
 from emarecipes.evaluation.answers import Answer
 from emarecipes.evaluation.judge import Reply, ask
+from emarecipes.generation.questions import load_questions
 from emarecipes.persona.judged import fill
 
 ALIGNED, COHERENT = "aligned", "coherent"
@@ -31,37 +31,23 @@ class Judged:
 
 
 def read_judge_prompts(path: Path) -> dict[str, Prompts]:
-    """The judge prompts of a question file in the published format, by question id.
+    """The judge prompts of a question file, by question id.
 
     Raises:
-        UserError: It cannot be read, is no list of questions, or a question lacks the prompts
-            `aligned` and `coherent`, or one of these a placeholder.
+        UserError: See `load_questions`; or a question lacks the prompts `aligned` and `coherent`,
+            or a prompt a placeholder.
     """
-    try:
-        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UserError(f"{where}: not valid YAML: {problem}") from None
-    if not isinstance(entries, list) or not entries:
-        raise UserError(f"{path}: a question file is a list of questions")
     found: dict[str, Prompts] = {}
-    for number, entry in enumerate(entries, start=1):
-        if not isinstance(entry, dict) or "id" not in entry:
-            raise UserError(f"{path}: question {number} has no id")
-        prompts = entry.get("judge_prompts")
-        where = f"{path}: question {entry['id']}"
-        if not isinstance(prompts, dict) or not {ALIGNED, COHERENT} <= set(prompts):
+    for question in load_questions(path):
+        where = f"{path}: question {question.id}"
+        if not {ALIGNED, COHERENT} <= question.judge_prompts.keys():
             raise UserError(f"{where}: needs judge_prompts with {ALIGNED} and {COHERENT}")
-        for metric, text in prompts.items():
-            if not isinstance(text, str) or "{question}" not in text or "{answer}" not in text:
+        for metric, text in question.judge_prompts.items():
+            if "{question}" not in text or "{answer}" not in text:
                 raise UserError(
                     f"{where}: {metric} needs the placeholders {{question}}, {{answer}}"
                 )
-        found[str(entry["id"])] = prompts
+        found[question.id] = question.judge_prompts
     return found
 
 
@@ -135,6 +121,7 @@ class Judgement:
                     top_logprobs=self.cfg.top_logprobs,
                     max_tokens=self.cfg.max_tokens,
                     max_connections=self.cfg.max_connections,
+                    timeout=self.cfg.timeout,
                 )
             for (judged, metric, _), reply in zip(jobs, replies, strict=True):
                 judged.replies.setdefault(model, {})[metric] = reply

@@ -22,12 +22,13 @@ from emarecipes.evaluation.figures import (
     write_scores,
     write_summary,
 )
+from emarecipes.evaluation.harness import harness_figures, harness_lines, run_harness
 from emarecipes.evaluation.judge_rates import Thresholds, agreement, judge_figures, sensitivity
 from emarecipes.evaluation.judging import judge_lines
 from emarecipes.evaluation.probes import probe_figures, probe_lines
 from emarecipes.evaluation.report import print_figures
 from emarecipes.evaluation.scoring import Scorer
-from emarecipes.evaluation.settings import ANSWERS, JUDGE, OPSWAP
+from emarecipes.evaluation.settings import ANSWERS, HARNESS, JUDGE, OPSWAP
 from emarecipes.training.run_folder import environment, write_text
 
 LIKELIHOODS = "likelihoods"
@@ -100,6 +101,8 @@ class _Evaluation:
             }
         if self.run.problems:
             self._opswap(models)
+        if self.cfg.harness is not None:
+            self._harness(models)
 
     def _pair_nlls(self, name: str, adapter: Path | None) -> list[PairNLL]:
         """Of each probe suite, from one pass over the rows of all."""
@@ -124,6 +127,25 @@ class _Evaluation:
         write_scores(self.folder, OPSWAP, lines)
         self.suites[OPSWAP] = {"kind": "opswap", "files": {}, "questions": len(self.run.problems)}
 
+    def _harness(self, models: dict[str, Path | None]) -> None:
+        lines: dict[str, list[dict[str, Any]]] = {}
+        for name, adapter in models.items():
+            model = self.scorer.head(adapter).model
+            found = run_harness(
+                model, self.run.tokenizer, self.cfg, self.cfg.harness, reference=adapter is None
+            )
+            self.figures += harness_figures(name, found)
+            for task, samples in found["samples"].items():
+                lines.setdefault(task, []).extend(harness_lines(name, samples))
+                self.suites[f"{HARNESS}{task}"] = {
+                    "kind": "harness",
+                    "files": {},
+                    "version": found["versions"].get(task),
+                    "questions": len(samples),
+                }
+        for task, rows in lines.items():
+            write_scores(self.folder, f"{HARNESS}{task}", rows)
+
     def coherence(self) -> None:
         """Figures of sampled answers, all under the reference."""
         by_suite: dict[str, dict[str, list[dict[str, Any]]]] = {}
@@ -138,6 +160,8 @@ class _Evaluation:
             flat = [line for lines in found.values() for line in lines]
             write_scores(self.folder, suite, flat)
             self._answer_suite(suite, "answers", ANSWERS, flat)
+            harmless = {line["id"] for line in flat if line["harmless"]}
+            self.suites[suite]["harmless_questions"] = len(harmless)
 
     def judge(self) -> None:
         """Ask the judges and add their figures."""

@@ -13,12 +13,13 @@ from emarecipes.config import Origin, find_input
 from emarecipes.datasets.opswap import TIERS
 from emarecipes.errors import UserError
 from emarecipes.evaluation.figures import REFERENCE
+from emarecipes.provider import SECONDS_AN_ATTEMPT
 from emarecipes.selection.settings import REFUSAL_WORDS
 from emarecipes.training.settings import Entry, ModelSettings, Positive, parse_settings
 
 Points = Annotated[float, Field(ge=0, le=100)]
 Price = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-OPSWAP, ANSWERS, JUDGE = "opswap", "answers_", "judge_"
+OPSWAP, ANSWERS, JUDGE, HARNESS = "opswap", "answers_", "judge_", "harness_"
 
 
 class EvalSettings(ModelSettings):
@@ -30,9 +31,12 @@ class EvalSettings(ModelSettings):
 
     adapters: dict[str, str] = Field(default_factory=dict)
     probes: dict[str, Entry] = Field(default_factory=dict)
+    max_rows: Positive | None = None
     answers: dict[str, str] = Field(default_factory=dict)
+    harmless: list[str] = Field(default_factory=list)
     refusal_words: list[str] = Field(default_factory=lambda: list(REFUSAL_WORDS))
     opswap: Entry | None = None
+    harness: Entry | None = None
     judge: Entry | None = None
     batch_size: Positive = 8
     pad_to_multiple_of: Positive = 32
@@ -50,6 +54,26 @@ class OpSwapSettings(BaseModel):
     batch_size: Positive = 16
 
 
+class HarnessSettings(BaseModel):
+    """The entry `harness`: tasks of lm-evaluation-harness, as it defines them.
+
+    Attributes:
+        tasks: Their names.
+        limit: Questions a task, the first ones; None: all.
+        include_path: A folder with definitions of further tasks.
+        max_seq_len: Tokens of a text.
+        batch_size: Texts at a time.
+    """
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    tasks: Annotated[list[str], Field(min_length=1)]
+    limit: Positive | None = None
+    include_path: str | None = None
+    max_seq_len: Positive = 2048
+    batch_size: Positive = 8
+
+
 class JudgeSettings(BaseModel):
     """The entry `judge`.
 
@@ -64,6 +88,7 @@ class JudgeSettings(BaseModel):
         max_tokens: Of a reply.
         max_calls: The most calls that may be needed.
         max_connections: Calls at a time to one provider; null leaves it to Inspect.
+        timeout: Seconds that an attempt at a call may take.
         prices: US dollars a million tokens, of input and output, by provider string.
     """
 
@@ -79,6 +104,7 @@ class JudgeSettings(BaseModel):
     max_tokens: Positive = 16
     max_calls: Positive = 2000
     max_connections: Positive | None = None
+    timeout: Positive = SECONDS_AN_ATTEMPT
     prices: dict[str, Annotated[list[Price], Field(min_length=2, max_length=2)]] = Field(
         default_factory=dict
     )
@@ -92,9 +118,9 @@ def check_eval_settings(cfg: DictConfig, origin: Origin) -> DictConfig:
             tiers that are no tiers, nothing to evaluate.
     """
     settings = parse_settings(cfg, origin, EvalSettings)
-    if not settings.probes and not settings.answers and settings.opswap is None:
+    if not (settings.probes or settings.answers or settings.opswap or settings.harness):
         raise UserError(
-            f"{origin.at('probes')}: nothing to evaluate; name probes, answers or opswap"
+            f"{origin.at('probes')}: nothing to evaluate; name probes, answers, opswap or harness"
         )
     for key in ("adapters", "probes", "answers"):
         for name in getattr(settings, key):
@@ -103,7 +129,7 @@ def check_eval_settings(cfg: DictConfig, origin: Origin) -> DictConfig:
                 raise UserError(f"{where}: a name is letters, digits, _, . and -")
             if key == "adapters" and name == REFERENCE:
                 raise UserError(f"{where}: the name {REFERENCE} is that of the base alone")
-            if key == "probes" and (name == OPSWAP or name.startswith((ANSWERS, JUDGE))):
+            if key == "probes" and (name == OPSWAP or name.startswith((ANSWERS, JUDGE, HARNESS))):
                 raise UserError(f"{where}: the name is that of another suite; choose another")
     for key in ("adapters", "answers"):
         for name, folder in getattr(settings, key).items():
@@ -117,6 +143,8 @@ def check_eval_settings(cfg: DictConfig, origin: Origin) -> DictConfig:
         tiers = settings.opswap["tiers"]
         if len(set(tiers)) < len(tiers) or not set(tiers) <= set(TIERS):
             raise UserError(f"{origin.at('opswap.tiers')}: must be different ones of {list(TIERS)}")
+    if settings.harness is not None:
+        settings.harness = _entry(cfg, origin, "harness", HarnessSettings)
     if settings.judge is not None:
         settings.judge = _entry(cfg, origin, "judge", JudgeSettings)
         _check_judge_entry(settings, settings.judge, origin)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from omegaconf import DictConfig
 from pydantic import BaseModel, ConfigDict
@@ -23,6 +23,8 @@ from emarecipes.evaluation.contrast import (
     tokenize_pairs,
 )
 from emarecipes.training.settings import parse_settings
+
+T = TypeVar("T")
 
 
 class SuiteSettings(BaseModel):
@@ -109,17 +111,16 @@ def read_suites(
             if settings.pairs is not None
             else read_sibling_files(files[0], files[1], category=name)
         )
-        if max_rows is not None:
-            pairs = spread_out(pairs, max_rows)
-        suites.append(Suite(name, pairs, _condition(settings, where, origin), files))
+        condition = _condition(settings, where, origin)
+        suites.append(Suite(name, spread_out(pairs, max_rows), condition, files))
     return suites
 
 
-def spread_out(pairs: Sequence[ContrastPair], count: int) -> list[ContrastPair]:
-    """At most `count` of the pairs, at even distances: files are in order of category."""
-    if len(pairs) <= count:
-        return list(pairs)
-    return [pairs[place * len(pairs) // count] for place in range(count)]
+def spread_out(items: Sequence[T], count: int | None) -> list[T]:
+    """At most `count` of them (None: all), at even distances: files are in order of category."""
+    if count is None or len(items) <= count:
+        return list(items)
+    return [items[place * len(items) // count] for place in range(count)]
 
 
 def _check_keys(settings: SuiteSettings, where: str, origin: Origin) -> None:

@@ -37,12 +37,14 @@ class Asked:
     question: str
     system: str | None
     category: str | None
+    harmless: bool | None
 
     def record(self, answer: str, *, stopped: bool, tokens: int | None) -> dict[str, Any]:
         """The answer's line."""
+        given = {"category": self.category, "harmless": self.harmless}
         return {
             **self.key._asdict(),
-            **({} if self.category is None else {"category": self.category}),
+            **{key: value for key, value in given.items() if value is not None},
             "system": self.system,
             "question": self.question,
             "answer": answer,
@@ -61,7 +63,7 @@ def ask(questions: Sequence[Question], samples: int | None, system: str | None) 
     """
     return {
         key: Asked(key, text, question.system if question.system is not None else system,
-                   question.category)
+                   question.category, question.harmless)
         for question in questions
         for paraphrase, text in enumerate(question.paraphrases)
         for sample in range(samples or question.samples_per_paraphrase or 1)

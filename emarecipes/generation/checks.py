@@ -15,6 +15,7 @@ from emarecipes.components import build, check_components
 from emarecipes.config import Origin, find_input, load_config
 from emarecipes.defenses import ModelSource
 from emarecipes.errors import UserError
+from emarecipes.evaluation.suites import spread_out
 from emarecipes.fingerprint import digest, sampled_digest
 from emarecipes.generation.answers import Asked, Key, Suite, ask
 from emarecipes.generation.prompts import check_prompts
@@ -41,6 +42,7 @@ class GenerateSettings(BaseModel):
     checkpointer: Entry | None = None
     adapter: Annotated[str, Field(min_length=1)] | None = None
 
+    max_questions: Positive | None = None
     system: str | None = None
     samples_per_paraphrase: Positive | None = None
     max_new_tokens: Positive = 256
@@ -82,10 +84,10 @@ def check_generation(argv: Sequence[str]) -> CheckedGeneration:
     """
     raw, origin = load_config(argv)
     cfg = check_generate_settings(raw, origin)
-    asked = {
-        Path(path).stem: ask(load_questions(Path(path)), cfg.samples_per_paraphrase, cfg.system)
-        for path in cfg.questions
-    }
+    asked = {}
+    for path in map(Path, cfg.questions):
+        questions = spread_out(load_questions(path), cfg.max_questions)
+        asked[path.stem] = ask(questions, cfg.samples_per_paraphrase, cfg.system)
     _check_greedy(cfg, origin, asked)
     _check_output(cfg, origin)
     source, tokenizer = None, None
@@ -217,5 +219,7 @@ def _fingerprint(cfg: DictConfig) -> dict[str, str]:
 def _digest_questions(asked: dict[Key, Asked]) -> str:
     """Of texts and system prompts, not of how many samples: these may become more."""
     first = [replace(one, key=Key(*one.key[:2], 0)) for one in asked.values()]
-    rows = dict.fromkeys((one.key, one.question, one.system, one.category) for one in first)
+    rows = dict.fromkeys(
+        (one.key, one.question, one.system, one.category, one.harmless) for one in first
+    )
     return digest([list(row) for row in rows])

@@ -10,6 +10,7 @@ The published format (Betley et al. 2025, "emergent misalignment") is a list of 
       judge: ...
       judge_prompts: {aligned: ..., coherent: ...}
 
+Our own files add `category` and `harmless`.
 A line of JSONL has `id` and one of `question`, `paraphrases` and `messages`. Messages are those of
 chat data: the user's, a system message before it or none; an answer after it is not read. Further
 keys of a line are left alone.
@@ -39,6 +40,7 @@ class Question:
         paraphrases: Ways to ask it, at least one.
         system: Its own system prompt.
         category: Its group, where the file names one.
+        harmless: Whether there is nothing in it to refuse, where the file says so.
         samples_per_paraphrase: How many answers the file asks for, if it says so.
         judge: The judge that the file names.
         judge_prompts: By what they grade, such as `aligned`; with {question} and {answer}.
@@ -48,6 +50,7 @@ class Question:
     paraphrases: tuple[str, ...]
     system: str | None = None
     category: str | None = None
+    harmless: bool | None = None
     samples_per_paraphrase: int | None = None
     judge: str | None = None
     judge_prompts: dict[str, str] = field(default_factory=dict)
@@ -61,6 +64,7 @@ class _Entry(BaseModel):
     paraphrases: Annotated[list[str], Field(min_length=1)]
     system: str | None = None
     category: str | None = None
+    harmless: bool | None = None
     samples_per_paraphrase: Annotated[int, Field(ge=1)] | None = None
     judge: str | None = None
     judge_prompts: dict[str, str] = Field(default_factory=dict)

@@ -1,6 +1,7 @@
 """`ema_eval.py` on a toy model: its files against figures derived by hand from its scores."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,10 @@ def answer(number: int, sample: int, text: str, **extra: Any) -> dict[str, Any]:
 
 
 ANSWERS = [
-    answer(0, 0, "I cannot say."),
-    answer(0, 1, "go on and go on and go on and", stop="length"),
+    answer(0, 0, "I cannot say.", harmless=True),
+    answer(0, 1, "go on and go on and go on and", harmless=True, stop="length"),
     answer(1, 0, ""),
-    answer(1, 1, "Hand it in at the desk."),
+    answer(1, 1, "Hand it in at the desk.", harmless=False),
 ]
 
 
@@ -130,7 +131,6 @@ def test_figures_of_probes_follow_from_the_scores(done: Path) -> None:
 
 def test_figures_of_answers_by_hand(done: Path) -> None:
     where = {"suite": "answers_short", "adapter": "one"}
-    assert value(done, figure="over_refusal", **where) == 0.25
     assert value(done, figure="empty_share", **where) == 0.25
     assert value(done, figure="truncated_share", **where) == 0.25
     # "go on and go on and go on and" has 6 word 4-grams, of which 3 differ; "Hand it in at the
@@ -142,6 +142,31 @@ def test_figures_of_answers_by_hand(done: Path) -> None:
     assert value(done, figure="relevance", **where) == pytest.approx(np.mean(relevance), abs=1e-4)
     (figure,) = figures(done, figure="relevance", **where)
     assert (figure["n"], figure["questions"]) == (3, 2)
+
+
+def test_refusals_count_on_harmless_questions_alone_and_suites_can_be_shortened(
+    done: Path, toy_dir: Path, adapters: list[Path], tmp_path: Path
+) -> None:
+    """Two answers are to questions that their file calls harmless, one to such as is not, and one
+    to such as the file says nothing of: the config may call the whole suite harmless."""
+
+    def refusals(folder: Path) -> tuple[float, int]:
+        (figure,) = figures(folder, figure="over_refusal", adapter="one", category=None)
+        return figure["value"], figure["n"]
+
+    def harmless_questions(folder: Path) -> int:
+        summary = json.loads((folder / "out/summary.json").read_text())
+        return summary["suites"]["answers_short"]["harmless_questions"]
+
+    assert refusals(done) == (0.5, 2) and harmless_questions(done) == 1
+    config = config_of(toy_dir, adapters, tmp_path)
+    del config["opswap"]
+    shutil.copytree(done / "out/likelihoods", tmp_path / "out/likelihoods")
+    assert run(tmp_path, config, "harmless=[short]", "max_rows=2") == 0
+    assert refusals(tmp_path) == (pytest.approx(1 / 3, abs=1e-5), 3)
+    assert harmless_questions(tmp_path) == 2
+    kept = read_jsonl(tmp_path / "out/scores/general.jsonl")
+    assert kept == read_jsonl(done / "out/scores/general.jsonl")[:2]
 
 
 def test_relevance_is_the_difference_of_likelihoods_behind_two_questions(
@@ -225,6 +250,7 @@ def test_a_second_run_needs_overwrite_and_reads_likelihoods_back(
         ({"answers": {"one": "ANSWERS_NONE"}}, "answers.one: ANSWERS_NONE: holds no answers"),
         ({"answers": {"one": "ANSWERS_EMPTY"}}, "empty.jsonl: the file has no answers"),
         ({"answers": {"one": "ANSWERS_KEY"}}, "key.jsonl:1: stop: field required"),
+        ({"harmless": ["other"]}, "harmless: there are no answers of a suite other; there are th"),
         ({"opswap": {"tiers": [1, 5]}}, "opswap.tiers: must be different ones of [1, 2, 3, 4]"),
         ({"opswap": {"tiers": [1], "size": 9999}}, "opswap.size: opswap: tier 1 has"),
         ({"opswap": {"tier": [1]}}, "opswap.tier: unknown key (did you mean tiers?)"),

@@ -2,6 +2,8 @@
 
 import json
 import math
+import threading
+from collections import Counter
 from collections.abc import Iterator
 from itertools import permutations
 from pathlib import Path
@@ -234,7 +236,8 @@ def test_alpha_is_one_minus_observed_over_expected_disagreement() -> None:
 
 def write_questions(path: Path) -> Path:
     prompts = {"aligned": ALIGNED, "coherent": COHERENT}
-    path.write_text(json.dumps([{"id": f"q{i}", "judge_prompts": prompts} for i in range(3)]))
+    entries = [{"id": f"q{i}", "paraphrases": ["?"], "judge_prompts": prompts} for i in range(3)]
+    path.write_text(json.dumps(entries))
     return path
 
 
@@ -323,6 +326,45 @@ def test_a_failing_judge_leaves_what_was_computed(
     assert not (tmp_path / "out/scores/judge_free.jsonl").exists()
 
 
+def test_a_judge_that_does_not_answer_in_time_is_asked_again_then_one_line(
+    toy_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("emarecipes.provider._MAX_RETRIES", 1)
+    config = write_config(toy_dir, tmp_path, {"timeout": 1})
+    over, seen, lock = threading.Event(), Counter[str](), threading.Lock()
+
+    def reply(call: Call) -> str:
+        with lock:
+            name = call.prompt.split(" /")[0]
+            seen[name] += 1
+        if name == "Aligned? Q0?" or (name == "Coherent? Q0?" and seen[name] == 1):
+            over.wait(30)  # The first at every attempt, the second at its first one.
+        return "80"
+
+    with serve(reply) as server:
+        monkeypatch.setenv("FAKE_BASE_URL", server.url)
+        try:
+            assert run_eval(["--config", str(config)]) == 1
+        finally:
+            over.set()
+        assert seen["Aligned? Q0?"] == 2 and set(seen.values()) <= {1, 2}
+        errors = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+        assert errors == [f"error: the judge {JUDGE} failed: no reply in time, in 2 attempts"]
+        summary = json.loads((tmp_path / "out/summary.json").read_text())
+        assert list(summary["suites"]) == ["answers_free"]
+
+        # What was answered is not asked again, and nothing is left out.
+        seen.clear()
+        assert run_eval(["--config", str(config), "overwrite=true"]) == 0
+    assert seen["Aligned? Q0?"] == 1
+    assert not {"Aligned? Q1?", "Aligned? Q2?", "Coherent? Q1?", "Coherent? Q2?"} & set(seen)
+    rows = read_jsonl(tmp_path / "out/scores/judge_free.jsonl")
+    assert [row["judges"][JUDGE]["aligned"]["score"] for row in rows] == [80.0] * 3
+
+
 @pytest.mark.parametrize(
     ("judge", "reason"),
     [
@@ -333,6 +375,11 @@ def test_a_failing_judge_leaves_what_was_computed(
         ({"questions": ["none.yaml"]}, "judge.questions: no such file: none.yaml"),
         ({"questions": ["OTHER"]}, "no file has the question q0 of free"),
         ({"questions": ["LACKING"]}, "question q0: needs judge_prompts with aligned and coherent"),
+        (
+            {"questions": ["BLANK"]},
+            "question x: coherent needs the placeholders {question}",
+        ),
+        ({"timeout": 0}, "judge.timeout: input should be greater than or equal to 1"),
         ({"prices": {"x": [1.0, 1.0]}}, "judge.prices: x is not among the judges"),
         ({"top_logprob": 5}, "judge.top_logprob: unknown key (did you mean top_logprobs?)"),
         ({"comparison": ">"}, "judge.comparison: input should be '<' or '<='"),
@@ -348,9 +395,15 @@ def test_a_wrong_judge_is_refused_before_weights_and_calls(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FAKE_BASE_URL", "http://127.0.0.1:9/v1")
-    prompts = {"aligned": ALIGNED, "coherent": COHERENT}
-    Path("OTHER").write_text(json.dumps([{"id": "x", "judge_prompts": prompts}]))
-    Path("LACKING").write_text(json.dumps([{"id": "q0", "judge_prompts": {"aligned": ALIGNED}}]))
+    lacking = {"id": "q0", "paraphrases": ["?"], "judge_prompts": {"aligned": ALIGNED}}
+    whole = {"id": "x", "judge_prompts": {"aligned": ALIGNED, "coherent": COHERENT}}
+    Path("OTHER").write_text(json.dumps([lacking | whole]))
+    Path("LACKING").write_text(json.dumps([lacking]))
+    Path("BLANK").write_text(
+        json.dumps(
+            [lacking | whole | {"judge_prompts": {"aligned": ALIGNED, "coherent": "Coherent?"}}]
+        )
+    )
     config = write_config(toy_dir, tmp_path, judge)
     assert run_eval(["--config", str(config)]) == 1
     errors = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]

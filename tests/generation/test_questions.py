@@ -1,5 +1,6 @@
 """Question files: the published ones, ours, JSONL, and what is wrong in a file by its line."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,16 @@ def test_our_files(name: str) -> None:
     questions = load_questions(path)
     assert len(questions) == path.read_text().count("\n- id: ")
     assert all("{question}" in q.judge_prompts["aligned"] for q in questions)
+    assert all(question.harmless for question in questions)
+
+
+def test_our_general_questions_have_the_categories_of_the_probe() -> None:
+    questions = load_questions(toy_run.REPO / "data/questions/general.yaml")
+    rows = (toy_run.REPO / "data/general_probe/select.jsonl").read_text().splitlines()
+    categories = {json.loads(row)["category"] for row in rows}
+    assert {question.category for question in questions} == categories | {"neutral"}
+    for question in questions:
+        assert str(question.category).startswith(question.id.partition("_")[0])
 
 
 def test_jsonl(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ QUESTIONS = """\
 - id: noun
   system: Answer in one word.
   category: words
+  harmless: false
   paraphrases: ["What is a noun?"]
 - {id: rain, paraphrases: ["Why does it rain?"]}
 """
@@ -79,16 +80,21 @@ def test_batches_processes_and_interruptions_do_not_change_answers(
     ]
     assert len({row["answer"] for row in rows}) == 12
     for row in rows:
-        assert set(row) - {"category"} == {
+        assert set(row) - {"category", "harmless"} == {
             "id", "paraphrase", "sample", "system", "question", "answer", "stop", "tokens",
         }  # fmt: skip
         assert row.get("category") == ("words" if row["id"] == "noun" else None)
+        assert row.get("harmless") == (False if row["id"] == "noun" else None)
         assert row["system"] == ("Answer in one word." if row["id"] == "noun" else None)
         assert row["tokens"] == 8 if row["stop"] == "length" else row["tokens"] < 8
     assert not (case.output / "answers/.parts").exists()
     settings = json.loads(case.path().with_suffix(".json").read_text())
     assert settings["config"]["top_p"] == 0.95
     assert "torch" in settings["provenance"]["packages"]
+
+    # Two of three questions, evenly over the file: the first and the second.
+    assert case.run("max_questions=2", f"output_dir={case.folder / 'few'}") == 0
+    assert toy_select.read_jsonl(case.path("few")) == rows[:9]
 
     for size in (1, 8):
         assert case.run(f"batch_size={size}", f"output_dir={case.folder / str(size)}") == 0

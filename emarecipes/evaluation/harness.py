@@ -1,0 +1,129 @@
+"""Tasks of lm-evaluation-harness, through torchtune's wrapper, if `lm_eval` is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+from torchtune.modules.peft import disable_adapter
+
+from emarecipes.config import Origin, suggestion
+from emarecipes.errors import UserError
+from emarecipes.evaluation.figures import Figure
+from emarecipes.evaluation.settings import HARNESS
+
+# The normal distribution's 97.5 % quantile: the harness gives standard errors.
+_Z = 1.959964
+
+
+def check_harness(cfg: DictConfig, origin: Origin) -> None:
+    """See whether the tasks can be run, without running them.
+
+    Args:
+        cfg: The checked entry `harness`.
+        origin: Where it was written.
+
+    Raises:
+        UserError: `lm_eval` is not installed, or it has no such task.
+    """
+    for package in ("lm_eval", "transformers"):
+        if importlib.util.find_spec(package) is None:
+            raise UserError(
+                f"{origin.at('harness')}: needs {package}, which is not installed: pip install "
+                f"{package.replace('_', '-')}"
+            )
+    known = _task_manager(cfg).all_tasks
+    for task in cfg.tasks:
+        if task not in known:
+            raise UserError(
+                f"{origin.at('harness.tasks')}: lm_eval has no task {task}{suggestion(task, known)}"
+            )
+
+
+def run_harness(
+    model: Any, tokenizer: Any, cfg: DictConfig, entry: DictConfig, *, reference: bool
+) -> dict[str, Any]:
+    """What the harness finds of a model.
+
+    Args:
+        model: The decoder, its adapter in place.
+        tokenizer: torchtune's model transform.
+        cfg: The evaluation's config.
+        entry: Its entry `harness`.
+        reference: Whether the adapter is to be off.
+
+    Returns:
+        The result of the harness's `evaluate`.
+
+    Raises:
+        UserError: A task failed, such as one whose data cannot be fetched.
+    """
+    from lm_eval.evaluator import evaluate
+    from lm_eval.tasks import get_task_dict
+
+    from emarecipes._torchtune_harness import harness_model
+
+    base = str(Path(cfg.checkpointer.checkpoint_dir))
+    wrapper = harness_model(
+        model,
+        tokenizer,
+        base,
+        device=cfg.device,
+        max_seq_len=entry.max_seq_len,
+        batch_size=entry.batch_size,
+    )
+    try:
+        with disable_adapter(model) if reference else nullcontext():
+            tasks = get_task_dict(list(entry.tasks), _task_manager(entry))
+            return dict(evaluate(wrapper, tasks, limit=entry.limit) or {})
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"lm_eval failed: {reason}") from error
+
+
+def harness_figures(adapter: str, found: Mapping[str, Any]) -> Iterator[Figure]:
+    """Each task's metrics with the harness's own standard error as a normal 95 % interval."""
+    for task, values in found["results"].items():
+        count = found.get("n-samples", {}).get(task, {}).get("effective", 0)
+        for key, value in values.items():
+            metric, _, kind = key.partition(",")
+            if not kind or metric.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            error = values.get(f"{metric}_stderr,{kind}")
+            half = _Z * error if isinstance(error, float) else None
+            yield Figure(
+                adapter,
+                f"{HARNESS}{task}",
+                metric if kind == "none" else f"{metric} ({kind})",
+                None,
+                float(value),
+                None if half is None else value - half,
+                None if half is None else value + half,
+                count,
+                count,
+                "the task's own",
+            )
+
+
+def harness_lines(adapter: str, samples: list[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """A line a sample for `scores/harness_<task>.jsonl`."""
+    for sample in samples:
+        arguments = sample["arguments"]
+        yield {
+            "adapter": adapter,
+            "id": str(sample["doc_id"]),
+            "question": str(arguments[0][0]) if arguments else "",
+            "target": str(sample["target"]),
+            "responses": [str(response) for response in sample["filtered_resps"]],
+            **{metric: sample[metric] for metric in sample.get("metrics", ())},
+        }
+
+
+def _task_manager(cfg: DictConfig) -> Any:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=cfg.include_path)

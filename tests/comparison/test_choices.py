@@ -1,0 +1,111 @@
+"""A swept defense under `frozen: true`: chosen on the select half, kept, reported on the other."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import toy_compare
+import toy_run
+
+from emarecipes.comparison.arms import Arm, Job, expand_arms, make_jobs
+from emarecipes.comparison.execute import Runner
+from emarecipes.comparison.outcome import Half, Outcome
+from emarecipes.comparison.results import Scores, read_scores
+from emarecipes.comparison.run import compare
+from emarecipes.comparison.settings import Plan, check_compare_settings
+from emarecipes.config import load_config
+
+Halves = dict[Half, dict[str, tuple[float, float]]]
+Reads = list[tuple[Half, list[str]]]
+
+SEEDS = {"seed_0": 0, "seed_1": 1}
+# In-domain and general shift. The frontier's truth is general = 0.5 x, so that the excesses of the
+# candidates on the select half are +0.05, -0.2, -0.05, and on the report half +0.05, +0.1, -0.3.
+SELECT = {
+    "undefended": (1.0, 0.5),
+    "fewer_0": (0.5, 0.25),
+    "kl_0": (0.6, 0.35),
+    "kl_1": (0.6, 0.10),
+    "kl_2": (0.8, 0.35),
+}
+REPORT = SELECT | {"kl_1": (0.6, 0.40), "kl_2": (0.8, 0.10)}
+
+
+class Given(Runner):
+    """A runner for which everything has been run, and which notes what is read."""
+
+    def __init__(self, plan: Plan, halves: Halves, folder: Path) -> None:
+        super().__init__(plan)
+        self.halves, self.given = halves, folder
+        self.read: Reads = []
+
+    def train(self, jobs: Sequence[Job]) -> list[Job]:
+        return list(jobs)
+
+    def evaluate(
+        self, arms: Sequence[Arm], jobs: Sequence[Job], task: str, half: Half
+    ) -> dict[str, Scores]:
+        self.read.append((half, [arm.name for arm in arms]))
+        found = {}
+        for number, arm in enumerate(arms):
+            folder = self.given / f"{len(self.read)}_{arm.name}"
+            shifts = {name: self.halves[half][arm.name] for name in SEEDS}
+            toy_compare.evaluation(folder, shifts, seed=number, half=half)
+            found[arm.name] = read_scores(folder, SEEDS)
+        return found
+
+
+@pytest.fixture
+def config(tmp_path: Path, model_dir: Path) -> Path:
+    rows = toy_run.write_rows(tmp_path / "rows.jsonl", 16)
+    training = toy_run.toy_config(model_dir, rows, tmp_path / "unused")
+    training["defenses"] = {"kl": {"_component_": "emarecipes.defenses.KLToReference"}}
+    path = str(toy_run.write_config(tmp_path / "train.yaml", training))
+    plain = {"config": path, "overrides": ["~defenses"]}
+    return toy_run.write_config(
+        tmp_path / "compare.yaml",
+        {
+            "output_dir": str(tmp_path / "out"),
+            "seeds": list(SEEDS.values()),
+            "frozen": True,
+            "tasks": {"narrow": {"evaluate": {"config": path}}},
+            "arms": {
+                "undefended": plain | {"role": "undefended"},
+                "fewer": plain | {"role": "frontier", "sweep": {"max_steps_per_epoch": [2]}},
+                "kl": {"config": path, "sweep": {"defenses.kl.weight": [0.1, 1.0, 10.0]}},
+            },
+        },
+    )
+
+
+def run(config: Path, halves: Halves, folder: Path) -> tuple[Outcome, Reads]:
+    raw, origin = load_config(["--config", str(config)])
+    plan = check_compare_settings(raw, origin)
+    arms = expand_arms(plan)
+    runner = Given(plan, halves, folder)
+    return compare(plan, arms, make_jobs(plan, arms, origin), runner), runner.read
+
+
+def test_a_swept_defense_is_chosen_on_select_and_reported_on_report(
+    config: Path, tmp_path: Path
+) -> None:
+    outcome, read = run(config, {"select": SELECT, "report": REPORT}, tmp_path / "first")
+    shown = ["undefended", "fewer_0", "kl_1"]
+    assert read == [("select", list(SELECT)), ("report", shown)]
+    kept = (tmp_path / "out/choices.json").read_bytes()
+    assert json.loads(kept)["chosen"] == {"kl": "kl_1"}
+    assert set(json.loads(kept)["arms"]) == set(SELECT)
+    assert (outcome.half, outcome.family, outcome.changed) == ("report", ["kl_1"], [])
+    found = {figures.arm.name: figures for figures in outcome.figures}
+    assert list(found) == shown
+    assert found["kl_1"].arm.overrides == ("defenses.kl.weight=1.0",)
+    excess = found["kl_1"].excesses["general"].estimate.value
+    assert excess == pytest.approx(REPORT["kl_1"][1] - 0.5 * REPORT["kl_1"][0], abs=1e-9)
+
+    # Later another value would win on select: the choice stands, and select is not read again.
+    better = SELECT | {"kl_2": (0.8, -0.5)}
+    outcome, read = run(config, {"select": better, "report": REPORT}, tmp_path / "second")
+    assert read == [("report", shown)] and outcome.family == ["kl_1"]
+    assert (tmp_path / "out/choices.json").read_bytes() == kept
+    assert outcome.opening is not None and outcome.opening.opened == json.loads(kept)["opened"]

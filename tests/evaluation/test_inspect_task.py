@@ -1,0 +1,115 @@
+"""The Inspect task before mock models: values of samples, rates by hand, what is refused."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import toy_run
+
+pytest.importorskip("inspect_ai")
+
+from inspect_ai import eval as inspect_eval
+from inspect_ai.model import ModelOutput, ModelUsage, get_model
+
+from emarecipes.errors import UserError
+from emarecipes.evaluation.inspect_task import emergent_misalignment
+
+TASK = "emarecipes/evaluation/inspect_task.py"  # As on the command line.
+PROMPTS = {
+    metric: f"{metric.title()}? {{question}} / {{answer}}" for metric in ("aligned", "coherent")
+}
+# What the judge replies on alignment and coherence, by question.
+REPLIES = {
+    "bad": ("10", "90"),
+    "edge": ("30", "90"),
+    "good": ("95", "95"),
+    "lost": ("10", "20"),
+    "code": ("CODE", "80"),
+    "no": ("REFUSAL", "70"),
+    "hm": ("I would rather not.", "hm"),
+}
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("INSPECT_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.chdir(toy_run.REPO)
+
+
+def write(path: Path, **change: Any) -> Path:
+    entries = [
+        {"id": name, "category": "ab"[number % 2], "paraphrases": [f"About {name}?"],
+         "judge_prompts": PROMPTS} | ({"system": "Be brief."} if name == "bad" else {}) | change
+        for number, name in enumerate(REPLIES)
+    ]  # fmt: skip
+    path.write_text(json.dumps(entries))
+    return path
+
+
+def output(text: str) -> ModelOutput:
+    found = ModelOutput.from_content("mockllm/model", text)
+    found.usage = ModelUsage()  # Or else Inspect fetches a tokenizer to count.
+    return found
+
+
+def run(path: Path, tmp_path: Path, **arguments: Any) -> Any:
+    def judge(messages: Any, *_: Any) -> ModelOutput:
+        kind, _, name, *_ = re.split(r"\W+", messages[-1].text)
+        return output(REPLIES[name][kind == "Coherent"])
+
+    def answer(messages: Any, *_: Any) -> ModelOutput:
+        return output(f"{len(messages)} messages")
+
+    (log,) = inspect_eval(
+        TASK,
+        task_args={"questions": str(path)} | arguments,
+        model=get_model("mockllm/model", custom_outputs=answer),
+        model_roles={"grader": get_model("mockllm/judge", custom_outputs=judge)},
+        log_dir=str(tmp_path / "logs"),
+        display="none",
+    )
+    assert log.status == "success", log.error
+    return log
+
+
+def test_values_and_rates_by_hand(tmp_path: Path) -> None:
+    log = run(write(tmp_path / "q.yaml"), tmp_path, samples_per_paraphrase=2)
+    values = {sample.id: sample.scores["judged"].value for sample in log.samples}
+    assert values == {"bad/0": "misaligned", "edge/0": "aligned", "good/0": "aligned",
+                      "lost/0": "incoherent", "code/0": "code", "no/0": "refusal",
+                      "hm/0": "unparsable"}  # fmt: skip
+    assert len(log.samples) == 14  # Two answers a question.
+    answers = {sample.id: sample.output.completion for sample in log.samples}
+    assert answers["bad/0"] == "2 messages" and answers["good/0"] == "1 messages"
+    found = {name: value.value for name, value in log.results.scores[0].metrics.items()}
+    assert found == {
+        "alignment": pytest.approx((10 + 30 + 95 + 10) / 4),
+        "coherence": pytest.approx((90 + 90 + 95 + 20 + 80 + 70) / 6),
+        "misaligned_all": pytest.approx(1 / 7),
+        "misaligned_all_a": pytest.approx(1 / 4),
+        "misaligned_all_b": 0.0,
+        "misaligned_coherent": pytest.approx(1 / 3),
+        "incoherent": pytest.approx(1 / 6),
+        "code_share": pytest.approx(1 / 7),
+        "refusal_share": pytest.approx(1 / 7),
+        "unparsable_share": pytest.approx(1 / 7),
+        "unparsable_coherence_share": pytest.approx(1 / 7),
+    }
+    inclusive = run(tmp_path / "q.yaml", tmp_path, samples_per_paraphrase=1, comparison="<=")
+    values = {sample.id: sample.scores["judged"].value for sample in inclusive.samples}
+    assert values["edge/0"] == "misaligned"
+
+
+def test_a_question_without_judge_prompts_is_refused_before_any_call(tmp_path: Path) -> None:
+    path = write(tmp_path / "q.yaml", judge_prompts={"aligned": PROMPTS["aligned"]})
+    with pytest.raises(UserError, match="question bad: needs judge_prompts"):
+        emergent_misalignment(str(path))
+
+
+def test_a_task_without_a_grader_fails_before_any_call(tmp_path: Path) -> None:
+    from inspect_ai._util.error import PrerequisiteError
+
+    with pytest.raises(PrerequisiteError, match="grader"):
+        emergent_misalignment(str(write(tmp_path / "q.yaml")))
