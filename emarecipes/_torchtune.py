@@ -9,6 +9,7 @@ import importlib.util
 import logging
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +34,9 @@ from torchtune.training.checkpointing import _checkpointer
 from emarecipes.components import build
 from emarecipes.config import Origin
 from emarecipes.errors import UserError
+
+# torchtune's norm computes in float32 with scales in bf16: as meant, and nothing to be done about.
+warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
 
 # Elements whose scales torchao quantizes together: a tensor or shard must hold whole ones.
 NF4_BLOCK = 64 * 256

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import warnings
 from collections.abc import Iterator, Sequence
 
 from omegaconf import DictConfig
@@ -33,8 +32,6 @@ def run_plan(argv: Sequence[str]) -> int:
     Returns:
         The exit code: 0; 1 after a `UserError`, or if the step does not fit `--gpu-memory`.
     """
-    # As in training: torchtune's norm computes in float32 with scales in bf16.
-    warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
     fits: list[bool] = []
     code = run_alone("emarecipes.plan", lambda arguments: fits.append(_plan(arguments)), argv)
     return code or int(not fits[0])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-import warnings
 from collections.abc import Sequence
 
 import torch
@@ -38,8 +37,6 @@ def run_cache(argv: Sequence[str]) -> int:
 
 
 def _run(argv: Sequence[str], *, train: bool) -> int:
-    # torchtune's norm computes in float32 with scales in bf16, once said a run.
-    warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
     distributed = training.is_distributed()
     if distributed:
         dist.init_process_group("cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo")
