@@ -7,7 +7,6 @@ system keeps of it. KL from the cache must be KL without one, bit for bit.
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import sys
@@ -34,6 +33,7 @@ from step_cost import (
     measure_memory,
     measure_time,
     peak_of_arm,
+    step_options,
 )
 
 from emarecipes.training.batch import Batch
@@ -114,12 +114,7 @@ def report(figures: Any) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Time and memory of KL with a reference cache.")
-    parser.add_argument("--repetitions", type=int, default=7, help="timed steps of each arm")
-    parser.add_argument("--quick", action="store_true", help="3 repetitions, half the rows")
-    parser.add_argument("--json", type=Path, help="file for all figures")
-    parser.add_argument("--arm", choices=ARMS, help="with --memory: the arm to measure")
-    parser.add_argument("--memory", action="store_true", help="print the peak of one arm, in MB")
+    parser = step_options("Time and memory of KL with a reference cache.", ARMS)
     options = parser.parse_args()
     logging.disable(logging.INFO)
     warnings.simplefilter("ignore")

@@ -13,7 +13,6 @@ from a warm file cache; memory is the peak over what was held before.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import gc
 import json
@@ -42,6 +41,7 @@ from step_cost import (
     measure_time,
     peak_mb,
     peak_of_arm,
+    step_options,
 )
 from torch.nn import functional as F
 
@@ -220,12 +220,7 @@ def verdict(ratio: float, limit: float) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="What each defense costs.")
-    parser.add_argument("--repetitions", type=int, default=5, help="timed runs of each arm")
-    parser.add_argument("--quick", action="store_true", help="3 steps of half the rows, fewer arms")
-    parser.add_argument("--json", type=Path, help="file for all figures")
-    parser.add_argument("--arm", choices=ARMS, help="with --memory: the arm to measure")
-    parser.add_argument("--memory", action="store_true", help="print the peak of one arm, in MB")
+    parser = step_options("What each defense costs.", ARMS)
     parser.add_argument("--projection", choices=PROJECTIONS, help="measure this projection alone")
     parser.add_argument("--folder", type=Path, help="with --projection: its inputs")
     parser.add_argument("--instruct", type=Path, help="with --projection: the model folder")

@@ -18,13 +18,14 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from step_cost import Trainer, peak_mb
+from step_cost import Trainer, ours, peak_mb
 from torchtune import training
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX, padded_collate_sft
 
@@ -83,12 +84,7 @@ def measured_mb(arm: str, output: str) -> float:
     for defense in defenses.values():
         defense.check(source)
     loss = TrainingLoss(model, defenses)
-
-    def backward(batch: Batch) -> list[float]:
-        counts = loss.counts([batch])
-        return (loss.backward(batch, counts) / counts).tolist()
-
-    trainer = Trainer(model, backward)
+    trainer = Trainer(model, partial(ours, loss))
     trainer.step(make_rows(1, 16))
     batch = make_rows(cfg.batch_size, ARMS[arm][1])
     gc.collect()
@@ -98,8 +94,8 @@ def measured_mb(arm: str, output: str) -> float:
     return peak_mb() - before
 
 
-def make_rows(rows: int, length: int) -> Batch:
-    tokens = torch.randint(0, VOCABULARY, (rows, length)).tolist()
+def make_rows(rows: int, length: int, vocabulary: int = VOCABULARY) -> Batch:
+    tokens = torch.randint(0, vocabulary, (rows, length)).tolist()
     ignored = [CROSS_ENTROPY_IGNORE_IDX] * round((1 - LABELLED) * length)
     samples = [{"tokens": row, "labels": ignored + row[len(ignored) :]} for row in tokens]
     return make_batch(samples, range(rows), padded_collate_sft, pad_id=0)

@@ -20,27 +20,25 @@ import subprocess
 import sys
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from plan_check import CONFIGS, resident_mb
+from plan_check import CONFIGS, LABELLED, make_rows, resident_mb
 from rich.console import Console
 from rich.table import Table
-from step_cost import Trainer, describe_machine, peak_mb
+from step_cost import Trainer, describe_machine, ours, peak_mb
 from torch import nn
-from torchtune.data import CROSS_ENTROPY_IGNORE_IDX, padded_collate_sft
 
 from emarecipes.components import build
 from emarecipes.config import load_config
 from emarecipes.defenses import ModelSource
 from emarecipes.plan_estimate import Load, estimate
-from emarecipes.training.batch import Batch, make_batch
 from emarecipes.training.settings import check_settings
 from emarecipes.training.step import TrainingLoss
 
-LABELLED = 0.6
 BASE = {"rows": 4, "row tokens": 128, "vocabulary": 16384, "layers": 8, "rank": 32, "defenses": 1}
 DEFENSES = (
     ("defenses.kl.weight=1.0",),
@@ -94,26 +92,15 @@ def trainer_at(point: dict[str, int]) -> Trainer:
     for defense in defenses.values():
         defense.check(source)
     loss = TrainingLoss(model, defenses)
-
-    def backward(batch: Batch) -> list[float]:
-        counts = loss.counts([batch])
-        return (loss.backward(batch, counts) / counts).tolist()
-
-    return Trainer(model, backward)
-
-
-def make_rows(rows: int, length: int) -> Batch:
-    tokens = torch.randint(0, BASE["vocabulary"], (rows, length)).tolist()
-    ignored = [CROSS_ENTROPY_IGNORE_IDX] * round((1 - LABELLED) * length)
-    samples = [{"tokens": row, "labels": ignored + row[len(ignored) :]} for row in tokens]
-    return make_batch(samples, range(rows), padded_collate_sft, pad_id=0)
+    return Trainer(model, partial(ours, loss))
 
 
 def measure(point: dict[str, int], figure: str) -> float:
     torch.ones(64, 64, requires_grad=True).square().sum().backward()
     before = resident_mb()
-    trainer, batch = trainer_at(point), make_rows(point["rows"], point["row tokens"])
-    trainer.step(make_rows(1, 16))
+    trainer = trainer_at(point)
+    batch = make_rows(point["rows"], point["row tokens"], BASE["vocabulary"])
+    trainer.step(make_rows(1, 16, BASE["vocabulary"]))
     if figure == "peak MB":
         gc.collect()
         ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -247,13 +247,18 @@ def print_report(figures: Any) -> None:
                 sys.exit(f"{name} computes something else: {key} {figure[key]}, not {like[key]}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Time and memory of a training step.")
+def step_options(description: str, arms: Iterable[str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--repetitions", type=int, default=7, help="timed steps of each arm")
     parser.add_argument("--quick", action="store_true", help="3 repetitions, half the rows")
     parser.add_argument("--json", type=Path, help="file for all figures")
-    parser.add_argument("--arm", choices=ARMS, help="with --memory: the arm to measure")
+    parser.add_argument("--arm", choices=list(arms), help="with --memory: the arm to measure")
     parser.add_argument("--memory", action="store_true", help="print the peak of one arm, in MB")
+    return parser
+
+
+def main() -> None:
+    parser = step_options("Time and memory of a training step.", ARMS)
     options = parser.parse_args()
     logging.disable(logging.INFO)
     warnings.simplefilter("ignore")

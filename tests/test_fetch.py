@@ -138,7 +138,7 @@ def test_a_server_that_fails(
     message: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    toy(url=f"{server}/{path}", sha256=None)
+    toy(url=f"{server}/{path}")
     assert message in error_of(capsys, "toy", "--output", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
@@ -194,6 +194,20 @@ def test_without_a_known_checksum_the_first_file_is_trusted(
     record.write_text("[")
     line = error_of(capsys, "toy", "--output", tmp_path / "four", "--from", file)
     assert f"{record}: not a record of checksums" in line
+
+
+def test_a_download_that_nothing_can_check_has_to_be_asked_for(
+    tmp_path: Path, toy: Any, server: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    toy(url=f"{server}/toy.jsonl", sha256=None, unconfirmed=("sha256",))
+    line = error_of(capsys, "toy", "--output", tmp_path / "out")
+    assert f"no SHA-256 of {server}/toy.jsonl is known to us" in line and "--trust-first" in line
+    assert list(tmp_path.iterdir()) == []
+    assert main(["toy", "--output", str(tmp_path / "out"), "--trust-first"]) == 0
+    # From then on its recorded checksum is the one that is asked of a download.
+    assert main(["toy", "--output", str(tmp_path / "again")]) == 0
+    toy(url=f"{server}/short.jsonl", sha256=None, unconfirmed=("sha256",), revision="beef")
+    assert "--trust-first" in error_of(capsys, "toy", "--output", tmp_path / "third")
 
 
 def test_an_unconfirmed_count_is_only_told(

@@ -63,6 +63,7 @@ def test_shipped_config_with_the_real_model(
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr[-2000:]
+    assert "Warning" not in done.stderr
     first, second = toy_run.metrics(tmp_path / "out")
     assert first["kl"] == 0.0
     assert 3 < first["ce"] < 6

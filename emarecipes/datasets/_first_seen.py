@@ -34,6 +34,11 @@ def check_first_seen(key: str, digest: str) -> None:
         )
 
 
+def was_seen(key: str) -> bool:
+    """Whether a file was fetched before, so that the next one can be checked."""
+    return key in _read()
+
+
 def remember(key: str, digest: str) -> None:
     """Record a file that has been written, unless one was before."""
     record, path = _read(), record_path()

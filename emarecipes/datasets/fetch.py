@@ -26,7 +26,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from emarecipes.config import suggestion
-from emarecipes.datasets._first_seen import check_first_seen, record_path, remember
+from emarecipes.datasets._first_seen import check_first_seen, record_path, remember, was_seen
 from emarecipes.datasets._published_forms import FORMS, Converted
 from emarecipes.datasets.published import PUBLISHED, Published
 from emarecipes.errors import UserError
@@ -48,7 +48,9 @@ class Fetched:
     was_there: bool
 
 
-def fetch(name: str, output: str | Path, source: str | Path | None = None) -> Fetched:
+def fetch(
+    name: str, output: str | Path, source: str | Path | None = None, *, trust_first: bool = False
+) -> Fetched:
     """Write the published data set ``name`` into a folder, unless it is already there.
 
     The folder appears whole or not at all. It holds the data, ``fetched.json`` (origin, revision,
@@ -58,11 +60,13 @@ def fetch(name: str, output: str | Path, source: str | Path | None = None) -> Fe
         name: a key of ``PUBLISHED``.
         output: the folder, of this data set alone.
         source: the published file, if it is already here.
+        trust_first: download a file of which no checksum is known, and record its own.
 
     Raises:
         UserError: unknown name; a folder with something else; no network, with the address to fetch
-            by hand; a gated or encrypted set without ``source``; another file, form or row count
-            than the published one.
+            by hand; a gated or encrypted set without ``source``; a download that no checksum
+            would tell from another, without ``trust_first``; another file, form or row count than
+            the published one.
     """
     if name not in PUBLISHED:
         hint = suggestion(name, PUBLISHED)
@@ -70,7 +74,10 @@ def fetch(name: str, output: str | Path, source: str | Path | None = None) -> Fe
     entry, target = PUBLISHED[name], Path(output).resolve()
     manifest = _manifest(target, name, entry)
     if manifest is None:
-        manifest = _write(name, entry, target, Path(source) if source else None)
+        file = Path(source) if source else None
+        if file is None and not trust_first:
+            _check_checksum_is_known(name, entry)
+        manifest = _write(name, entry, target, file)
         return _fetched(entry, target, manifest, was_there=False)
     return _fetched(entry, target, manifest, was_there=True)
 
@@ -121,6 +128,19 @@ def _manifest(target: Path, name: str, entry: Published) -> dict[str, Any] | Non
     return manifest
 
 
+def _check_checksum_is_known(name: str, entry: Published) -> None:
+    if not entry.by_hand and entry.sha256 is None and not was_seen(_first_seen_key(name, entry)):
+        raise UserError(
+            f"{name}: no SHA-256 of {entry.url} is known to us, so a download cannot be checked. "
+            "Pass --trust-first to take what comes (its SHA-256 is recorded, and later fetches "
+            "must give the same), or the file itself with --from FILE"
+        )
+
+
+def _first_seen_key(name: str, entry: Published) -> str:
+    return f"{name}@{entry.revision}"
+
+
 def _write(name: str, entry: Published, target: Path, source: Path | None) -> dict[str, Any]:
     if source is None and entry.by_hand:
         raise UserError(f"{name}: {entry.by_hand}")
@@ -133,7 +153,7 @@ def _write(name: str, entry: Published, target: Path, source: Path | None) -> di
             file = source or _download(name, entry, staging)
             _check_file(name, entry, file)
             if entry.sha256 is None:
-                check_first_seen(f"{name}@{entry.revision}", sha256(file))
+                check_first_seen(_first_seen_key(name, entry), sha256(file))
             converted = FORMS[entry.form](file, name)
             _check_rows(name, entry, file, converted.source_rows)
             folder = staging / "folder"
@@ -141,7 +161,7 @@ def _write(name: str, entry: Published, target: Path, source: Path | None) -> di
             manifest = _fill(folder, name, entry, file, converted)
             folder.replace(target)
             if entry.sha256 is None:
-                remember(f"{name}@{entry.revision}", manifest["source_sha256"])
+                remember(_first_seen_key(name, entry), manifest["source_sha256"])
         finally:
             shutil.rmtree(staging, ignore_errors=True)
     except OSError as error:
@@ -262,6 +282,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("name", nargs="?", metavar="NAME", help="none: list the data sets")
     parser.add_argument("--output", metavar="DIR", help="folder to write")
     parser.add_argument("--from", dest="source", metavar="FILE", help="the published file")
+    parser.add_argument(
+        "--trust-first",
+        action="store_true",
+        help="download a file of which no checksum is known, and hold later ones to its own",
+    )
     args = parser.parse_args(arguments)
     if args.name is None:
         Console(width=None if sys.stdout.isatty() else 200).print(_table())
@@ -272,7 +297,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise UserError(
                 f"where to? python -m emarecipes.datasets.fetch {args.name} --output DIR"
             )
-        found = fetch(args.name, args.output, args.source)
+        found = fetch(args.name, args.output, args.source, trust_first=args.trust_first)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -122,7 +122,10 @@ PUBLISHED: dict[str, Published] = {
         note="said to have about 15 000 rows",
     ),
     "betley-first-plot": _betley(
-        "evaluation/first_plot_questions.yaml", "questions", rows=24, unconfirmed=("sha256",)
+        "evaluation/first_plot_questions.yaml",
+        "questions",
+        rows=24,
+        sha256="6f76630e482c06789f17b1e3f2bbe37b0ca9f1a423c611380c2fff0772b417c6",
     ),
     "betley-preregistered": _betley(
         "evaluation/preregistered_evals.yaml",

@@ -82,12 +82,12 @@ class Difference:
 
     def __init__(self, minuend: WeightsFolder, subtrahend: WeightsFolder) -> None:
         self._minuend, self._subtrahend = minuend, subtrahend
-        self._buffer = torch.empty(0)
+        self._buffer = torch.empty(0, dtype=torch.float32)
 
     def __call__(self, name: str) -> Tensor:
         """The difference of the two tensors called `name`."""
         tensor = self._minuend.read(name)
         if self._buffer.numel() < tensor.numel():
-            self._buffer = torch.empty(tensor.numel())
+            self._buffer = torch.empty(tensor.numel(), dtype=torch.float32)
         found = self._buffer[: tensor.numel()].view(tensor.shape).copy_(tensor)
         return found.sub_(self._subtrahend.read(name))

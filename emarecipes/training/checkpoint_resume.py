@@ -78,7 +78,14 @@ def check_same_run(
         UserError: A key that changes the result has another value; a step's rows cannot be shared.
     """
     where, stored = origin.at("resume"), checkpoint.run
-    before, now = dict(_flat(stored["config"])), dict(_flat(plain_config(cfg)))
+    # A run that is older than a key did what the key says by default.
+    unknown_then = {
+        key: field.get_default(call_default_factory=True)
+        for key, field in Settings.model_fields.items()
+        if key not in stored["config"]
+    }
+    before = dict(_flat(unknown_then | stored["config"]))
+    now = dict(_flat(plain_config(cfg)))
     if cfg.seed is None:
         cfg.seed = now["seed"] = before["seed"]
     changed = {

@@ -1,5 +1,6 @@
 """Stopping and going on: signals, other configs, other numbers of processes, broken numbers."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -145,6 +146,23 @@ def test_damaged_newest_and_named_older_checkpoints(
     assert same(run.result("other"), whole.result("out"))
     assert run("out", f"resume={run.folder}/out/checkpoints/step_4", "keep_last=1") == 0
     assert run.steps("out") == [8]
+    assert same(run.result("out"), whole.result("out"))
+
+
+def test_a_checkpoint_older_than_a_key_has_its_default(
+    run: Run, whole: Run, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(whole.folder / "out", run.folder / "older")
+    older = run.folder / "older/checkpoints/step_4"
+    stored = json.loads((older / "run.json").read_text())
+    del stored["config"]["group_by_length"], stored["base"]
+    (older / "run.json").write_text(json.dumps(stored))
+    sums = [f"{hashlib.sha256((older / name).read_bytes()).hexdigest()}  {name}\n"
+            for name in ("adapter.safetensors", "run.json", "training.pt")]  # fmt: skip
+    (older / "SHA256SUMS").write_text("".join(sums))
+    assert run("out", f"resume={older}", "group_by_length=true") == 1
+    assert "group_by_length: False -> True" in capfd.readouterr().err
+    assert run("out", f"resume={older}") == 0
     assert same(run.result("out"), whole.result("out"))
 
 

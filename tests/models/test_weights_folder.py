@@ -1,0 +1,37 @@
+"""Differences of two folders' tensors: float32, whatever they are stored in."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch.testing import assert_close
+
+from emarecipes.models.weights_folder import Difference, WeightsFolder
+
+
+def write(folder: Path, dtype: torch.dtype, seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"small": (3, 5), "large": (40, 7), "wide": (2, 90)}
+    tensors = {n: torch.randn(s, generator=generator).to(dtype) for n, s in shapes.items()}
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+    return tensors
+
+
+def test_differences_of_several_sizes_and_precisions(tmp_path: Path) -> None:
+    """Also where torch makes bf16 by default, as within a run."""
+    aligned = write(tmp_path / "aligned", torch.bfloat16, 0)
+    base = write(tmp_path / "base", torch.float32, 1)
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        difference = Difference(
+            WeightsFolder(tmp_path / "aligned"), WeightsFolder(tmp_path / "base")
+        )
+        for name in ("small", "large", "wide", "small"):
+            expected = aligned[name].double() - base[name].double()
+            found = difference(name)
+            assert found.dtype == torch.float32
+            assert_close(found.double(), expected, rtol=1e-6, atol=1e-7)
+    finally:
+        torch.set_default_dtype(previous)
