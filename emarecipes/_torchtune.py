@@ -35,8 +35,10 @@ from emarecipes.components import build
 from emarecipes.config import Origin
 from emarecipes.errors import UserError
 
-# torchtune's norm computes in float32 with scales in bf16: as meant, and nothing to be done about.
+# Nothing that a user could do about: torchtune's norm computes in float32 with scales in bf16, as
+# meant; and FSDP2's random start of an adapter, which is replaced by one that the seed alone sets.
 warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
+warnings.filterwarnings("ignore", message="DTensor random operators may not have complete support")
 
 # Elements whose scales torchao quantizes together: a tensor or shard must hold whole ones.
 NF4_BLOCK = 64 * 256

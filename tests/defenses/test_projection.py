@@ -78,6 +78,10 @@ def test_soft_mode_shrinks_what_lies_outside(strength: float) -> None:
         update = (module.b_OR @ module.a_RI).double()
         torch.testing.assert_close(update, expected[module.name]["W"], rtol=1e-4, atol=1e-4)
         assert module.norm_after == pytest.approx(float(update.norm()), rel=1e-4)
+        a_RI, b_OR = (tensor.double() for tensor in lora[module.name])
+        before = b_OR @ a_RI
+        cosine = float((update * before).sum() / (update.norm() * before.norm()))
+        assert module.cosine == pytest.approx(cosine, abs=1e-5)
         assert module.changed
 
 

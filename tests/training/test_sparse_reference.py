@@ -18,6 +18,7 @@ from emarecipes.defenses import Defense, FeatureL2, KLToReference
 from emarecipes.errors import UserError
 from emarecipes.training import run_lora
 from emarecipes.training.batch import Batch, make_batch
+from emarecipes.training.gradients import Gradients
 from emarecipes.training.step import TrainingLoss
 
 EVERY = 4
@@ -138,6 +139,23 @@ def test_the_reference_runs_only_where_a_defense_of_the_step_needs_it() -> None:
                 assert_close(found[name], gradient, rtol=1e-5, atol=1e-8, msg=name)
         counted["kl" in values].append((numbers[0], numbers[1]))
     assert counted == {True: [(2, 2)], False: [(1, 2)] * (EVERY - 1)}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_ratio_that_is_due_in_a_block_is_logged_where_the_term_is(seed: int) -> None:
+    """Due at step 10, in the block of steps 9 to 12, and again at 60, in that of 57 to 60."""
+    model, (batch,) = toy_model("llama3_2"), as_batches(toy_microbatches(n_micro=1))
+    defenses: dict[str, Defense] = {"l2": features(EVERY)}
+    loss = TrainingLoss(model, defenses, seed=seed)
+    logged, present = [], []
+    for step in (*range(5, 17), *range(57, 65)):
+        loss.begin_step(step)
+        if "l2" in loss.present:
+            present.append(step)
+        if Gradients(model, loss, 1).ratios(step, batch, loss.counts([batch]), defenses):
+            logged.append(step)
+    assert logged == [step for step in present if 9 <= step <= 12 or 57 <= step <= 60]
+    assert len(logged) == 2
 
 
 @pytest.fixture(scope="module")
