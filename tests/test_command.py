@@ -1,6 +1,9 @@
 """How a failure is told: the last line names the place, and a defense's author gets a traceback."""
 
+import errno
+import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +11,7 @@ import fuzz_cases
 import pytest
 import toy_run
 
-from emarecipes.command import end_launcher
+from emarecipes.command import end_launcher, run_alone
 from emarecipes.training import run_lora
 
 DEFENSE = '''
@@ -171,6 +174,15 @@ def test_one_process_of_two_fails(toy: tuple[Path, dict[str, Any]], tmp_path: Pa
     assert lines[-1].endswith("RuntimeError: this shard is cursed")
     assert "FAILED" in done.stderr  # The launcher's summary, above.
     assert "Skipping import of cpp extensions" not in done.stderr
+
+
+def test_a_full_disk_is_one_line_in_every_recipe(capfd: pytest.CaptureFixture[str]) -> None:
+    def write(_: Sequence[str]) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/disk/scores.jsonl")
+
+    assert run_alone("ema_eval", write, []) == 1
+    expected = "error: /disk/scores.jsonl: No space left on device; make room\n"
+    assert capfd.readouterr().err == expected
 
 
 def test_the_launcher_is_interrupted(capsys: pytest.CaptureFixture[str]) -> None:
