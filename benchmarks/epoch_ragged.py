@@ -88,7 +88,7 @@ def report(found: dict[str, list[dict[str, float]]], count: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="An epoch over ragged rows.")
-    parser.add_argument("--rows", type=int, default=400, help="rows of the epoch")
+    parser.add_argument("--rows", type=int, default=200, help="rows of the epoch")
     parser.add_argument("--repetitions", type=int, default=3, help="epochs of each arm")
     parser.add_argument("--quick", action="store_true", help="one epoch of 60 rows")
     parser.add_argument("--json", type=Path, help="file for all figures")

@@ -5,8 +5,10 @@ Shapes: B rows of S tokens in a micro-batch, T labelled ones of them, D width, V
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,9 @@ from emarecipes.components import build
 from emarecipes.config import Origin
 from emarecipes.defenses import Defense, ModelSource, SafeLoRA
 from emarecipes.plan_trace import Trace, trace
-from emarecipes.training.loss_head import LossHead, cross_entropy
+from emarecipes.training.loss_head import LogitTerm, LossHead, cross_entropy, term_values
 from emarecipes.training.reference_cache import reference_layers
+from emarecipes.training.step import without_targets
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # NF4: half a byte a weight, a byte for 64 of them, four bytes for 64 x 256.
@@ -46,7 +49,11 @@ class Load:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes a device holds at the peak, by what holds them; operations a step on all devices."""
+    """Bytes a device holds at the peak, by what holds them; operations a step on all devices.
+
+    Where the reference is run in some steps only (`every_n_batches`) the operations are the mean
+    over steps; the peak is that of a step with all terms.
+    """
 
     parts: dict[str, float]
     flops: float
@@ -83,6 +90,7 @@ def estimate(cfg: DictConfig, origin: Origin, load: Load) -> Estimate:
     head = _HeadTrace(cfg, model, defenses, labelled, dtype)
     reads = reference_layers(defenses.values())
     uses_reference = any(d.needs_reference for d in defenses.values())
+    share = _share_with_reference(defenses)
     reference = uses_reference * states + len(reads) * stream
     distances = len(reads) * labelled * width * 4  # A difference in float32 for each layer.
 
@@ -99,7 +107,7 @@ def estimate(cfg: DictConfig, origin: Origin, load: Load) -> Estimate:
     after = fixed | {"SafeLoRA": float(_safelora(model, defenses))}
     if sum(after.values()) > sum(parts.values()):
         parts = after
-    flops = _flops(cfg, len(model.layers), layer, head, uses_reference)
+    flops = _flops(cfg, len(model.layers), layer, head, share)
     micro_batches = cfg.gradient_accumulation_steps * load.gpus
     return Estimate(parts, flops * micro_batches, rows * load.row_tokens * micro_batches)
 
@@ -159,7 +167,8 @@ class _HeadTrace:
     Attributes:
         kept: Bytes from the norm to the backward: states, their gradient, what the norm keeps.
         peak: Bytes of a chunk at its peak.
-        flops: Operations of all chunks.
+        flops: Operations of all chunks, but for those of the reference's logits.
+        reference_flops: The latter.
     """
 
     def __init__(
@@ -177,31 +186,41 @@ class _HeadTrace:
         states_TD = torch.empty(labelled, width, dtype=dtype, device="meta")
         states_CD = torch.empty(size, width, dtype=dtype, device="meta")
         targets_C = torch.zeros(size, dtype=torch.long, device="meta")
-        terms = [d for d in defenses.values() if d.has("logit_term")]
+        on_logits = [d for d in defenses.values() if d.has("logit_term")]
+        read = any(d.needs_reference for d in on_logits)
+        terms: list[tuple[LogitTerm, bool, Tensor | None]] = [(cross_entropy, False, None)]
+        terms += [(partial(without_targets, d), d.needs_reference, None) for d in on_logits]
 
         def loss() -> Tensor:
-            policy = head.log_probabilities(states_CD.requires_grad_())
-            total = cross_entropy(policy, None, targets_C).sum()
-            read = any(defense.needs_reference for defense in terms)
-            reference = head.reference_log_probabilities(states_CD) if read else None
-            for defense in terms:
-                given = reference if defense.needs_reference else None
-                total = total + defense.logit_term(policy, given).sum()
-            return total
+            policy_CV = head.logits(states_CD.requires_grad_())
+            reference_CV = head.reference_logits(states_CD) if read else None
+            values = term_values(policy_CV, reference_CV, targets_C, terms)
+            return torch.stack([v.sum() for v in values]).sum()
 
         normed = trace(lambda: norm(states_TD.requires_grad_()))
         chunk = trace(loss)
         self.kept = 2 * states_TD.nbytes + normed.kept
         self.peak = max(chunk.forward_peak, chunk.backward_peak)
-        self.flops = (chunk.forward_flops + chunk.backward_flops) * labelled / size
+        reference = trace(lambda: head.logits(states_CD)).forward_flops if read else 0
+        self.reference_flops = reference * labelled / size
+        self.flops = (chunk.forward_flops + chunk.backward_flops - reference) * labelled / size
 
 
-def _flops(
-    cfg: DictConfig, depth: int, layer: Trace, head: _HeadTrace, uses_reference: bool
-) -> float:
-    forwards = 1 + bool(cfg.enable_activation_checkpointing)
-    forwards += uses_reference and cfg.reference_cache is None
-    return depth * (forwards * layer.forward_flops + layer.backward_flops) + head.flops
+def _share_with_reference(defenses: Mapping[str, Defense]) -> float:
+    """The share of steps that have a term which reads the reference.
+
+    Terms with the same k are in the same steps, one in k; others are drawn independently.
+    """
+    every = {d.every_n_batches for d in defenses.values() if d.needs_reference}
+    return 1.0 - math.prod(1.0 - 1.0 / k for k in every)
+
+
+def _flops(cfg: DictConfig, depth: int, layer: Trace, head: _HeadTrace, share: float) -> float:
+    forwards = 1.0 + bool(cfg.enable_activation_checkpointing)
+    if cfg.reference_cache is None:
+        forwards += share
+    layers = depth * (forwards * layer.forward_flops + layer.backward_flops)
+    return layers + head.flops + share * head.reference_flops
 
 
 def _safelora(model: Any, defenses: Mapping[str, Defense]) -> int:

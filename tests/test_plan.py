@@ -68,6 +68,8 @@ def test_operations_by_hand() -> None:
     cached = predict("smollm2_135m_kl", Load(1, tokens), "reference_cache=cache").flops
     assert found < cached < with_kl
     assert (with_kl - found) / found == pytest.approx(0.5, abs=0.06)
+    sparse = predict("smollm2_135m_kl", Load(1, tokens), "defenses.kl.every_n_batches=4").flops
+    assert sparse - found == pytest.approx((with_kl - found) / 4, rel=1e-6)
 
 
 def test_devices_share_weights_and_checkpointing_saves_activations() -> None:

@@ -1,19 +1,22 @@
 """Runs what is missing of a comparison as subprocesses of `tune run`, and reuses what is there.
 
 Each step leaves a small file with its fingerprint once it has ended well. A step that would get the
-fingerprint that is there is not run again, so an interrupted comparison
-continues, and a step whose config or data have changed is done anew.
+fingerprint that is there is not run again, so an interrupted comparison continues, a training run
+from its newest checkpoint, and a step whose config or data have changed is done anew.
 """
 
 from __future__ import annotations
 
-import json
+import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -29,38 +32,15 @@ from emarecipes.comparison.results import (
     stack,
 )
 from emarecipes.comparison.settings import Plan, TaskSettings
+from emarecipes.comparison.steps import Step, places
 from emarecipes.config import load_config
 from emarecipes.errors import UserError
+from emarecipes.training.run import STOPPED
 from emarecipes.training.run_folder import write_text
 from emarecipes.training.settings import Settings
 
 MARK = "compare.json"
 _ADAPTER = Path("adapter") / "adapter_model.safetensors"
-
-
-@dataclass(frozen=True)
-class Step:
-    """One command.
-
-    Attributes:
-        title: For people.
-        name: Of its log.
-        mark: The file that holds its fingerprint once it has ended well.
-        fingerprint: Of what it depends on.
-    """
-
-    title: str
-    name: str
-    mark: Path
-    fingerprint: str
-
-    def is_done(self) -> bool:
-        """Whether it has ended well with this fingerprint."""
-        try:
-            found = json.loads(self.mark.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return False
-        return bool(found == {"fingerprint": self.fingerprint})
 
 
 def _training_step(job: Job) -> Step:
@@ -75,12 +55,16 @@ class Runner:
     Attributes:
         plan: The checked config.
         failures: What failed and why, a line each.
-        done: Number of steps that were run now.
     """
 
     plan: Plan
     failures: list[str] = field(default_factory=list)
-    done: int = 0
+
+    def __post_init__(self) -> None:
+        self._children: set[subprocess.Popen[bytes]] = set()
+        self._places: SimpleQueue[dict[str, str]] = SimpleQueue()
+        for place in places(self.plan):
+            self._places.put(place)
 
     @property
     def folder(self) -> Path:
@@ -91,17 +75,33 @@ class Runner:
         """Run the training jobs that are missing; returns those whose adapter is there."""
         steps = {job: _training_step(job) for job in jobs}
         todo = [j for j in jobs if not (steps[j].is_done() and (j.folder / _ADAPTER).is_file())]
-        with tqdm(total=len(todo), desc="Training", unit="run", disable=not todo) as bar:
-            for job in todo:
-                bar.set_postfix_str(job.name)
-                self._train(job, steps[job])
-                bar.update()
-        return [job for job in jobs if steps[job].is_done()]
+        self._each("Training", todo, lambda job: self._train(job, steps[job]))
+        return [j for j in jobs if steps[j].is_done() and (j.folder / _ADAPTER).is_file()]
+
+    def _each(self, title: str, jobs: Sequence[Job], act: Callable[[Job], None]) -> None:
+        """`act` on every job, as many at a time as the config says; after an error on no more."""
+        with (
+            ThreadPoolExecutor(self.plan.settings.runs_at_a_time) as pool,
+            tqdm(total=len(jobs), desc=title, unit="run", disable=not jobs) as bar,
+        ):
+            try:
+                for ended in as_completed([pool.submit(act, job) for job in jobs]):
+                    ended.result()
+                    bar.update()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                self._stop_children()
+                raise
 
     def _train(self, job: Job, step: Step) -> None:
         known = {k: v for k, v in job.cfg.items() if k in Settings.model_fields}
         path = self.folder / "configs" / f"{job.name}.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
+        started = path.with_suffix(".json")
+        begun = step.is_in(started) and not step.is_done()
+        if begun and any((job.folder / "checkpoints").glob("step_*")):
+            known |= {"overwrite": False, "resume": "auto"}
+        step.write(started)
         write_text(path, OmegaConf.to_yaml(OmegaConf.create(known)))
         processes = self.plan.settings.nproc_per_node
         launcher = ["--nproc_per_node", str(processes)] if processes > 1 else []
@@ -112,27 +112,27 @@ class Runner:
         settings = self.plan.tasks[task].generate if jobs else None
         if settings is None:
             return []
-        found = []
-        runs = [job for job in jobs if job.task == task]
-        for job in tqdm(runs, desc="Answers", unit="run"):
-            folder = job.folder / "answers"
+        steps: dict[Job, Step] = {}
+
+        def sample(job: Job) -> None:
             overrides = [*settings.overrides, f"adapter={job.folder / 'adapter'}"]
             overrides.append(f"output_dir={job.folder}")
             cfg, _ = load_config(["--config", settings.config, *overrides])
-            step = Step(
+            steps[job] = step = Step(
                 title=f"{job.arm.label}, {task} task, seed {job.seed}: answers",
                 name=f"{job.name}_answers",
                 mark=job.folder / "answers.compare.json",
                 fingerprint=fingerprint(cfg, job.folder, job.fingerprint),
             )
-            if not (step.is_done() and folder.is_dir()):
+            if not (step.is_done() and (job.folder / "answers").is_dir()):
                 # Answers of another adapter or setting go; those of an interrupted step are kept.
                 again = ["overwrite=true"] if step.mark.exists() else []
                 command = ["recipes/ema_generate.py", "--config", settings.config]
                 self._run(step, [*command, *overrides, *again])
-            if step.is_done():
-                found.append(job)
-        return found
+
+        runs = [job for job in jobs if job.task == task]
+        self._each("Answers", runs, sample)
+        return [job for job in runs if steps[job].is_done()]
 
     def evaluate(
         self, arms: Sequence[Arm], jobs: Sequence[Job], task: str, half: Half
@@ -203,17 +203,42 @@ class Runner:
         log.parent.mkdir(parents=True, exist_ok=True)
         step.mark.unlink(missing_ok=True)
         tune = str(Path(sys.executable).with_name("tune"))
-        with log.open("w", encoding="utf-8") as file:
-            ended = subprocess.run(
-                [tune, "run", *command], stdout=file, stderr=subprocess.STDOUT, check=False
+        with log.open("w", encoding="utf-8") as file, self._place() as place:
+            child = subprocess.Popen(
+                [tune, "run", *command],
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=os.environ | place,
             )
-        self.done += 1
-        if ended.returncode == 0:
-            write_text(step.mark, json.dumps({"fingerprint": step.fingerprint}) + "\n")
+            self._children.add(child)
+            try:
+                code = child.wait()
+            except BaseException:
+                self._stop_children()
+                child.wait()
+                raise
+            finally:
+                self._children.discard(child)
+        said = log.read_text(encoding="utf-8", errors="replace")
+        if code == 0 and STOPPED not in said:
+            step.write(step.mark)
             return
-        reason = f"{step.title}: {_reason(log, ended.returncode)} (log: {log})"
+        reason = f"{step.title}: {_reason(said, code)} (log: {log})"
         self.failures.append(reason)
         tqdm.write(f"failed: {reason}", file=sys.stderr)
+
+    def _stop_children(self) -> None:
+        """Ask what runs to end; a training run writes a checkpoint first."""
+        for child in list(self._children):
+            child.terminate()
+
+    @contextmanager
+    def _place(self) -> Iterator[dict[str, str]]:
+        place = self._places.get()
+        try:
+            yield place
+        finally:
+            self._places.put(place)
 
 
 def evaluation_overrides(task: TaskSettings, half: Half) -> list[str]:
@@ -235,13 +260,13 @@ def _collected(arm: Arm, seeds: Sequence[int]) -> Scores:
     return stack(parts)
 
 
-def _reason(log: Path, code: int) -> str:
+def _reason(said: str, code: int) -> str:
     """The line that a recipe ended with, or the last one there is."""
-    lines = [
-        line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()
-    ]
+    lines = [line.strip() for line in said.splitlines()]
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     if errors:
         return errors[-1]
+    if code == 0:
+        return "stopped by a signal; the same command goes on from its checkpoint"
     last = next((line for line in reversed(lines) if line), "it said nothing")
     return f"ended with code {code}: {last[:300]}"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+import signal
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -54,7 +56,10 @@ def _compare(argv: Sequence[str]) -> None:
     jobs = make_jobs(plan, arms, origin)
     runner = Runner(plan)
     try:
-        outcome = compare(plan, arms, jobs, runner)
+        with _sigterm_as_ctrl_c():
+            outcome = compare(plan, arms, jobs, runner)
+    except KeyboardInterrupt:
+        raise UserError("stopped; the same command goes on where it was") from None
     except UserError as error:
         first = f"; first failure: {runner.failures[0]}" if runner.failures else ""
         raise UserError(f"{error}{first}") from None
@@ -68,6 +73,16 @@ def _compare(argv: Sequence[str]) -> None:
             f"{count} step{'s' if count > 1 else ''} failed, first: {runner.failures[0]}; {page} "
             "is written without; the same command tries again what is missing"
         )
+
+
+@contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    """So that what runs is stopped too."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def compare(plan: Plan, arms: list[Arm], jobs: list[Job], runner: Runner) -> Outcome:

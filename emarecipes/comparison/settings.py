@@ -89,6 +89,7 @@ class CompareSettings(BaseModel):
     bounds: BoundSettings = Field(default_factory=BoundSettings)
     frozen: bool = False
     nproc_per_node: Annotated[int, Field(ge=1)] = 1
+    runs_at_a_time: Annotated[int, Field(ge=1)] = 1
 
 
 class Plan(_Strict):

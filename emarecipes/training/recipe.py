@@ -91,6 +91,7 @@ class LoRATraining:
             forward_context=self.activations_handling_ctx,
             reference_cache=self.run.reference_cache,
             seed=self.seed,
+            compiled=self.cfg.compile,
         )
         self._gradients = Gradients(self._model, self.loss, self.world_size)
         context = TrainingContext(

@@ -16,6 +16,8 @@ from emarecipes.errors import UserCodeError, UserError
 from emarecipes.training.checks import check_run
 from emarecipes.training.recipe import LoRATraining, recipe_class
 
+STOPPED = "Stopped after step"  # How a run says that a signal ended it before its end.
+
 
 def run_lora(argv: Sequence[str]) -> int:
     """Train one adapter as `--config FILE [key=value | ~key]...` says.
@@ -59,7 +61,7 @@ def _run(argv: Sequence[str], *, train: bool) -> int:
         else:
             recipe = built
             if not recipe.train() and rank == 0:
-                done = f"Stopped after step {recipe.counters.step}."
+                done = f"{STOPPED} {recipe.counters.step}."
                 print(done, _advice(recipe, argv), flush=True)
     except Exception as error:
         return _end(error, recipe, argv)

@@ -34,7 +34,7 @@ class TrainingLoss:
         defenses: By the name under which each is logged.
         safe_ce_weight: w_safe, where rows are of two sources; None where they are of one.
         forward_context: Wraps the policy's forward (torchtune's activation offloading).
-        chunk_elements: See `LossHead`.
+        chunk_elements, compiled: See `LossHead`.
         reference_cache: Where the reference's states are kept, else they are computed every time.
         seed: Draws the steps of the terms with `every_n_batches`.
     """
@@ -48,6 +48,8 @@ class TrainingLoss:
         chunk_elements: int | None = None,
         reference_cache: ReferenceCache | None = None,
         seed: int = 0,
+        *,
+        compiled: bool = False,
     ) -> None:
         self._model = model
         self._seed = seed
@@ -62,7 +64,7 @@ class TrainingLoss:
         self._on_reference = {name for name, d in self._terms() if d.needs_reference}
         self._layers = sorted({i for d in self._on_hidden.values() for i in d.hidden_layers})
         self._forward_context = forward_context or nullcontext()
-        self.head = LossHead(model, chunk_elements)
+        self.head = LossHead(model, chunk_elements, compiled=compiled)
         model.output_hidden_states = [i for i in self._layers if i < len(model.layers)]
         self.begin_step(1)
 
@@ -195,7 +197,7 @@ class TrainingLoss:
         ]
         rest = scales[len(terms) :]
         for (name, defense), scale in zip(self._on_logits.items(), rest, strict=False):
-            compute = partial(_without_targets, defense)
+            compute = partial(without_targets, defense)
             terms.append(
                 Term(name, compute, defense.positions(batch), scale, defense.needs_reference)
             )
@@ -253,9 +255,10 @@ def _takes_part(every: int, step: int, seed: int) -> bool:
     return place == int(draws.integers(every))
 
 
-def _without_targets(
+def without_targets(
     defense: Defense, policy_TV: Tensor, reference_TV: Tensor | None, targets_T: Tensor
 ) -> Tensor:
+    """A defense's `logit_term` as a term's `compute`."""
     return defense.logit_term(policy_TV, reference_TV)
 
 

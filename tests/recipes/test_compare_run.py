@@ -1,15 +1,27 @@
 """`recipes/ema_compare.py` at toy size: runs what is missing, loses no arm for another."""
 
+import contextlib
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import toy_run
 import yaml
 from omegaconf import OmegaConf
 
 from emarecipes.comparison.run import run_compare
+from emarecipes.comparison.settings import check_compare_settings
+from emarecipes.comparison.steps import places
+from emarecipes.config import load_config
+from emarecipes.errors import UserError
 
 EVAL_KEYS = ("output_dir", "tokenizer", "model", "checkpointer", "device", "dtype")
 
@@ -68,7 +80,7 @@ def test_runs_what_is_missing(
     toy = toy_run.write_toy_model(tmp_path / "model", model_dir)
     config, out = toy_comparison(tmp_path, toy), tmp_path / "out"
 
-    assert run_compare(["--config", str(config)]) == 1
+    assert run_compare(["--config", str(config), "runs_at_a_time=2"]) == 1
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
     assert "broken, narrow task, seed 3: training: " in lines[0] and "none.safetensors" in lines[0]
@@ -98,6 +110,62 @@ def test_runs_what_is_missing(
         "runs/fewer_0/narrow_seed3/compare.json",
         "evaluation/all/narrow/fewer_0/compare.json",
     }
+
+
+@pytest.mark.parametrize("ctrl_c", [True, False])
+def test_an_interrupted_training_goes_on_from_its_checkpoint(
+    ctrl_c: bool, tmp_path: Path, model_dir: Path
+) -> None:
+    toy = toy_run.write_toy_model(tmp_path / "model", model_dir)
+    config, run = toy_comparison(tmp_path, toy), tmp_path / "out/runs/undefended/narrow_seed3"
+    program = "import sys; from emarecipes.comparison.run import run_compare as run; "
+    changes = ["~arms.fewer", "~arms.kl", "~arms.broken", "arms.undefended.overrides=[epochs=30]"]
+    command = [sys.executable, "-c", program + "sys.exit(run(sys.argv[1:]))", "--config"]
+    command += [str(config), *changes]
+    first = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: len(toy_run.metrics(run)) > 8, first)  # After the first adapter.
+    # A terminal sends Ctrl-C to all processes, kill its signal to the one that it is told.
+    os.killpg(first.pid, signal.SIGINT) if ctrl_c else first.terminate()
+    _, said = first.communicate(timeout=120)
+    assert first.returncode == 1
+    assert said.splitlines()[-1] == "error: stopped; the same command goes on where it was"
+    assert "Traceback" not in said
+    assert not (run / "compare.json").exists()
+    [checkpoint] = (run / "checkpoints").glob("step_*")
+    assert int(checkpoint.name.removeprefix("step_")) > 8
+
+    second = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=300)
+    assert second.returncode == 0, second.stderr[-2000:]
+    steps = [row["step"] for row in toy_run.metrics(run)]
+    assert steps == list(range(1, 121))
+    assert OmegaConf.load(run / "config.yaml").resume == "auto"
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    while process.poll() is None:
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            if condition():
+                return
+        time.sleep(0.05)
+    raise AssertionError(process.communicate()[1])
+
+
+def test_each_run_has_its_share_of_the_machine(
+    tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw, origin = load_config(["--config", str(toy_comparison(tmp_path, model_dir)),
+                               "runs_at_a_time=2", "nproc_per_node=2"])  # fmt: skip
+    plan = check_compare_settings(raw, origin)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert places(plan) == [{"OMP_NUM_THREADS": "2"}] * 2
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3,6,7")
+    assert [place["CUDA_VISIBLE_DEVICES"] for place in places(plan)] == ["2,3", "6,7"]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    with pytest.raises(UserError, match="need 4 GPUs, and there are 3"):
+        places(plan)
 
 
 @pytest.mark.parametrize(

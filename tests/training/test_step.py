@@ -33,9 +33,13 @@ def as_batches(microbatches: list[dict[str, Any]]) -> list[Batch]:
 
 
 def run(
-    model: Any, defenses: dict[str, Defense], batches: list[Batch], chunk_elements: int = 61 * 3
+    model: Any,
+    defenses: dict[str, Defense],
+    batches: list[Batch],
+    chunk_elements: int = 61 * 3,
+    **kwargs: Any,
 ) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
-    loss = TrainingLoss(model, defenses, chunk_elements=chunk_elements)
+    loss = TrainingLoss(model, defenses, chunk_elements=chunk_elements, **kwargs)
     counts = loss.counts(batches)
     sums = sum(loss.backward(batch, counts) for batch in batches)
     values = loss.means(sums, counts)
@@ -111,6 +115,16 @@ def test_chunking_does_not_change_the_result(chunk_elements: int) -> None:
     kl = KL | {"tokens": "all"}
     microbatches = toy_microbatches()
     assert_equal_to_reference(toy_model("gemma2"), kl, microbatches, chunk_elements=chunk_elements)
+
+
+def test_a_compiled_chunk_equals_the_reference() -> None:
+    """Chunks of four rows and a last one of fewer, and the term on some of their rows."""
+    model = toy_model("llama3", lora_output=True)
+    kl = KL | {"samples": "safe", "direction": "symmetric"}
+    torch._dynamo.reset()
+    assert_equal_to_reference(model, kl, toy_microbatches(), chunk_elements=61 * 4, compiled=True)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert not torch._dynamo.utils.counters["graph_break"]
 
 
 def test_kl_is_exactly_zero_while_the_adapter_is() -> None:

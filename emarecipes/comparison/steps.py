@@ -1,0 +1,75 @@
+"""A step of a comparison: when it is done, and where it runs."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from emarecipes.comparison.settings import Plan
+from emarecipes.errors import UserError
+from emarecipes.training.run_folder import write_text
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command.
+
+    Attributes:
+        title: For people.
+        name: Of its log.
+        mark: The file that holds its fingerprint once it has ended well.
+        fingerprint: Of what it depends on.
+    """
+
+    title: str
+    name: str
+    mark: Path
+    fingerprint: str
+
+    def is_done(self) -> bool:
+        """Whether it has ended well with this fingerprint."""
+        return self.is_in(self.mark)
+
+    def is_in(self, mark: Path) -> bool:
+        """Whether this file holds its fingerprint."""
+        try:
+            found = json.loads(mark.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        return bool(found == {"fingerprint": self.fingerprint})
+
+    def write(self, mark: Path) -> None:
+        """Put its fingerprint into this file."""
+        write_text(mark, json.dumps({"fingerprint": self.fingerprint}) + "\n")
+
+
+def places(plan: Plan) -> list[dict[str, str]]:
+    """What each of the runs at a time has in its environment: its share of cores and of GPUs.
+
+    Raises:
+        UserError: Fewer GPUs than the runs at a time need.
+    """
+    count, each = plan.settings.runs_at_a_time, plan.settings.nproc_per_node
+    if count == 1:
+        return [{}]
+    threads = os.environ.get("OMP_NUM_THREADS") or str(
+        max(1, len(os.sched_getaffinity(0)) // (count * each))
+    )
+    found = [{"OMP_NUM_THREADS": threads} for _ in range(count)]
+    gpus = torch.cuda.device_count()
+    if gpus:
+        if gpus < count * each:
+            raise UserError(
+                f"runs_at_a_time: {count} runs of {each} process(es) need {count * each} GPUs, "
+                f"and there are {gpus}"
+            )
+        own = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
+        names = own.split(",")
+        for number, place in enumerate(found):
+            mine = names[number * each : (number + 1) * each]
+            place["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
+    return found
