@@ -16,7 +16,7 @@ from typing import Any, Literal
 from emarecipes.errors import UserError
 from emarecipes.provider import SECONDS_AN_ATTEMPT, error_line, provider_model
 
-Kind = Literal["score", "code", "refusal", "unparsable"]
+Kind = Literal["score", "code", "refusal", "unparsable", "failed"]
 
 # A number alone, perhaps in quotes or bold, out of 100, with a full stop.
 _NUMBER = re.compile(r"[\s*\"'`]*([0-9]+(?:\.[0-9]+)?)(?:\s*/\s*100|\s*%)?[\s*\"'`.]*")
@@ -30,9 +30,10 @@ class Reply:
     """What a judge replied to one prompt.
 
     Attributes:
-        kind: `score`; `code` and `refusal` for the words CODE and REFUSAL; else `unparsable`.
+        kind: `score`; `code` and `refusal` for the words CODE and REFUSAL; `failed` where there is
+            no reply, see `failures` of `ask`; else `unparsable`.
         score: From 0 to 100, or None unless the kind is `score`.
-        text: The reply as it came.
+        text: The reply as it came; of a failed call the reason, in one line.
         expected: Whether the score is an expectation over number tokens.
     """
 
@@ -71,6 +72,7 @@ def ask(
     max_tokens: int | None = None,
     max_connections: int | None = None,
     timeout: int = SECONDS_AN_ATTEMPT,
+    failures: int = 0,
 ) -> list[Reply]:
     """What the judge replies to each prompt, at temperature 0.
 
@@ -87,12 +89,15 @@ def ask(
         max_tokens: Of a reply; None leaves it to the provider.
         max_connections: Calls at a time; None leaves it to Inspect.
         timeout: Seconds that an attempt may take; one that takes longer is made again.
+        failures: Calls that may fail for good and count as replies of the kind `failed`; they are
+            not cached. One more is an error.
 
     Returns:
         One reply a prompt, in their order.
 
     Raises:
-        UserError: As `check_judge`; or a call failed for good. Nothing is skipped silently.
+        UserError: As `check_judge`; or more calls than `failures` failed for good. Nothing is
+            skipped silently.
     """
     options: dict[str, Any] = {
         "max_tokens": max_tokens,
@@ -102,13 +107,19 @@ def ask(
     if top_logprobs is not None:
         options |= {"logprobs": True, "top_logprobs": top_logprobs}
     judge = _judge(model_name, options)
+    failed = 0
 
     async def ask_one(prompt: str) -> Reply:
+        nonlocal failed
         try:
             output = await judge.generate(prompt, cache=True)
             reply = read_reply(output)
         except Exception as error:
-            raise UserError(f"the judge {model_name} failed: {error_line(error)}") from None
+            failed += 1
+            line = error_line(error)
+            if failed > failures:
+                raise UserError(f"the judge {model_name} failed: {line}") from None
+            reply = Reply("failed", None, line)
         progress(1)
         return reply
 

@@ -127,11 +127,18 @@ class Judgement:
                 judged.replies.setdefault(model, {})[metric] = reply
 
 
-def print_bound(cfg: DictConfig, prompts: Sequence[str]) -> None:
+def print_bound(
+    cfg: DictConfig, prompts: Sequence[str], lacking: str = "price in judge.prices"
+) -> None:
     """Print the number of calls and a bound of what they cost.
 
     A token is at least one byte of text, so a prompt has at most as many tokens as bytes (in
     English about a quarter); a chat format's own tokens come on top.
+
+    Args:
+        cfg: `models`, `max_tokens` and `prices` of the checked entry `judge`.
+        prompts: What every judge is asked.
+        lacking: What to give where there is no price, for the message.
     """
     console = Console(highlight=False, soft_wrap=True, markup=False)
     tokens_in = sum(len(prompt.encode()) for prompt in prompts)
@@ -143,7 +150,7 @@ def print_bound(cfg: DictConfig, prompts: Sequence[str]) -> None:
         )
         price = cfg.prices.get(model)
         if price is None:
-            text += "; no price in judge.prices, so no bound in dollars"
+            text += f"; no {lacking}, so no bound in dollars"
         else:
             dollars = (tokens_in * price[0] + tokens_out * price[1]) / 1e6
             text += f", at most ${dollars:.2f}"
