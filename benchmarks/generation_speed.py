@@ -88,8 +88,11 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=5, help="timed runs of each arm")
     parser.add_argument("--rows", type=int, default=16, help="answers in the batch")
     parser.add_argument("--tokens", type=int, default=64, help="tokens of each answer")
+    parser.add_argument("--quick", action="store_true", help="2 repetitions, 32 tokens")
     parser.add_argument("--json", type=Path, help="file for all figures")
     options = parser.parse_args()
+    if options.quick:
+        options.repetitions, options.tokens = 2, 32
     logging.disable(logging.INFO)
     warnings.simplefilter("ignore")
     transformers.utils.logging.set_verbosity_error()
