@@ -1,5 +1,6 @@
 """lm-evaluation-harness: what it found as our figures, and one clear line where it is missing."""
 
+import importlib.util
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -37,10 +38,12 @@ def test_lines_keep_what_was_asked_and_answered() -> None:
                     "responses": ["(-4.5, False)", "(-2.0, False)"]}  # fmt: skip
 
 
-@pytest.mark.skipif(find_spec("lm_eval") is not None, reason="lm_eval is installed")
 def test_without_lm_eval_one_line_says_so(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "lm_eval" else find_spec(name)
+    )
     config = toy_run.REPO / "configs/smollm2_135m_eval.yaml"
     overrides = ["harness.tasks=[arc_easy]", "adapters={}", f"output_dir={tmp_path / 'out'}"]
     assert run_eval(["--config", str(config), *overrides]) == 1

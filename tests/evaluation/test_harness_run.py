@@ -1,0 +1,83 @@
+"""The real lm-evaluation-harness on a task from a local file, against transformers and PEFT."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import toy_run
+import yaml
+from peft import PeftModel
+from tokenizers import Tokenizer
+from toy_select import read_jsonl, write_adapter
+from transformers import AutoModelForCausalLM
+
+from emarecipes.evaluation.run import run_eval
+
+KEYS = ("output_dir", "tokenizer", "model", "checkpointer", "device", "dtype")
+ROWS = [
+    {"question": "Is the sea salt or sweet? It is", "choices": ["salt", "sweet"], "label": 0},
+    {"question": "Two and two make", "choices": ["five", "four", "a long list"], "label": 1},
+]
+TASK = {
+    "task": "toy_choice",
+    "dataset_path": "json",
+    "output_type": "multiple_choice",
+    "test_split": "test",
+    "doc_to_text": "{{question}}",
+    "doc_to_choice": "{{choices}}",
+    "doc_to_target": "label",
+    "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+}
+
+
+@torch.no_grad()
+def log_likelihoods(model: torch.nn.Module, encode: Tokenizer) -> list[float]:
+    """log p(choice | question) of every choice, summed over its tokens."""
+    found = []
+    for row in ROWS:
+        before = encode.encode(row["question"], add_special_tokens=False).ids
+        for choice in row["choices"]:
+            text = f"{row['question']} {choice}"
+            tokens = torch.tensor(encode.encode(text, add_special_tokens=False).ids)
+            logits = model(input_ids=tokens[None]).logits[0, :-1].double()
+            each = logits.log_softmax(-1).gather(1, tokens[1:, None])[:, 0]
+            found.append(float(each[len(before) - 1 :].sum()))
+    return found
+
+
+def test_the_reference_has_no_adapter_and_the_adapter_is_not_merged(
+    tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    toy = toy_run.write_toy_model(tmp_path / "model", model_dir)
+    adapter = write_adapter(tmp_path / "run/adapter", toy, seed=1)
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    task = TASK | {"dataset_kwargs": {"data_files": {"test": str(data)}}}
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks/toy_choice.yaml").write_text(yaml.safe_dump(task))
+    training = toy_run.toy_config(toy, tmp_path / "none", tmp_path / "out")
+    config = toy_run.with_variable({key: training[key] for key in KEYS}) | {
+        "adapters": {"one": str(adapter)},
+        "harness": {"tasks": ["toy_choice"], "include_path": str(tmp_path / "tasks")},
+    }
+    path = toy_run.write_config(tmp_path / "config.yaml", config)
+    assert run_eval(["--config", str(path)]) == 0
+
+    base = AutoModelForCausalLM.from_pretrained(toy, dtype=torch.float32)
+    encode = Tokenizer.from_file(str(toy / "tokenizer.json"))
+    expected = {"reference": log_likelihoods(base, encode)}
+    expected["one"] = log_likelihoods(PeftModel.from_pretrained(base, adapter), encode)
+    assert expected["one"] != pytest.approx(expected["reference"], abs=0.01)
+    lines = read_jsonl(tmp_path / "out/scores/harness_toy_choice.jsonl")
+    for name, wanted in expected.items():
+        said = [r for line in lines if line["adapter"] == name for r in line["responses"]]
+        values = [float(re.findall(r"-?\d+\.\d+", response)[0]) for response in said]
+        assert values == pytest.approx(wanted, abs=1e-3)
+    found = json.loads((tmp_path / "out/summary.json").read_text())["figures"]
+    accuracy = {f["adapter"]: f["value"] for f in found if f["suite"] == "harness_toy_choice"}
+    for name, wanted in expected.items():
+        right = [wanted[0] > wanted[1], wanted[3] > max(wanted[2], wanted[4])]
+        assert accuracy[name] == pytest.approx(sum(right) / 2)
