@@ -34,6 +34,7 @@ from emarecipes.training.checkpoint_resume import (
 )
 from emarecipes.training.model_checks import (
     check_checkpoint_files,
+    check_compiler,
     check_device,
     check_model,
     check_rows_fit,
@@ -108,6 +109,7 @@ def check_run(
             f"{origin.at('enable_activation_offloading')}: works on CUDA only, and only with "
             "enable_activation_checkpointing: true"
         )
+    check_compiler(cfg, origin)
     stated = plain_config(cfg)
     resumed = None
     if writes_run:

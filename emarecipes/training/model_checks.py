@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,21 @@ def check_device(cfg: DictConfig, origin: Origin) -> None:
         training.get_dtype(cfg.dtype, device=kind)
     except (RuntimeError, AttributeError) as error:
         raise UserError(f"{origin.at('device')}: {str(error).splitlines()[0]}") from None
+
+
+def check_compiler(cfg: DictConfig, origin: Origin) -> None:
+    """Check that `compile` finds the C++ compiler that it takes on a CPU.
+
+    Raises:
+        UserError: It is not there.
+    """
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    on_cpu = torch.device(cfg.device or "cpu").type == "cpu"
+    if cfg.compile and on_cpu and shutil.which(compiler) is None:
+        raise UserError(
+            f"{origin.at('compile')}: on a CPU it needs a C++ compiler, and there is no {compiler} "
+            "(CXX names another)"
+        )
 
 
 def check_checkpoint_files(cfg: DictConfig, origin: Origin) -> None:

@@ -246,6 +246,12 @@ def test_override(case: Case, override: str, expected: str) -> None:
     assert expected in case.error(override)
 
 
+def test_compiling_without_a_compiler(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    message = case.error("compile=true")
+    assert "compile: on a CPU it needs a C++ compiler, and there is no no-such-comp" in message
+
+
 def test_an_output_folder_that_holds_a_run(case: Case) -> None:
     case.output.mkdir()
     (case.output / "metrics.jsonl").write_text("{}\n")
