@@ -56,7 +56,7 @@ def _compare(argv: Sequence[str]) -> None:
     jobs = make_jobs(plan, arms, origin)
     runner = Runner(plan)
     try:
-        with _sigterm_as_ctrl_c():
+        with _signals_interrupt():
             outcome = compare(plan, arms, jobs, runner)
     except KeyboardInterrupt:
         raise UserError("stopped; the same command goes on where it was") from None
@@ -76,13 +76,18 @@ def _compare(argv: Sequence[str]) -> None:
 
 
 @contextmanager
-def _sigterm_as_ctrl_c() -> Iterator[None]:
-    """So that what runs is stopped too."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+def _signals_interrupt() -> Iterator[None]:
+    """SIGTERM as Ctrl-C, so that what runs is stopped too; Ctrl-C also in the background.
+
+    A script starts what it puts into the background with Ctrl-C ignored; training runs hear it.
+    """
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, signal.default_int_handler) for number in numbers]
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 def compare(plan: Plan, arms: list[Arm], jobs: list[Job], runner: Runner) -> Outcome:

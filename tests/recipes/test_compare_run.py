@@ -118,7 +118,9 @@ def test_an_interrupted_training_goes_on_from_its_checkpoint(
 ) -> None:
     toy = toy_run.write_toy_model(tmp_path / "model", model_dir)
     config, run = toy_comparison(tmp_path, toy), tmp_path / "out/runs/undefended/narrow_seed3"
-    program = "import sys; from emarecipes.comparison.run import run_compare as run; "
+    # In the background of a script Ctrl-C is ignored, unless the recipe hears it.
+    program = "import sys, signal; signal.signal(signal.SIGINT, signal.SIG_IGN); "
+    program += "from emarecipes.comparison.run import run_compare as run; "
     changes = ["~arms.fewer", "~arms.kl", "~arms.broken", "arms.undefended.overrides=[epochs=30]"]
     command = [sys.executable, "-c", program + "sys.exit(run(sys.argv[1:]))", "--config"]
     command += [str(config), *changes]
