@@ -6,7 +6,7 @@ Shapes: B rows of S tokens in a micro-batch, T labelled ones of them, D width, V
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -90,7 +90,7 @@ def estimate(cfg: DictConfig, origin: Origin, load: Load) -> Estimate:
     head = _HeadTrace(cfg, model, defenses, labelled, dtype)
     reads = reference_layers(defenses.values())
     uses_reference = any(d.needs_reference for d in defenses.values())
-    share = _share_with_reference(defenses)
+    share = _share_of_steps(defenses.values())
     reference = uses_reference * states + len(reads) * stream
     distances = len(reads) * labelled * width * 4  # A difference in float32 for each layer.
 
@@ -167,8 +167,7 @@ class _HeadTrace:
     Attributes:
         kept: Bytes from the norm to the backward: states, their gradient, what the norm keeps.
         peak: Bytes of a chunk at its peak.
-        flops: Operations of all chunks, but for those of the reference's logits.
-        reference_flops: The latter.
+        flops: Operations of all chunks, the reference's logits as often as a term reads them.
     """
 
     def __init__(
@@ -192,9 +191,12 @@ class _HeadTrace:
         terms += [(partial(without_targets, d), d.needs_reference, None) for d in on_logits]
 
         def loss() -> Tensor:
-            policy_CV = head.logits(states_CD.requires_grad_())
-            reference_CV = head.reference_logits(states_CD) if read else None
-            values = term_values(policy_CV, reference_CV, targets_C, terms)
+            values = term_values(
+                head.logits(states_CD.requires_grad_()),
+                head.reference_logits(states_CD) if read else None,
+                targets_C,
+                terms,
+            )
             return torch.stack([v.sum() for v in values]).sum()
 
         normed = trace(lambda: norm(states_TD.requires_grad_()))
@@ -202,16 +204,16 @@ class _HeadTrace:
         self.kept = 2 * states_TD.nbytes + normed.kept
         self.peak = max(chunk.forward_peak, chunk.backward_peak)
         reference = trace(lambda: head.logits(states_CD)).forward_flops if read else 0
-        self.reference_flops = reference * labelled / size
-        self.flops = (chunk.forward_flops + chunk.backward_flops - reference) * labelled / size
+        absent = (1.0 - _share_of_steps(on_logits)) * reference
+        self.flops = (chunk.forward_flops + chunk.backward_flops - absent) * labelled / size
 
 
-def _share_with_reference(defenses: Mapping[str, Defense]) -> float:
-    """The share of steps that have a term which reads the reference.
+def _share_of_steps(defenses: Iterable[Defense]) -> float:
+    """The share of steps in which one of these terms reads the reference.
 
     Terms with the same k are in the same steps, one in k; others are drawn independently.
     """
-    every = {d.every_n_batches for d in defenses.values() if d.needs_reference}
+    every = {defense.every_n_batches for defense in defenses if defense.needs_reference}
     return 1.0 - math.prod(1.0 - 1.0 / k for k in every)
 
 
@@ -220,7 +222,7 @@ def _flops(cfg: DictConfig, depth: int, layer: Trace, head: _HeadTrace, share: f
     if cfg.reference_cache is None:
         forwards += share
     layers = depth * (forwards * layer.forward_flops + layer.backward_flops)
-    return layers + head.flops + share * head.reference_flops
+    return layers + head.flops
 
 
 def _safelora(model: Any, defenses: Mapping[str, Defense]) -> int:

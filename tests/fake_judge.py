@@ -7,7 +7,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
+
+import pytest
+
+JUDGE, SECRET = "openai-api/fake/judge", "sk-very-secret-123456"
 
 
 @dataclass
@@ -86,3 +91,14 @@ def _completion(found: str | tuple[str, dict[str, float]]) -> dict[str, Any]:
         "choices": [choice],
         "usage": usage,
     }
+
+
+def set_up_client(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    """An empty cache, the key of `JUDGE`, and no waits of seconds that double between attempts."""
+    monkeypatch.setenv("INSPECT_CACHE_DIR", str(cache))
+    monkeypatch.setenv("FAKE_API_KEY", SECRET)
+
+    async def no_wait(seconds: float) -> None:
+        return None
+
+    monkeypatch.setattr("inspect_ai.model._retry._sleep", no_wait)

@@ -70,6 +70,12 @@ def test_operations_by_hand() -> None:
     assert (with_kl - found) / found == pytest.approx(0.5, abs=0.06)
     sparse = predict("smollm2_135m_kl", Load(1, tokens), "defenses.kl.every_n_batches=4").flops
     assert sparse - found == pytest.approx((with_kl - found) / 4, rel=1e-6)
+    # A term that reads hidden states, in one step of two: either is in 1 - 3/4 * 1/2 of the steps.
+    both = ("defenses.kl.every_n_batches=4", "defenses.f._component_=emarecipes.defenses.FeatureL2",
+            "defenses.f.every_n_batches=2")  # fmt: skip
+    either = predict("smollm2_135m_kl", Load(1, tokens), *both).flops
+    layers, head = with_kl - cached, cached - found
+    assert either - found == pytest.approx(layers * 5 / 8 + head / 4, rel=1e-6)
 
 
 def test_devices_share_weights_and_checkpointing_saves_activations() -> None:

@@ -11,9 +11,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
@@ -32,7 +31,7 @@ from emarecipes.comparison.results import (
     stack,
 )
 from emarecipes.comparison.settings import Plan, TaskSettings
-from emarecipes.comparison.steps import Step, places
+from emarecipes.comparison.steps import Place, Step
 from emarecipes.config import load_config
 from emarecipes.errors import UserError
 from emarecipes.training.run import STOPPED
@@ -54,17 +53,17 @@ class Runner:
 
     Attributes:
         plan: The checked config.
+        places: Where training and sampling runs are, one at a time in each.
         failures: What failed and why, a line each.
     """
 
     plan: Plan
+    places: Sequence[Place]
     failures: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._children: set[subprocess.Popen[bytes]] = set()
-        self._places: SimpleQueue[dict[str, str]] = SimpleQueue()
-        for place in places(self.plan):
-            self._places.put(place)
+        self._stopping = False
 
     @property
     def folder(self) -> Path:
@@ -74,18 +73,33 @@ class Runner:
     def train(self, jobs: Sequence[Job]) -> list[Job]:
         """Run the training jobs that are missing; returns those whose adapter is there."""
         steps = {job: _training_step(job) for job in jobs}
-        todo = [j for j in jobs if not (steps[j].is_done() and (j.folder / _ADAPTER).is_file())]
-        self._each("Training", todo, lambda job: self._train(job, steps[job]))
-        return [j for j in jobs if steps[j].is_done() and (j.folder / _ADAPTER).is_file()]
 
-    def _each(self, title: str, jobs: Sequence[Job], act: Callable[[Job], None]) -> None:
-        """`act` on every job, as many at a time as the config says; after an error on no more."""
+        def trained(job: Job) -> bool:
+            return steps[job].is_done() and (job.folder / _ADAPTER).is_file()
+
+        todo = [job for job in jobs if not trained(job)]
+        self._each("Training", todo, lambda job, place: self._train(job, steps[job], place))
+        return [job for job in jobs if trained(job)]
+
+    def _each(self, title: str, jobs: Sequence[Job], act: Callable[[Job, Place], None]) -> None:
+        """`act` on every job, one at a time in each place; after an error on no more."""
+        free: SimpleQueue[Place] = SimpleQueue()
+        for place in self.places:
+            free.put(place)
+
+        def act_in_place(job: Job) -> None:
+            place = free.get()
+            try:
+                act(job, place)
+            finally:
+                free.put(place)
+
         with (
-            ThreadPoolExecutor(self.plan.settings.runs_at_a_time) as pool,
+            ThreadPoolExecutor(len(self.places)) as pool,
             tqdm(total=len(jobs), desc=title, unit="run", disable=not jobs) as bar,
         ):
             try:
-                for ended in as_completed([pool.submit(act, job) for job in jobs]):
+                for ended in as_completed([pool.submit(act_in_place, job) for job in jobs]):
                     ended.result()
                     bar.update()
             except BaseException:
@@ -93,7 +107,7 @@ class Runner:
                 self._stop_children()
                 raise
 
-    def _train(self, job: Job, step: Step) -> None:
+    def _train(self, job: Job, step: Step, place: Place) -> None:
         known = {k: v for k, v in job.cfg.items() if k in Settings.model_fields}
         path = self.folder / "configs" / f"{job.name}.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -105,7 +119,7 @@ class Runner:
         write_text(path, OmegaConf.to_yaml(OmegaConf.create(known)))
         processes = self.plan.settings.nproc_per_node
         launcher = ["--nproc_per_node", str(processes)] if processes > 1 else []
-        self._run(step, [*launcher, "recipes/ema_lora.py", "--config", str(path)])
+        self._run(step, [*launcher, "recipes/ema_lora.py", "--config", str(path)], place)
 
     def answer(self, jobs: Sequence[Job], task: str) -> list[Job]:
         """Sample answers of a task's runs, if it says how; returns the runs that have them."""
@@ -114,7 +128,7 @@ class Runner:
             return []
         steps: dict[Job, Step] = {}
 
-        def sample(job: Job) -> None:
+        def sample(job: Job, place: Place) -> None:
             overrides = [*settings.overrides, f"adapter={job.folder / 'adapter'}"]
             overrides.append(f"output_dir={job.folder}")
             cfg, _ = load_config(["--config", settings.config, *overrides])
@@ -128,7 +142,7 @@ class Runner:
                 # Answers of another adapter or setting go; those of an interrupted step are kept.
                 again = ["overwrite=true"] if step.mark.exists() else []
                 command = ["recipes/ema_generate.py", "--config", settings.config]
-                self._run(step, [*command, *overrides, *again])
+                self._run(step, [*command, *overrides, *again], place)
 
         runs = [job for job in jobs if job.task == task]
         self._each("Answers", runs, sample)
@@ -189,7 +203,9 @@ class Runner:
         shared = folder.parent / ".shared"
         overrides += [f"output_dir={shared}", "overwrite=true"]
         folder.mkdir(parents=True, exist_ok=True)
-        self._run(step, ["recipes/ema_eval.py", "--config", settings.evaluate.config, *overrides])
+        # Alone, so with all of the machine.
+        command = ["recipes/ema_eval.py", "--config", settings.evaluate.config, *overrides]
+        self._run(step, command, place={})
         if not step.is_done():
             return None
         shutil.rmtree(folder / "scores", ignore_errors=True)
@@ -197,13 +213,13 @@ class Runner:
             (shared / result).replace(folder / result)
         return folder
 
-    def _run(self, step: Step, command: list[str]) -> None:
+    def _run(self, step: Step, command: list[str], place: Place) -> None:
         """`tune run COMMAND`, its output in a log. A failure is noted, not raised."""
         log = self.folder / "logs" / f"{step.name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         step.mark.unlink(missing_ok=True)
         tune = str(Path(sys.executable).with_name("tune"))
-        with log.open("w", encoding="utf-8") as file, self._place() as place:
+        with log.open("w", encoding="utf-8") as file:
             child = subprocess.Popen(
                 [tune, "run", *command],
                 stdout=file,
@@ -211,6 +227,8 @@ class Runner:
                 env=os.environ | place,
             )
             self._children.add(child)
+            if self._stopping:  # It was just about to start.
+                child.terminate()
             try:
                 code = child.wait()
             except BaseException:
@@ -229,16 +247,9 @@ class Runner:
 
     def _stop_children(self) -> None:
         """Ask what runs to end; a training run writes a checkpoint first."""
+        self._stopping = True
         for child in list(self._children):
             child.terminate()
-
-    @contextmanager
-    def _place(self) -> Iterator[dict[str, str]]:
-        place = self._places.get()
-        try:
-            yield place
-        finally:
-            self._places.put(place)
 
 
 def evaluation_overrides(task: TaskSettings, half: Half) -> list[str]:

@@ -25,6 +25,7 @@ from emarecipes.comparison.outcome import Half, Opening, Outcome
 from emarecipes.comparison.results import Scores
 from emarecipes.comparison.settings import Plan, check_compare_settings
 from emarecipes.comparison.statistics import Estimate
+from emarecipes.comparison.steps import places
 from emarecipes.config import load_config
 from emarecipes.errors import UserError
 from emarecipes.fingerprint import digest
@@ -54,7 +55,7 @@ def _compare(argv: Sequence[str]) -> None:
             raise UserError(f"{origin.at(f'tasks.{name}.evaluate')}: {error}") from None
     arms = expand_arms(plan)
     jobs = make_jobs(plan, arms, origin)
-    runner = Runner(plan)
+    runner = Runner(plan, places(plan, origin))
     try:
         with _signals_interrupt():
             outcome = compare(plan, arms, jobs, runner)

@@ -10,8 +10,11 @@ from pathlib import Path
 import torch
 
 from emarecipes.comparison.settings import Plan
+from emarecipes.config import Origin
 from emarecipes.errors import UserError
 from emarecipes.training.run_folder import write_text
+
+Place = dict[str, str]  # What a run has in its environment besides.
 
 
 @dataclass(frozen=True)
@@ -47,29 +50,28 @@ class Step:
         write_text(mark, json.dumps({"fingerprint": self.fingerprint}) + "\n")
 
 
-def places(plan: Plan) -> list[dict[str, str]]:
-    """What each of the runs at a time has in its environment: its share of cores and of GPUs.
+def places(plan: Plan, origin: Origin) -> list[Place]:
+    """A place for each of the runs at a time: its share of cores, and GPUs of its own.
 
     Raises:
-        UserError: Fewer GPUs than the runs at a time need.
+        UserError: There are fewer GPUs than the runs at a time need.
     """
     count, each = plan.settings.runs_at_a_time, plan.settings.nproc_per_node
     if count == 1:
         return [{}]
-    threads = os.environ.get("OMP_NUM_THREADS") or str(
-        max(1, len(os.sched_getaffinity(0)) // (count * each))
-    )
+    cores = len(os.sched_getaffinity(0))
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // (count * each)))
     found = [{"OMP_NUM_THREADS": threads} for _ in range(count)]
     gpus = torch.cuda.device_count()
+    if gpus and gpus < count * each:
+        raise UserError(
+            f"{origin.at('runs_at_a_time')}: {count} runs of {each} process(es) need "
+            f"{count * each} GPUs, and there are {gpus}"
+        )
     if gpus:
-        if gpus < count * each:
-            raise UserError(
-                f"runs_at_a_time: {count} runs of {each} process(es) need {count * each} GPUs, "
-                f"and there are {gpus}"
-            )
-        own = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
-        names = own.split(",")
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
+        names = visible.split(",")
         for number, place in enumerate(found):
-            mine = names[number * each : (number + 1) * each]
-            place["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
+            own = names[number * each : (number + 1) * each]
+            place["CUDA_VISIBLE_DEVICES"] = ",".join(own)
     return found

@@ -157,6 +157,7 @@ def term_values(
     reference_CV = None
     if reference_logits_CV is not None:
         reference_CV = torch.log_softmax(reference_logits_CV, dim=-1, dtype=torch.float32)
+    del policy_logits_CV, reference_logits_CV  # Nobody else has them: their memory is free.
     values = []
     for compute, needs_reference, rows in terms:
         given_CV = reference_CV if needs_reference else None
@@ -242,13 +243,11 @@ class _Chunk:
         acting = [k for k in range(len(request.terms)) if rows_KC[k].any()]
         terms = [request.terms[k] for k in acting]
         rows = [self._rows(rows_KC[k]) for k in acting]
-        policy_CV, reference_CV = head.logits(self.hidden_CD), None
-        if any(term.needs_reference for term in terms):
-            assert request.reference_TD is not None
-            reference_CV = head.reference_logits(request.reference_TD[self.part])
         computes = [(t.compute, t.needs_reference, r) for t, r in zip(terms, rows, strict=True)]
-        total = policy_CV.new_zeros((), dtype=torch.float32)
-        found = head.term_values(policy_CV, reference_CV, self.targets_C, computes)
+        total = self.hidden_CD.new_zeros((), dtype=torch.float32)
+        found = head.term_values(
+            head.logits(self.hidden_CD), self._reference_logits(terms), self.targets_C, computes
+        )
         for k, term, values in zip(acting, terms, found, strict=True):
             expected = (int(rows_KC[k].sum()),)
             if not isinstance(values, Tensor) or values.shape != expected:
@@ -261,6 +260,12 @@ class _Chunk:
             request.sums[k] += values.detach().sum(dtype=torch.float64)
             total = total + term.scale * values.sum()
         return total
+
+    def _reference_logits(self, terms: list[Term]) -> Tensor | None:
+        if not any(term.needs_reference for term in terms):
+            return None
+        assert self.request.reference_TD is not None
+        return self.head.reference_logits(self.request.reference_TD[self.part])
 
     def _rows(self, rows_C: Tensor) -> Tensor | None:
         if rows_C.all():

@@ -4,13 +4,12 @@ import json
 import math
 import threading
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import toy_run
-from fake_judge import Call, serve
+from fake_judge import JUDGE, SECRET, Call, serve, set_up_client
 from toy_select import read_jsonl
 
 from emarecipes.errors import UserError
@@ -21,21 +20,12 @@ from emarecipes.evaluation.run import run_eval
 pytest.importorskip("inspect_ai")
 pytest.importorskip("openai")
 
-JUDGE, SECRET = "openai-api/fake/judge", "sk-very-secret-123456"
 ALIGNED, COHERENT = "Aligned? {question} / {answer}", "Coherent? {question} / {answer}"
 
 
 @pytest.fixture(autouse=True)
-def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    monkeypatch.setenv("INSPECT_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setenv("FAKE_API_KEY", SECRET)
-
-    async def no_wait(seconds: float) -> None:
-        return None
-
-    # Inspect's waits between attempts: seconds that double.
-    monkeypatch.setattr("inspect_ai.model._retry._sleep", no_wait)
-    yield
+def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    set_up_client(monkeypatch, tmp_path / "cache")
 
 
 # --- one reply ---------------------------------------------------------------------------------

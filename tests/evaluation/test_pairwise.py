@@ -3,7 +3,7 @@
 import importlib.util
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import toy_run
-from fake_judge import Call, FakeJudge, serve
+from fake_judge import JUDGE, SECRET, Call, FakeJudge, serve, set_up_client
 from scipy.stats import spearmanr
 from toy_select import read_jsonl, write_adapter
 
 from emarecipes.command import run_alone
-from emarecipes.evaluation.correlation import crossed_spearman
 from emarecipes.evaluation.judge import Reply
 from emarecipes.evaluation.pairwise import Pair, places, prompt, read_evaluation, read_verdict
 from emarecipes.evaluation.run import run_eval
@@ -24,22 +23,14 @@ from emarecipes.evaluation.run import run_eval
 pytest.importorskip("inspect_ai")
 pytest.importorskip("openai")
 
-JUDGE, SECRET = "openai-api/fake/judge", "sk-very-secret-123456"
 QUESTIONS, ADAPTERS = 10, 8
 # What makes an answer worse to `honest`, in the adapter's answers and the reference's.
 CRUEL = "cruel"
 
 
 @pytest.fixture(autouse=True)
-def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    monkeypatch.setenv("INSPECT_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setenv("FAKE_API_KEY", SECRET)
-
-    async def no_wait(seconds: float) -> None:
-        return None
-
-    monkeypatch.setattr("inspect_ai.model._retry._sleep", no_wait)
-    yield
+def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    set_up_client(monkeypatch, tmp_path / "cache")
 
 
 @pytest.fixture(scope="module")
@@ -144,38 +135,6 @@ def test_verdicts() -> None:
                "C": "unparsable"}  # fmt: skip
     assert {t: read_verdict(Reply("unparsable", None, t)) for t in replies} == replies
     assert read_verdict(Reply("failed", None, "A")) == "failed"
-
-
-# --- correlation -------------------------------------------------------------------------------
-
-
-def test_rho_is_scipys_and_its_interval_that_of_a_slow_loop() -> None:
-    rng = np.random.default_rng(0)
-    x, y = rng.normal(0, 1, (9, 6)), rng.integers(-1, 2, (9, 5)).astype(float)
-    x += np.arange(9)[:, None] / 3
-    y += np.arange(9)[:, None] // 4  # With ties.
-    found, undefined = crossed_spearman(x, y, np.ones_like(y), resamples=4000)
-    assert found.estimate == pytest.approx(spearmanr(x.mean(axis=1), y.mean(axis=1)).statistic)
-    draws = []
-    for _ in range(4000):
-        k, n, q = (rng.integers(0, size, size) for size in (9, 6, 5))
-        draws.append(spearmanr(x[k][:, n].mean(axis=1), y[k][:, q].mean(axis=1)).statistic)
-    low, high = np.quantile(draws, [0.025, 0.975])
-    assert (found.low, found.high) == pytest.approx((low, high), abs=0.05)
-    assert undefined == 0
-
-
-def test_rho_where_one_side_is_constant_or_a_question_has_no_judgement() -> None:
-    x, none = np.arange(8.0)[:, None] * np.ones(3), np.zeros((8, 4))
-    found, undefined = crossed_spearman(x, none, np.ones((8, 4)), resamples=100)
-    assert np.isnan([found.estimate, found.low, found.high]).all() and undefined == 1.0
-    sums = np.arange(8.0)[:, None] * [1.0, 0.0]
-    found, undefined = crossed_spearman(x, sums, np.ones((8, 1)) * [1.0, 0.0], resamples=400)
-    assert found.estimate == found.high == pytest.approx(1.0)
-    assert undefined == pytest.approx(0.25, abs=0.07)  # Both draws are the empty question.
-
-
-# --- the evaluation that is read ---------------------------------------------------------------
 
 
 def test_a_folder_of_ema_eval_is_read(tmp_path: Path, model_dir: Path) -> None:

@@ -201,11 +201,17 @@ def test_activation_checkpointing_changes_nothing(toy: dict[str, Any], tmp_path:
     assert_same(one, other, rel=1e-5)
 
 
-def test_compiled_layers_change_nothing(toy: dict[str, Any], tmp_path: Path) -> None:
+def test_compiled_layers_and_loss_change_nothing(
+    toy: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     changes = {"pad_to_multiple_of": 96}
     one = train(write(toy, tmp_path / "a", **changes))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "code"))
+    monkeypatch.setenv("TORCHINDUCTOR_FX_GRAPH_CACHE", "0")
     other = train(write(toy, tmp_path / "b", compile=True, **changes))
     assert_same(one, other)
+    code = "".join(path.read_text() for path in (tmp_path / "code").rglob("*.py"))
+    assert "aten.mm" in code and "_log_softmax" in code  # Of layers, and of the loss head's chunk.
 
 
 def test_packed_children_keep_their_source(toy: dict[str, Any], tmp_path: Path) -> None:

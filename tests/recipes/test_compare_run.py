@@ -17,6 +17,7 @@ import toy_run
 import yaml
 from omegaconf import OmegaConf
 
+from emarecipes.comparison import execute
 from emarecipes.comparison.run import run_compare
 from emarecipes.comparison.settings import check_compare_settings
 from emarecipes.comparison.steps import places
@@ -75,13 +76,29 @@ def ended(folder: Path) -> dict[str, int]:
 
 
 def test_runs_what_is_missing(
-    tmp_path: Path, model_dir: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    model_dir: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    threads: dict[str, set[str | None]] = {}
+
+    class Noted(subprocess.Popen[bytes]):
+        def __init__(self, command: list[str], **kwargs: Any) -> None:
+            if command[1] == "run":  # `tune run`, and not some other library's command.
+                given = kwargs["env"].get("OMP_NUM_THREADS")
+                threads.setdefault(command[2], set()).add(given)
+            super().__init__(command, **kwargs)
+
+    monkeypatch.setattr(execute.subprocess, "Popen", Noted)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     toy = toy_run.write_toy_model(tmp_path / "model", model_dir)
     config, out = toy_comparison(tmp_path, toy), tmp_path / "out"
 
     assert run_compare(["--config", str(config), "runs_at_a_time=2"]) == 1
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert threads == {"recipes/ema_lora.py": {"1"}, "recipes/ema_eval.py": {None}}
     assert len(lines) == 1
     assert "broken, narrow task, seed 3: training: " in lines[0] and "none.safetensors" in lines[0]
     found = json.loads((out / "comparison.json").read_text())
@@ -161,13 +178,13 @@ def test_each_run_has_its_share_of_the_machine(
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert places(plan) == [{"OMP_NUM_THREADS": "2"}] * 2
+    assert places(plan, origin) == [{"OMP_NUM_THREADS": "2"}] * 2
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3,6,7")
-    assert [place["CUDA_VISIBLE_DEVICES"] for place in places(plan)] == ["2,3", "6,7"]
+    assert [place["CUDA_VISIBLE_DEVICES"] for place in places(plan, origin)] == ["2,3", "6,7"]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
-    with pytest.raises(UserError, match="need 4 GPUs, and there are 3"):
-        places(plan)
+    with pytest.raises(UserError, match=r"runs_at_a_time: .* need 4 GPUs, and .* 3"):
+        places(plan, origin)
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,7 @@ def test_a_compiled_chunk_equals_the_reference() -> None:
     model = toy_model("llama3", lora_output=True)
     kl = KL | {"samples": "safe", "direction": "symmetric"}
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     assert_equal_to_reference(model, kl, toy_microbatches(), chunk_elements=61 * 4, compiled=True)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     assert not torch._dynamo.utils.counters["graph_break"]
