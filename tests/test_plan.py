@@ -1,5 +1,7 @@
 """The prediction's parts against counts by hand, and what the command says."""
 
+import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -8,10 +10,13 @@ import toy_run
 from torch.nn import functional as F
 
 from emarecipes.config import load_config
+from emarecipes.defenses import KLToReference
 from emarecipes.plan import run_plan
 from emarecipes.plan_estimate import Estimate, Load, estimate
 from emarecipes.plan_trace import trace
+from emarecipes.training.loss_head import cross_entropy, term_values
 from emarecipes.training.settings import check_settings
+from emarecipes.training.step import without_targets
 
 CONFIGS = toy_run.REPO / "configs"
 
@@ -37,6 +42,23 @@ def test_attention_keeps_no_scores() -> None:
     found = trace(lambda: F.scaled_dot_product_attention(q, q, q, is_causal=True))
     assert found.forward_peak < 512 * 512 * 4
     assert found.forward_flops == 2 * 2 * (2 * 512 * 512 * 8)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="a caller keeps its arguments there")
+def test_a_chunk_with_kl_holds_four_copies_of_its_logits() -> None:
+    """Both models' log-probabilities, and two of: p, their difference, the gradients."""
+    hidden = torch.empty(64, 16, device="meta", requires_grad=True)
+    weight = torch.empty(16, 50_000, device="meta")
+    targets = torch.zeros(64, dtype=torch.long, device="meta")
+    kl = partial(without_targets, KLToReference())
+
+    def loss() -> torch.Tensor:
+        terms = [(cross_entropy, False, None), (kl, True, None)]
+        values = term_values(hidden @ weight, hidden.detach() @ weight, targets, terms)
+        return torch.stack([value.sum() for value in values]).sum()
+
+    found = trace(loss)
+    assert max(found.forward_peak, found.backward_peak) < 4.1 * 64 * 50_000 * 4
 
 
 def test_weights_adapter_and_optimizer_by_hand() -> None:
