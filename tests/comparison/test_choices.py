@@ -36,7 +36,7 @@ class Given(Runner):
     """A runner for which everything has been run, and which notes what is read."""
 
     def __init__(self, plan: Plan, halves: Halves, folder: Path) -> None:
-        super().__init__(plan)
+        super().__init__(plan, places=[{}])
         self.halves, self.given = halves, folder
         self.read: Reads = []
 
