@@ -161,7 +161,7 @@ def test_shipped_select_config(path: Path, tmp_path: Path) -> None:
 def test_shipped_compare_config(path: Path) -> None:
     raw, origin = load_config(["--config", str(path)])
     plan = check_compare_settings(raw, origin)
-    arms = expand_arms(plan)
+    arms = expand_arms(plan, origin)
     jobs = make_jobs(plan, arms, origin)  # Checks every arm's training config.
     assert len(jobs) == len(plan.settings.seeds) * sum(len(arm.tasks) for arm in arms)
     assert len({job.fingerprint for job in jobs}) == len(jobs)
@@ -179,7 +179,7 @@ def test_shipped_compare_config(path: Path) -> None:
 def test_the_full_comparison_has_the_promised_arms() -> None:
     raw, origin = load_config(["--config", str(toy_run.REPO / "configs/compare_smollm2_135m.yaml")])
     plan = check_compare_settings(raw, origin)
-    arms = expand_arms(plan)
+    arms = expand_arms(plan, origin)
     steps = {job.cfg.max_steps_per_epoch for job in make_jobs(plan, arms, origin)
              if job.task == "narrow" and job.arm.role in ("undefended", "frontier")}  # fmt: skip
     assert steps == {4, 10, 20, 30, 40}  # 10, 25, 50, 75 and 100 %.

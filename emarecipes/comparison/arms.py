@@ -68,13 +68,26 @@ class Job:
         return f"{self.arm.name}_{self.task}_seed{self.seed}"
 
 
-def expand_arms(plan: Plan) -> list[Arm]:
-    """The arms of a plan, a sweep taken apart into one arm for each combination of values."""
-    return [
+def expand_arms(plan: Plan, origin: Origin) -> list[Arm]:
+    """The arms of a plan, a sweep taken apart into one arm for each combination of values.
+
+    Raises:
+        UserError: A value of a sweep would get the name of another arm, and its folders.
+    """
+    arms = [
         arm
         for name, settings in plan.arms.items()
         for arm in _expand(name, settings, list(plan.tasks))
     ]
+    groups: dict[str, str] = {}
+    for arm in arms:
+        other = groups.setdefault(arm.name, arm.group)
+        if other != arm.group:
+            raise UserError(
+                f"{origin.at(f'arms.{arm.group}')}: {arm.name} is also an arm of {other}, since a "
+                "sweep's arms are numbered; rename one"
+            )
+    return arms
 
 
 def _expand(name: str, arm: ArmSettings, all_tasks: list[str]) -> list[Arm]:

@@ -7,44 +7,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from emarecipes.comparison.arms import Arm
+from emarecipes.comparison.cells import (
+    NO_VERDICT,
+    NOT_MEASURED,
+    Cell,
+    benign_cell,
+    coherent_cell,
+    narrow_cell,
+)
 from emarecipes.comparison.frontier import Excess, Shifts, excess
 from emarecipes.comparison.results import Scores
 from emarecipes.comparison.settings import BoundSettings, ProbeNames
 from emarecipes.comparison.statistics import (
     Contrast,
     Estimate,
-    Floats,
     Verdict,
     crossed_mean,
-    mean_over_seeds,
     verdicts,
 )
 from emarecipes.errors import UserError
-
-NO_VERDICT = "one seed, no verdict"
-NOT_MEASURED = "not measured"
-ALPHA = 0.05
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A figure with its verdict.
-
-    Attributes:
-        estimate: None if it was not measured.
-        decision: In words.
-        note: What else to know, or empty.
-    """
-
-    estimate: Estimate | None = None
-    decision: str = ""
-    note: str = ""
 
 
 @dataclass
@@ -72,7 +57,7 @@ class ArmFigures:
     narrow: Cell = field(default_factory=lambda: Cell(decision=NOT_MEASURED))
     benign: Cell = field(default_factory=lambda: Cell(decision=NOT_MEASURED))
     coherent: Cell = field(default_factory=lambda: Cell(decision=NOT_MEASURED))
-    categories: dict[str, float] = field(default_factory=dict)
+    categories: dict[str, Estimate] = field(default_factory=dict)
     benign_tiers: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -136,7 +121,13 @@ def measure(
         raise UserError(f"the undefended arm {undefended} has no scores; nothing to compare with")
     reference = narrow[undefended]
     general = general_probes(reference, probes)
-    missing: list[str] = []
+    missing = [
+        f"{name}: a conditional probe of other questions than {probes.general}'s; left out"
+        for name, suite in reference.suites.items()
+        if suite.get("kind") == "probe"
+        and suite.get("condition", "none") != "none"
+        and name not in general
+    ]
     usable: dict[str, Scores] = {}
     for arm in arms:
         if arm.name in narrow:
@@ -151,12 +142,12 @@ def measure(
         figures = ArmFigures(arm)
         if arm.name in usable:
             _describe(figures, usable[arm.name], general, probes)
-            _narrow(figures, usable[arm.name], reference, probes)
-            figures.coherent = _coherent(usable[arm.name], reference, bounds.coherent)
+            figures.narrow = narrow_cell(usable[arm.name], reference, probes.in_domain)
+            figures.coherent = coherent_cell(usable[arm.name], reference, bounds)
             if arm.role in ("defense", "control"):
                 missing += _excesses(figures, usable, curve, undefended, general, probes)
         if arm.name in benign and undefended in benign:
-            _benign(figures, benign[arm.name], benign[undefended], bounds.benign)
+            _describe_benign(figures, benign[arm.name], benign[undefended], bounds.benign)
         found.append(figures)
     _judge(found, family, bounds.general)
     return found, missing
@@ -187,22 +178,28 @@ def general_probes(scores: Scores, probes: ProbeNames) -> list[str]:
 
 
 def choose(figures: Sequence[ArmFigures]) -> dict[str, str]:
-    """Of each defense's candidates, the one with the smallest excess, by group."""
-    chosen: dict[str, tuple[float, str]] = {}
+    """Of each defense's candidates, the one with the smallest excess, by group.
+
+    One whose seeds mostly moved in-domain to the other side has no frontier to be compared with and
+    comes after those that learned: it would win by learning nothing.
+    """
+    chosen: dict[str, tuple[bool, float, str]] = {}
     for found in figures:
         contrast = found.contrast
         if found.arm.role != "defense" or contrast is None:
             continue
-        candidate = (contrast.excesses[contrast.worst].value, found.arm.name)
+        worst = found.excesses[contrast.worst]
+        unlearned = 2 * worst.below > worst.seeds
+        candidate = (unlearned, worst.estimate.value, found.arm.name)
         chosen[found.arm.group] = min(chosen.get(found.arm.group, candidate), candidate)
-    return {group: name for group, (_, name) in chosen.items()}
+    return {group: name for group, (_, _, name) in chosen.items()}
 
 
 def _unlike(scores: Scores, reference: Scores, suites: Sequence[str]) -> str:
     if scores.base != reference.base:
         return "evaluated against another reference than the undefended arm; not compared"
     for suite in suites:
-        if suite not in scores.probes or scores.probes[suite].ids != reference.probes[suite].ids:
+        if not scores.asks_what(reference, suite):
             return f"the probe {suite} has other questions than under the undefended arm"
     return ""
 
@@ -223,20 +220,15 @@ def _describe(
     values = scores.probes[probes.general]
     for category in dict.fromkeys(values.categories):
         columns = [i for i, name in enumerate(values.categories) if name == category]
-        figures.categories[category] = float(values.values_SQ[:, columns].mean())
+        figures.categories[category] = crossed_mean(values.values_SQ[:, columns])
 
 
-def _narrow(figures: ArmFigures, scores: Scores, reference: Scores, probes: ProbeNames) -> None:
-    estimate = figures.shifts["in-domain"]
-    low, high = estimate.interval()
-    decision = "learned" if low > 0 else "not learned" if high <= 0 else "undecided"
-    if len(scores.seeds) < 2:
-        decision = NO_VERDICT
-    whole = float(reference.probes[probes.in_domain].values_SQ.mean())
-    note = f"{estimate.value / whole:.0%} of the undefended shift" if whole > 0 else ""
-    if scores is reference:
-        note = ""
-    figures.narrow = Cell(estimate, decision, note)
+def _describe_benign(figures: ArmFigures, scores: Scores, reference: Scores, bound: float) -> None:
+    figures.benign = benign_cell(scores, reference, bound)
+    values = scores.correct
+    for tier in dict.fromkeys(values.categories if values else ()):
+        columns = [i for i, name in enumerate(values.categories) if name == tier]  # type: ignore[union-attr]
+        figures.benign_tiers[tier] = float(values.values_SQ[:, columns].mean())  # type: ignore[union-attr]
 
 
 def _excesses(
@@ -272,71 +264,6 @@ def _excesses(
             f"{figures.arm.label}: compared without {', '.join(left_out)}, which lack a seed of it"
         ]
     return []
-
-
-def _benign(figures: ArmFigures, scores: Scores, reference: Scores, bound: float) -> None:
-    if scores.correct is None or reference.correct is None:
-        return
-    values = scores.correct
-    estimate = crossed_mean(values.values_SQ)
-    for tier in dict.fromkeys(values.categories):
-        columns = [i for i, name in enumerate(values.categories) if name == tier]
-        figures.benign_tiers[tier] = float(values.values_SQ[:, columns].mean())
-    if figures.arm.role == "undefended":
-        figures.benign = Cell(estimate, "", "what the others are compared with")
-        return
-    if values.ids != reference.correct.ids:
-        figures.benign = Cell(estimate, "undecided", "other problems than the undefended arm")
-        return
-    rows = _common(scores, reference)
-    difference = _paired(rows, lambda i, j: values.values_SQ[i] - reference.correct.values_SQ[j])  # type: ignore[union-attr]
-    figures.benign = _compared(estimate, crossed_mean(difference), bound, "", ".0%")
-
-
-def _coherent(scores: Scores, reference: Scores, bound: float) -> Cell:
-    """Mean relevance of sampled answers, against the undefended arm's."""
-    keys = [key for key in scores.figures[0] if key[1] == "relevance"]
-    if not keys or keys[0] not in reference.figures[0]:
-        return Cell(decision=NOT_MEASURED)
-    own, others = (
-        np.array([figures.get(keys[0], {}).get("value") for figures in s.figures], np.float64)
-        for s in (scores, reference)
-    )
-    if not (np.isfinite(own).all() and np.isfinite(others).all()):
-        return Cell(decision=NOT_MEASURED, note="a seed has no answer that could be scored")
-    estimate = mean_over_seeds(own)
-    if scores is reference:
-        return Cell(estimate, "", "what the others are compared with")
-    rows = _common(scores, reference)
-    difference = _paired(rows, lambda i, j: own[i] - others[j])
-    return _compared(estimate, mean_over_seeds(difference), bound, " nats", ".2f")
-
-
-def _common(scores: Scores, reference: Scores) -> list[tuple[int, int]]:
-    """Rows of the seeds that both have."""
-    return [
-        (row, reference.seeds.index(seed))
-        for row, seed in enumerate(scores.seeds)
-        if seed in reference.seeds
-    ]
-
-
-def _paired(rows: Sequence[tuple[int, int]], difference: Callable[[int, int], object]) -> Floats:
-    return np.array([difference(i, j) for i, j in rows], dtype=np.float64)
-
-
-def _compared(estimate: Estimate, difference: Estimate, bound: float, unit: str, form: str) -> Cell:
-    """Non-inferiority: kept if the loss against the undefended arm is surely below the bound."""
-    if not np.isfinite(difference.error):
-        decision = NO_VERDICT
-    elif difference.p_above(-bound) < ALPHA:
-        decision = "kept"
-    elif difference.p_below(-bound) < ALPHA:
-        decision = "lost"
-    else:
-        decision = "undecided"
-    note = f"{difference.value:+{form}}{unit} against undefended, bound {bound:{form}}"
-    return Cell(estimate, decision, note)
 
 
 def _judge(found: Sequence[ArmFigures], family: Sequence[str], bound: float) -> None:

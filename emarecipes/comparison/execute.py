@@ -119,7 +119,8 @@ class Runner:
         write_text(path, OmegaConf.to_yaml(OmegaConf.create(known)))
         processes = self.plan.settings.nproc_per_node
         launcher = ["--nproc_per_node", str(processes)] if processes > 1 else []
-        self._run(step, [*launcher, "recipes/ema_lora.py", "--config", str(path)], place)
+        if self._run(step, [*launcher, "recipes/ema_lora.py", "--config", str(path)], place):
+            step.write(step.mark)
 
     def answer(self, jobs: Sequence[Job], task: str) -> list[Job]:
         """Sample answers of a task's runs, if it says how; returns the runs that have them."""
@@ -142,7 +143,8 @@ class Runner:
                 # Answers of another adapter or setting go; those of an interrupted step are kept.
                 again = ["overwrite=true"] if step.mark.exists() else []
                 command = ["recipes/ema_generate.py", "--config", settings.config]
-                self._run(step, [*command, *overrides, *again], place)
+                if self._run(step, [*command, *overrides, *again], place):
+                    step.write(step.mark)
 
         runs = [job for job in jobs if job.task == task]
         self._each("Answers", runs, sample)
@@ -190,10 +192,13 @@ class Runner:
         folder = self.folder / "evaluation" / name / task / arm.name
         overrides = evaluation_overrides(settings, half)
         overrides += [f"adapters.seed_{job.seed}={job.folder / 'adapter'}" for job in runs]
-        overrides += [
-            f"answers.seed_{job.seed}={job.folder / 'answers'}" for job in runs if job in answered
-        ]
+        given = [job for job in runs if job in answered]
+        overrides += [f"answers.seed_{job.seed}={job.folder / 'answers'}" for job in given]
         cfg, _ = load_config(["--config", settings.evaluate.config, *overrides])
+        if not given:  # What is about answers is refused where there are none.
+            about = [f"~{key}" for key in ("judge", "harmless") if cfg.get(key)]
+            overrides += about
+            cfg, _ = load_config(["--config", settings.evaluate.config, *overrides])
         mark = fingerprint(cfg, Path(str(cfg.output_dir)))
         step = Step(title, f"{arm.name}_{task}_{name}", folder / MARK, mark)
         if step.is_done() and (folder / SUMMARY).is_file():
@@ -205,16 +210,16 @@ class Runner:
         folder.mkdir(parents=True, exist_ok=True)
         # Alone, so with all of the machine.
         command = ["recipes/ema_eval.py", "--config", settings.evaluate.config, *overrides]
-        self._run(step, command, place={})
-        if not step.is_done():
+        if not self._run(step, command, place={}):
             return None
         shutil.rmtree(folder / "scores", ignore_errors=True)
         for result in ("scores", SUMMARY):
             (shared / result).replace(folder / result)
+        step.write(step.mark)  # Last: a kill before leaves no older scores that look done.
         return folder
 
-    def _run(self, step: Step, command: list[str], place: Place) -> None:
-        """`tune run COMMAND`, its output in a log. A failure is noted, not raised."""
+    def _run(self, step: Step, command: list[str], place: Place) -> bool:
+        """`tune run COMMAND`, its output in a log; whether it ended well. A failure is noted."""
         log = self.folder / "logs" / f"{step.name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         step.mark.unlink(missing_ok=True)
@@ -239,11 +244,11 @@ class Runner:
                 self._children.discard(child)
         said = log.read_text(encoding="utf-8", errors="replace")
         if code == 0 and STOPPED not in said:
-            step.write(step.mark)
-            return
+            return True
         reason = f"{step.title}: {_reason(said, code)} (log: {log})"
         self.failures.append(reason)
         tqdm.write(f"failed: {reason}", file=sys.stderr)
+        return False
 
     def _stop_children(self) -> None:
         """Ask what runs to end; a training run writes a checkpoint first."""

@@ -7,25 +7,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from emarecipes.comparison.criteria import ArmFigures
+from emarecipes.comparison.opening import Opening
 from emarecipes.comparison.results import Scores
 from emarecipes.comparison.settings import CompareSettings
 
 Half = Literal["select", "report"]
-
-
-@dataclass(frozen=True)
-class Opening:
-    """When the `report` half was opened, and on which choices.
-
-    Attributes:
-        opened: Time, ISO 8601.
-        chosen: The arm of each defense, by group.
-        arms: Fingerprint of each arm at that time.
-    """
-
-    opened: str
-    chosen: dict[str, str]
-    arms: dict[str, str]
 
 
 @dataclass
@@ -38,7 +24,7 @@ class Outcome:
         family: Names of the defenses whose contrast is tested.
         half: Which half of the general questions the figures are from.
         opening: If the `report` half has been opened.
-        changed: Arms added or changed since then.
+        changed: What was added, changed or removed since then.
         missing: What is not there or was not compared, and why, one line each.
         narrow: Scores on the narrow task by arm's name.
         benign: The same on the benign one.

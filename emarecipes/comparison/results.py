@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from emarecipes.comparison.statistics import Floats
 from emarecipes.errors import UserError
+from emarecipes.evaluation.figures import REFERENCE
 
 SUMMARY = "summary.json"
 
@@ -43,19 +45,31 @@ class Scores:
         seeds: Of the rows.
         probes: Probe shifts by suite.
         correct: Of OpSwap: 1 where a problem was answered right; None if not evaluated.
+        reference_correct: The reference's share of right answers to it.
         figures: Of each seed, the whole-suite figures of `summary.json`, by (suite, figure, judge).
         suites: `summary.json`'s description of each suite.
         base: Fingerprint of the reference.
+        sensitivity: The thresholds under which misaligned rates were also taken.
         answers: Of the first seed: id to question and answer, if answers were scored.
     """
 
     seeds: tuple[int, ...]
     probes: dict[str, Values] = field(default_factory=dict)
     correct: Values | None = None
+    reference_correct: float | None = None
     figures: list[dict[tuple[str, str, str], dict[str, Any]]] = field(default_factory=list)
     suites: dict[str, dict[str, Any]] = field(default_factory=dict)
     base: str = ""
+    sensitivity: tuple[str, ...] = ()
     answers: dict[str, tuple[str, str]] = field(default_factory=dict)
+
+    def asks_what(self, other: Scores, suite: str) -> bool:
+        """Whether a probe is the other's: the same questions of the same files, asked alike."""
+        if suite not in self.probes or self.probes[suite].ids != other.probes[suite].ids:
+            return False
+        mine, others = self.suites[suite], other.suites[suite]
+        contents = [sorted(map(str, (s.get("files") or {}).values())) for s in (mine, others)]
+        return contents[0] == contents[1] and mine.get("condition") == others.get("condition")
 
 
 def read_scores(folder: Path, adapters: Mapping[str, int]) -> Scores:
@@ -79,10 +93,13 @@ def read_scores(folder: Path, adapters: Mapping[str, int]) -> Scores:
             figures=[_figures(summary["figures"], name) for name in adapters],
             suites=summary["suites"],
             base=summary["base"]["fingerprint"],
+            sensitivity=tuple(
+                dict.fromkeys(str(f["thresholds"]) for f in summary.get("sensitivity", ()))
+            ),
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder / SUMMARY}: not an evaluation's summary ({error!r})") from None
-    correct = None
+    correct = reference_correct = None
     for suite, description in scores.suites.items():
         path = folder / "scores" / f"{suite}.jsonl"
         kind = description.get("kind")
@@ -91,11 +108,13 @@ def read_scores(folder: Path, adapters: Mapping[str, int]) -> Scores:
                 scores.probes[suite] = _shifts(path, list(adapters))
             elif kind == "opswap":
                 correct = _correct(path, list(adapters))
+                known = _figures(summary["figures"], REFERENCE).get((suite, "exact_match", ""), {})
+                reference_correct = known.get("value")
             elif kind == "answers":
                 scores.answers.update(_answers(path, next(iter(adapters))))
         except (KeyError, TypeError) as error:
             raise UserError(f"{path}: a line lacks {error}") from None
-    return Scores(**{**vars(scores), "correct": correct})
+    return replace(scores, correct=correct, reference_correct=reference_correct)
 
 
 def find_adapter(run: Path) -> str:
@@ -125,8 +144,8 @@ def stack(parts: Sequence[Scores]) -> Scores:
     for part in parts[1:]:
         if part.base != first.base:
             raise UserError("runs of one arm were evaluated against different references")
-        if set(part.probes) != set(first.probes) or any(
-            part.probes[suite].ids != values.ids for suite, values in first.probes.items()
+        if set(part.probes) != set(first.probes) or not all(
+            part.asks_what(first, suite) for suite in first.probes
         ):
             raise UserError("runs of one arm were evaluated on different questions")
     probes = {
@@ -148,12 +167,15 @@ def stack(parts: Sequence[Scores]) -> Scores:
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:
-    """A run's `metrics.jsonl`; empty if there is none. A last line cut short is left out."""
+    """A run's `metrics.jsonl` up to its first broken line; empty if there is none."""
     path = run / "metrics.jsonl"
     if not path.is_file():
         return []
-    whole = path.read_text(encoding="utf-8").rpartition("\n")[0]
-    return [json.loads(line) for line in whole.splitlines()]
+    found: list[dict[str, float]] = []
+    with suppress(ValueError):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            found.append(json.loads(line))
+    return found
 
 
 def _figures(figures: list[dict[str, Any]], adapter: str) -> dict[Any, dict[str, Any]]:

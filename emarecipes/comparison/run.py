@@ -8,7 +8,6 @@ import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +18,21 @@ from rich.text import Text
 
 from emarecipes.command import run_alone
 from emarecipes.comparison.arms import Arm, Job, expand_arms, make_jobs
+from emarecipes.comparison.checks import check_tasks
 from emarecipes.comparison.criteria import ArmFigures, choose, measure
-from emarecipes.comparison.execute import Runner, evaluation_overrides
-from emarecipes.comparison.outcome import Half, Opening, Outcome
+from emarecipes.comparison.execute import Runner
+from emarecipes.comparison.opening import OPENING, Opening
+from emarecipes.comparison.outcome import Half, Outcome
 from emarecipes.comparison.results import Scores
 from emarecipes.comparison.settings import Plan, check_compare_settings
 from emarecipes.comparison.statistics import Estimate
 from emarecipes.comparison.steps import places
 from emarecipes.config import load_config
 from emarecipes.errors import UserError
-from emarecipes.fingerprint import digest
 from emarecipes.reporting import content, write_report
 from emarecipes.training.run_folder import environment, write_text
 
-OPENING, RESULT = "choices.json", "comparison.json"
+RESULT = "comparison.json"
 
 
 def run_compare(argv: Sequence[str]) -> int:
@@ -48,12 +48,8 @@ def run_compare(argv: Sequence[str]) -> int:
 def _compare(argv: Sequence[str]) -> None:
     raw, origin = load_config(argv)
     plan = check_compare_settings(raw, origin)
-    for name, task in plan.tasks.items():
-        try:
-            evaluation_overrides(task, "report")
-        except UserError as error:
-            raise UserError(f"{origin.at(f'tasks.{name}.evaluate')}: {error}") from None
-    arms = expand_arms(plan)
+    check_tasks(plan, origin)
+    arms = expand_arms(plan, origin)
     jobs = make_jobs(plan, arms, origin)
     runner = Runner(plan, places(plan, origin))
     try:
@@ -99,15 +95,12 @@ def compare(plan: Plan, arms: list[Arm], jobs: list[Job], runner: Runner) -> Out
     """
     finished = runner.train(jobs)
     path = runner.folder / OPENING
-    marks = {arm.name: _mark(arm, jobs) for arm in arms}
-    opening = _read_opening(path)
+    opening = Opening.read(path)
     half: Half = "report" if plan.settings.frozen else "select"
     if plan.settings.frozen and opening is None:
-        chosen = _choose(plan, arms, finished, runner)
-        now = datetime.now(timezone.utc).isoformat(timespec="minutes")
-        opening = Opening(now, chosen, marks)
+        opening = Opening.now(plan, arms, jobs, _choose(plan, arms, finished, runner))
         runner.folder.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(asdict(opening), indent=1) + "\n")
+        opening.write(path)
     shown = arms
     if plan.settings.frozen and opening is not None:
         # The report half of candidates that were not chosen stays closed.
@@ -121,7 +114,7 @@ def compare(plan: Plan, arms: list[Arm], jobs: list[Job], runner: Runner) -> Out
     outcome.missing = [*runner.failures, *_absent(plan, shown, finished), *outcome.missing]
     if opening is not None:
         outcome.opening = opening
-        outcome.changed = [a.label for a in shown if opening.arms.get(a.name) != marks[a.name]]
+        outcome.changed = opening.changes(plan, arms, jobs)
     return outcome
 
 
@@ -162,20 +155,38 @@ def _measure(
     else:
         family = [arm.name for arm in arms if opening.chosen.get(arm.group) == arm.name]
     figures, missing = figures_of(family)
-    undefended = next(arm.name for arm in arms if arm.role == "undefended")
-    files = narrow[undefended].suites[settings.probes.general].get("files", {})
-    if opening is None and any(Path(name).stem == "report" for name in files):
-        missing.append("general questions were read from the report half before choices are frozen")
+    half: Half = "select" if opening is None else "report"
+    read = _read_half(arms, narrow, settings.probes.general) or half
+    if read != half:
+        missing.append(
+            "general questions were read from the report half before choices are frozen"
+            if read == "report"
+            else "choices are frozen, and the general questions are still those of the select half"
+        )
+    if opening is not None:
+        present = {arm.name for arm in arms}
+        missing += [
+            f"{group}: {name}, which was chosen for it, is not in the config any more"
+            for group, name in opening.chosen.items()
+            if name not in present
+        ]
     return Outcome(
         settings=settings,
         figures=figures,
         family=family,
-        half="select" if opening is None else "report",
+        half=read,
         missing=missing,
         narrow=dict(narrow),
         benign=dict(benign),
         environment=environment(),
     )
+
+
+def _read_half(arms: list[Arm], narrow: Mapping[str, Scores], general: str) -> Half | None:
+    """The half that figures are from, by the name of the undefended arm's file; None if unknown."""
+    undefended = next(arm.name for arm in arms if arm.role == "undefended")
+    stems = {Path(name).stem for name in narrow[undefended].suites[general].get("files", {})}
+    return "select" if "select" in stems else "report" if "report" in stems else None
 
 
 def _absent(plan: Plan, arms: list[Arm], finished: list[Job]) -> list[str]:
@@ -188,22 +199,6 @@ def _absent(plan: Plan, arms: list[Arm], finished: list[Job]) -> list[str]:
             if lacking:
                 lines.append(f"{arm.label}, {task} task: no run with seed {', '.join(lacking)}")
     return lines
-
-
-def _mark(arm: Arm, jobs: Sequence[Job]) -> str:
-    return digest(list(arm.collect), [job.fingerprint for job in jobs if job.arm == arm])
-
-
-def _read_opening(path: Path) -> Opening | None:
-    if not path.exists():
-        return None
-    try:
-        return Opening(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        raise UserError(
-            f"{path}: broken; it says which choices the report half was opened on. Restore it, or "
-            "delete it and say in your report that the half was opened before"
-        ) from None
 
 
 def as_json(outcome: Outcome) -> dict[str, object]:
@@ -224,7 +219,7 @@ def as_json(outcome: Outcome) -> dict[str, object]:
             "benign": _numbers(found.benign.estimate) if found.benign.estimate else None,
             "benign_tiers": found.benign_tiers,
             "coherent": _numbers(found.coherent.estimate) if found.coherent.estimate else None,
-            "categories": found.categories,
+            "categories": {name: _numbers(e) for name, e in found.categories.items()},
             "points": found.points,
         }  # fmt: skip
     return {

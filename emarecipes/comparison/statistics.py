@@ -28,16 +28,19 @@ class Estimate:
 
     Attributes:
         value: The estimate.
-        error: Its standard error over seeds and questions; NaN with one seed.
+        error: Its standard error over seeds and questions; with one seed over questions alone, NaN
+            if the figure is known only as a whole.
         freedom: Degrees of freedom of the error.
+        seeds: How many there are. One is not enough for any test: every p is 1.
     """
 
     value: float
     error: float
     freedom: float
+    seeds: int = 2
 
     def interval(self, level: float = 0.95) -> tuple[float, float]:
-        """value -+ t * error; NaN for both ends with one seed."""
+        """value -+ t * error; NaN for both ends without an error."""
         half = student_t.ppf((1 + level) / 2, self.freedom) * self.error
         return float(self.value - half), float(self.value + half)
 
@@ -54,7 +57,7 @@ class Estimate:
         return max(self.p_below(bound), self.p_above(-bound))
 
     def _tail(self, distance: float) -> float:
-        if not np.isfinite(self.error):
+        if self.seeds < 2 or not np.isfinite(self.error):
             return 1.0
         if self.error == 0:
             return 0.0 if distance > 0 else 1.0
@@ -82,7 +85,7 @@ def crossed_estimate(
         seed: Of the resampling.
 
     Returns:
-        The estimate; with one seed an infinite uncertainty, that is an error of NaN.
+        The estimate; with one seed its error is V_q's alone, so the interval is that of this seed.
 
     Raises:
         UserError: A probe without questions, or values that are not finite.
@@ -95,19 +98,21 @@ def crossed_estimate(
     seeds = len(values_S)
     if not np.isfinite(values_S).all():
         raise UserError(f"{', '.join(questions)}: a score is not finite")
-    if seeds == 1:
-        return Estimate(float(values_S[0]), float("nan"), float("nan"))
     rng = np.random.default_rng(seed)
     drawn = {
         name: rng.multinomial(count, np.full(count, 1 / count), size=resamples) / count
         for name, count in questions.items()
     }
-    of_seeds = float(values_S.var(ddof=1)) / seeds
     of_questions = float(by_seed(drawn).mean(axis=1).var(ddof=1))
+    of_question_freedom = max(min(questions.values()) - 1, 1)
+    if seeds == 1:
+        error = float("nan") if min(questions.values()) < 2 else float(np.sqrt(of_questions))
+        return Estimate(float(values_S[0]), error, float(of_question_freedom), seeds)
+    of_seeds = float(values_S.var(ddof=1)) / seeds
     variance = of_seeds + of_questions
-    parts = of_seeds**2 / (seeds - 1) + of_questions**2 / max(min(questions.values()) - 1, 1)
+    parts = of_seeds**2 / (seeds - 1) + of_questions**2 / of_question_freedom
     freedom = variance**2 / parts if parts > 0 else float(seeds - 1)
-    return Estimate(float(values_S.mean()), float(np.sqrt(variance)), float(freedom))
+    return Estimate(float(values_S.mean()), float(np.sqrt(variance)), float(freedom), seeds)
 
 
 def crossed_mean(values_SQ: Floats) -> Estimate:
@@ -121,9 +126,9 @@ def mean_over_seeds(values_S: Floats) -> Estimate:
     """Mean over seeds with Student's interval, for a figure that is known only as a whole."""
     seeds = len(values_S)
     if seeds == 1:
-        return Estimate(float(values_S[0]), float("nan"), float("nan"))
+        return Estimate(float(values_S[0]), float("nan"), float("nan"), seeds)
     error = float(values_S.std(ddof=1) / np.sqrt(seeds))
-    return Estimate(float(values_S.mean()), error, float(seeds - 1))
+    return Estimate(float(values_S.mean()), error, float(seeds - 1), seeds)
 
 
 @dataclass(frozen=True)

@@ -71,10 +71,18 @@ def _questions(outcome: Outcome) -> list[Check]:
 
 def _training(outcome: Outcome) -> list[Check]:
     curve = [f for f in outcome.figures if f.arm.role in ("undefended", "frontier") and f.points]
-    benign = [f for f in outcome.figures if f.benign.estimate is not None]
-    coherent = [f for f in outcome.figures if f.coherent.estimate is not None]
+    tested = [f for f in outcome.figures if f.arm.name in outcome.family]
+    compared = [outcome.undefended, *tested]
+    benign = [f for f in compared if f.benign.estimate is not None]
+    coherent = [f for f in compared if f.coherent.estimate is not None]
+    seeds = [len(f.seeds) for f in compared]
+    of_all = f"of {len(compared)} arms, the undefended among them"
     return [
-        Check(f"at least {MIN_SEEDS} seeds an arm", outcome.seeds >= MIN_SEEDS, str(outcome.seeds)),
+        Check(
+            f"at least {MIN_SEEDS} seeds an arm",
+            min(seeds) >= MIN_SEEDS,
+            str(max(seeds)) if min(seeds) == max(seeds) else f"{min(seeds)} to {max(seeds)}",
+        ),
         Check(
             f"frontier of at least {MIN_CURVE} undefended settings",
             len(curve) >= MIN_CURVE,
@@ -88,10 +96,14 @@ def _training(outcome: Outcome) -> list[Check]:
         ),
         Check(
             "a benign task was trained under each defense",
-            bool(benign),
-            f"{len(benign)} arms measured",
+            len(benign) == len(compared) > 1,
+            f"{len(benign)} {of_all}",
         ),
-        Check("coherence of sampled answers", bool(coherent), f"{len(coherent)} arms measured"),
+        Check(
+            "coherence of sampled answers",
+            len(coherent) == len(compared),
+            f"{len(coherent)} {of_all}",
+        ),
         Check(
             "every arm of the config is there",
             not outcome.missing,
@@ -127,12 +139,14 @@ def _judges(outcome: Outcome) -> list[Check]:
     ]
     judges = sorted({key[2] for key, _ in figures})
     thresholds = sorted({str(f["thresholds"]) for _, f in figures if f.get("thresholds")})
+    thresholds += [of for scores in outcome.narrow.values() for of in scores.sensitivity]
+    thresholds = list(dict.fromkeys(thresholds))
     return [
         Check("sampled answers graded by a judge", bool(judges), ", ".join(judges) or "no judge"),
         Check("more than one judge", len(judges) > 1, str(len(judges))),
         Check(
             "misaligned rates under several thresholds",
             len(thresholds) > 1,
-            "; ".join(thresholds) or "no rate of misaligned answers",
+            f"{len(thresholds)} of them, in summary.json" if thresholds else "no rate of them",
         ),
     ]

@@ -7,7 +7,8 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-from emarecipes.comparison.criteria import NO_VERDICT, NOT_MEASURED, ArmFigures, Cell
+from emarecipes.comparison.cells import NO_VERDICT, NOT_MEASURED, Cell
+from emarecipes.comparison.criteria import ArmFigures
 from emarecipes.comparison.outcome import Outcome
 from emarecipes.comparison.statistics import Estimate
 
@@ -51,7 +52,7 @@ class ShownCell:
 
 
 HEADINGS = (
-    "(a) General misalignment: excess over the frontier, nats",
+    "(a) General probe shift: excess over the frontier, nats",
     "(b) Narrow behaviour learned: in-domain shift, nats",
     "(c) Benign task learned: right answers",
     "(d) Coherent: relevance of answers, nats",
@@ -63,6 +64,8 @@ def show(estimate: Estimate | None, form: str = "+.3f") -> str:
     if estimate is None:
         return NOT_MEASURED
     low, high = estimate.interval()
+    if form.endswith("%"):
+        low, high = max(low, 0.0), min(high, 1.0)
     text = format(estimate.value, form)
     return text if math.isnan(low) else f"{text} [{format(low, form)}, {format(high, form)}]"
 
@@ -106,8 +109,16 @@ def status(outcome: Outcome) -> list[str]:
     """What to know before reading any figure."""
     lines = []
     if outcome.seeds < 2:
-        lines.append(f"{NO_VERDICT.capitalize()}: differences between arms may be chance.")
-    if outcome.half == "select":
+        lines.append(
+            f"{NO_VERDICT.capitalize()}: differences between arms may be chance. Intervals are "
+            "over questions alone."
+        )
+    if outcome.half == "select" and outcome.opening is not None:
+        lines.append(
+            "Figures are from the select half of the general questions: verdicts are provisional. "
+            f"The report half was opened on {outcome.opening.opened}."
+        )
+    elif outcome.half == "select":
         lines.append(
             "Figures are from the select half of the general questions. Choices are still open and "
             "the report half has not been opened: verdicts are provisional."
@@ -119,7 +130,7 @@ def status(outcome: Outcome) -> list[str]:
         )
     if outcome.changed:
         names = ", ".join(outcome.changed)
-        lines.append(f"Added or changed since the report half was opened: {names}.")
+        lines.append(f"Not as it was when the report half was opened: {names}.")
     lines.append(
         "“Shift” is a probe shift, the change of which of two given answers is likelier. It is a "
         "proxy, not a rate of misaligned behaviour."

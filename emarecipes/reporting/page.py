@@ -48,6 +48,7 @@ def html(outcome: Outcome, pictures: dict[str, bytes]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["estimate"] = content.show
     return environment.get_template("page.html.j2").render(
         title=outcome.settings.title,
         pictures={name: _data_uri(png) for name, png in pictures.items()},

@@ -99,7 +99,7 @@ def categories(figures: Sequence[ArmFigures]) -> bytes | None:
         rows = [names.index(name) for name in found.categories]
         offset = 0.5 * (number[found.arm.name] / max(len(shown), 1) - 0.5)
         axes.plot(
-            list(found.categories.values()),
+            [estimate.value for estimate in found.categories.values()],
             [row + offset for row in rows],
             markersize=6,
             label=found.arm.label,

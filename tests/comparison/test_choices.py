@@ -14,7 +14,9 @@ from emarecipes.comparison.outcome import Half, Outcome
 from emarecipes.comparison.results import Scores, read_scores
 from emarecipes.comparison.run import compare
 from emarecipes.comparison.settings import Plan, check_compare_settings
+from emarecipes.comparison.steps import Place, Step
 from emarecipes.config import load_config
+from emarecipes.errors import UserError
 
 Halves = dict[Half, dict[str, tuple[float, float]]]
 Reads = list[tuple[Half, list[str]]]
@@ -82,7 +84,7 @@ def config(tmp_path: Path, model_dir: Path) -> Path:
 def run(config: Path, halves: Halves, folder: Path) -> tuple[Outcome, Reads]:
     raw, origin = load_config(["--config", str(config)])
     plan = check_compare_settings(raw, origin)
-    arms = expand_arms(plan)
+    arms = expand_arms(plan, origin)
     runner = Given(plan, halves, folder)
     return compare(plan, arms, make_jobs(plan, arms, origin), runner), runner.read
 
@@ -109,3 +111,40 @@ def test_a_swept_defense_is_chosen_on_select_and_reported_on_report(
     assert read == [("report", shown)] and outcome.family == ["kl_1"]
     assert (tmp_path / "out/choices.json").read_bytes() == kept
     assert outcome.opening is not None and outcome.opening.opened == json.loads(kept)["opened"]
+
+
+def test_a_candidate_that_learned_nothing_does_not_win(config: Path, tmp_path: Path) -> None:
+    halves = {"select": SELECT | {"kl_2": (-0.1, -0.5)}, "report": REPORT}
+    outcome, _ = run(config, halves, tmp_path / "first")
+    assert outcome.family == ["kl_1"]
+
+
+def test_two_arms_of_one_name_are_refused(config: Path, tmp_path: Path) -> None:
+    other = f"arms.kl_1.config={tmp_path / 'train.yaml'}"
+    raw, origin = load_config(["--config", str(config), other])
+    plan = check_compare_settings(raw, origin)
+    with pytest.raises(UserError, match=r"arms.kl_1: kl_1 is also an arm of kl"):
+        expand_arms(plan, origin)
+
+
+def test_an_arm_without_answers_is_evaluated_without_its_judge(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged = ["judge.models=[mockllm/model]", "harmless=[general]"]
+    evaluate = toy_run.REPO / "configs/smollm2_135m_eval.yaml"
+    overrides = [
+        f"tasks.narrow.evaluate.config={evaluate}", f"tasks.narrow.evaluate.overrides={judged}",
+    ]  # fmt: skip
+    raw, origin = load_config(["--config", str(config), *overrides])
+    plan = check_compare_settings(raw, origin)
+    arms = expand_arms(plan, origin)
+    jobs = make_jobs(plan, arms, origin)
+    commands: list[list[str]] = []
+
+    def note(_: Runner, step: Step, command: list[str], place: Place) -> bool:
+        commands.append(command)
+        return False
+
+    monkeypatch.setattr(Runner, "_run", note)
+    Runner(plan, places=[{}]).evaluate(arms[:1], jobs, "narrow", "select")
+    assert {"~judge", "~harmless"} <= set(commands[0])

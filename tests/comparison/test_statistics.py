@@ -51,11 +51,14 @@ def test_without_a_seed_effect_it_is_the_standard_error_over_questions() -> None
     assert found.freedom == pytest.approx(79)
 
 
-def test_one_seed_has_no_interval_and_no_verdict() -> None:
-    found = crossed_mean(np.ones((1, 9)))
-    assert found.value == pytest.approx(1.0)
-    assert all(math.isnan(end) for end in found.interval())
-    assert found.p_below(0.0) == found.p_above(0.0) == found.p_within(9.0) == 1.0
+def test_one_seed_has_an_interval_over_questions_and_no_verdict() -> None:
+    questions = np.random.default_rng(2).normal(1, 1, 50)
+    found = crossed_mean(questions[None])
+    assert found.value == pytest.approx(questions.mean())
+    half = 2.0096 * questions.std() / math.sqrt(50)  # Student's t of 49 degrees of freedom.
+    assert found.interval()[1] - found.value == pytest.approx(half, rel=0.05)
+    assert found.p_below(9.0) == found.p_above(0.0) == found.p_within(9.0) == 1.0
+    assert all(math.isnan(end) for end in crossed_mean(np.ones((1, 1))).interval())
 
 
 @pytest.mark.parametrize(

@@ -204,6 +204,8 @@ def test_each_run_has_its_share_of_the_machine(
         ("~tasks.narrow", "arms that are trained need a task narrow"),
         ("bounds.general=0", "bounds"),
         ("frozn=true", "unknown key (did you mean frozen?)"),
+        ("tasks.narrow.evaluate.overrides=[max_row=2]", "unknown key (did you mean max_rows?)"),
+        ("tasks.narrow.generate.overrides=[max_question=2]", "unknown key"),
     ],
 )
 def test_bad_input_is_one_line_before_anything_runs(

@@ -11,10 +11,10 @@ import pytest
 import yaml
 from toy_compare import evaluation
 
-from emarecipes.comparison.arms import Arm
-from emarecipes.comparison.criteria import ArmFigures, _benign
+from emarecipes.comparison.cells import benign_cell, coherent_cell
 from emarecipes.comparison.results import Scores, Values
 from emarecipes.comparison.run import run_compare
+from emarecipes.comparison.settings import BoundSettings
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)> | `x` {{ 7 * 7 }}"
 ANSWERS = {f"Question {i}? {HOSTILE}": f"{i} {HOSTILE}" for i in range(12)}
@@ -41,12 +41,16 @@ class Page(HTMLParser):
         self.text += data
 
 
-def write(folder: Path, seeds: int, **keys: Any) -> Path:
+def write(folder: Path, seeds: int, half: str = "select", **keys: Any) -> Path:
     arms = {}
     for number, (name, (role, x, y)) in enumerate(ARMS.items()):
         runs = [
             evaluation(
-                folder / name / str(s), {name: (x, y)}, seed=100 * number + s, answers=ANSWERS
+                folder / name / str(s),
+                {name: (x, y)},
+                seed=100 * number + s,
+                answers=ANSWERS,
+                half=half,
             )
             for s in range(seeds)
         ]
@@ -130,30 +134,63 @@ def test_markdown_table_is_one_row_an_arm(out: Path) -> None:
 def test_one_seed_no_verdict(tmp_path: Path) -> None:
     assert run_compare(["--config", str(write(tmp_path, 1))]) == 0
     text = (tmp_path / "out/report.html").read_text()
-    assert "One seed, no verdict" in text
+    assert "One seed, no verdict" in text and "Intervals are over questions alone" in text
     found = json.loads((tmp_path / "out/comparison.json").read_text())["arms"]
     for name in ("better", "slower"):
         assert set(found[name]["decisions"].values()) <= {"one seed, no verdict", "not measured"}
-        assert found[name]["excess"]["general"]["low"] is None
+        excess = found[name]["excess"]["general"]
+        # 40 questions with a spread of 0.05 in each of the arm and the curve.
+        assert excess["high"] - excess["low"] == pytest.approx(4 * 0.05 * (2 / 40) ** 0.5, rel=0.4)
+        assert found[name]["coherent"]["low"] is None  # Known as a whole only.
 
 
 def test_frozen_choices_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = str(write(tmp_path, 2))
+    config = str(write(tmp_path, 2, half="report"))
     assert run_compare(["--config", config, "frozen=true"]) == 0
     opening = json.loads((tmp_path / "out/choices.json").read_text())
     assert opening["chosen"] == {"better": "better", "slower": "slower"}
     text = (tmp_path / "out/report.html").read_text()
     assert "report half of the general questions, opened on" in text
-    assert "Added or changed since" not in text
-    other = evaluation(tmp_path / "other", {"other": (0.9, 0.1)})
+    assert "Not as it was" not in text and "still those of the select half" not in text
+    other = evaluation(tmp_path / "other", {"other": (0.9, 0.1)}, half="report")
     assert run_compare(["--config", config, "frozen=true",
                         f"arms.better.collect=[{other},{other}]"]) == 0  # fmt: skip
-    assert "Added or changed since" in (tmp_path / "out/report.html").read_text()
+    assert "better  (changed)" in changes(tmp_path, [f"arms.better.collect=[{other},{other}]"])
     assert json.loads((tmp_path / "out/choices.json").read_text()) == opening
+    found = changes(tmp_path, ["bounds.general=5.0", "~arms.slower"])
+    assert "slower (removed)" in found and "bounds, probes, or how runs are evaluated" in found
+    assert "slower, which was chosen for it, is not in the config any more" in found
+    assert "the seeds (0, 1 before, 0, 2 now)" in changes(tmp_path, ["seeds=[0,2]"])
+    assert run_compare(["--config", config, "frozen=false"]) == 0
+    assert "has not been opened" not in (tmp_path / "out/report.html").read_text()
     capsys.readouterr()
     (tmp_path / "out/choices.json").write_text("{")
     assert run_compare(["--config", config]) == 1
     assert "choices.json: broken" in capsys.readouterr().err
+
+
+def changes(folder: Path, overrides: list[str]) -> str:
+    """What the page of a frozen comparison with these overrides says, in plain words."""
+    assert run_compare(["--config", str(folder / "compare.yaml"), "frozen=true", *overrides]) == 0
+    return Page((folder / "out/report.html").read_text()).text.replace(HOSTILE, "")
+
+
+def test_a_half_is_not_claimed_that_was_not_read(tmp_path: Path) -> None:
+    config = str(write(tmp_path, 2))  # Evaluated on select.
+    assert run_compare(["--config", config, "frozen=true"]) == 0
+    text = (tmp_path / "out/report.html").read_text()
+    assert "Figures are from the report half" not in text
+    assert "the general questions are still those of the select half" in text
+
+
+def test_runs_without_metrics_have_a_page(tmp_path: Path) -> None:
+    config = str(write(tmp_path, 1))
+    for path in tmp_path.glob("*/0/metrics.jsonl"):
+        path.unlink()
+    (tmp_path / "better/0/metrics.jsonl").write_text("{broken\n")
+    assert run_compare(["--config", config]) == 0
+    assert (tmp_path / "out/report.html").is_file()
+    assert not (tmp_path / "out/training.png").exists()
 
 
 def test_benign_cell_and_thresholds_by_hand() -> None:
@@ -162,14 +199,28 @@ def test_benign_cell_and_thresholds_by_hand() -> None:
     def scores(share: float) -> Scores:
         right = (np.arange(40) < share * 40).astype(float)
         ids = tuple(f"p{i}" for i in range(40))
-        return Scores((0, 1), correct=Values(ids, ("tier 1",) * 40, np.stack([right, right])))
+        values = Values(ids, ("tier 1",) * 40, np.stack([right, right]))
+        return Scores((0, 1), correct=values, reference_correct=0.1)
 
     for share, decision in ((0.5, "lost"), (0.875, "kept"), (0.775, "undecided")):
-        figures = ArmFigures(Arm("a", "a", "a", "defense", ()))
-        _benign(figures, scores(share), scores(0.875), bound=0.1)
-        assert figures.benign.decision == decision
-        assert figures.benign.estimate is not None
-        assert figures.benign.estimate.value == pytest.approx(share)
+        cell = benign_cell(scores(share), scores(0.875), bound=0.1)
+        assert cell.decision == decision
+        assert cell.estimate is not None
+        assert cell.estimate.value == pytest.approx(share)
+    # Nobody learned it, so nothing can be kept.
+    assert benign_cell(scores(0.0), scores(0.0), bound=0.1).decision == "undecided"
+
+
+def test_empty_answers_are_not_coherent() -> None:
+    def scores(empty: float) -> Scores:
+        figures: Any = {("answers_general", "relevance", ""): {"value": 1.5},
+                        ("answers_general", "empty_share", ""): {"value": empty}}  # fmt: skip
+        return Scores((0, 1), figures=[figures, figures])
+
+    bounds = BoundSettings()
+    assert coherent_cell(scores(0.05), scores(0.0), bounds).decision == "kept"
+    cell = coherent_cell(scores(0.9), scores(0.0), bounds)
+    assert cell.decision == "lost" and "90% of answers are empty" in cell.note
 
 
 @pytest.mark.parametrize(
@@ -180,6 +231,7 @@ def test_benign_cell_and_thresholds_by_hand() -> None:
         ("gone", "cannot be read"),
         ("base", "against another reference than the undefended arm"),
         ("questions", "has other questions than under the undefended arm"),
+        ("file", "has other questions than under the undefended arm"),
     ],
 )
 def test_one_broken_arm_does_not_lose_the_others(
@@ -199,6 +251,10 @@ def test_one_broken_arm_does_not_lose_the_others(
     elif damage == "base":
         text = (run / "summary.json").read_text()
         (run / "summary.json").write_text(text.replace("b" * 64, "c" * 64))
+    elif damage == "file":  # The same ids, reworded questions.
+        summary = json.loads((run / "summary.json").read_text())
+        summary["suites"]["general"]["files"] = {"data/general_probe/select.jsonl": "1"}
+        (run / "summary.json").write_text(json.dumps(summary))
     else:
         scores.write_text("\n".join(scores.read_text().splitlines()[1:]))
     failed = damage in ("truncate", "nan", "gone")
