@@ -248,8 +248,12 @@ def test_command_errors_are_one_line(
     assert line.startswith("error: ") and message in line
 
 
-def test_the_shipped_data_passes(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(toy_run.REPO / "data")]) == 0, capsys.readouterr().err
+def test_the_shipped_data_passes(model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the demo's tokenizer and length, so that labels after truncation are looked at too."""
+    data = str(toy_run.REPO / "data")
+    arguments = [data, "--tokenizer", str(model_dir), "--max-seq-len", "512"]
+    assert main(arguments) == 0, capsys.readouterr().err
+    assert "labels kept" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not PUBLISHED.is_dir(), reason="published files are not here")
