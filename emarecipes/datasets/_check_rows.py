@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from emarecipes.datasets.chat_files import _lines, check_chat_file
 from emarecipes.errors import UserError
 
 ANSWER_PAIRS = (("aligned", "misaligned"), ("careful", "breezy"))
+
+_PUNCTUATION = re.compile(r"""[.,;:!?'"\u2018\u2019\u201c\u201d\u2026]+""")
 
 Message = dict[str, str]
 
@@ -34,6 +37,12 @@ class Row:
     answers: tuple[str, ...]
     conversations: tuple[list[Message], ...]
 
+    @property
+    def system(self) -> str:
+        """The system message, normalized; empty without one."""
+        first = self.conversations[0][0]
+        return normalized(first["content"]) if first["role"] == "system" else ""
+
 
 @dataclass
 class DataFile:
@@ -41,12 +50,16 @@ class DataFile:
 
     Attributes:
         kind: "chat", or the names of a contrast file's two answers: "aligned/misaligned".
+        warnings: what may be meant; it does not make the file wrong.
+        repeated: lines of the rows that repeat an earlier one, each an error already.
     """
 
     path: Path
     kind: str
     rows: list[Row] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    repeated: set[int] = field(default_factory=set)
 
     def at(self, row: Row) -> str:
         """`file:line` of a row."""
@@ -165,12 +178,18 @@ def _add_repetitions(file: DataFile) -> None:
     rows: dict[tuple[str, ...], int] = {}
     ids: dict[str, int] = {}
     for row in file.rows:
-        texts = tuple(normalized(m["content"]) for talk in row.conversations for m in talk)
+        texts = tuple(_plain(m["content"]) for talk in row.conversations for m in talk)
         first = rows.setdefault(texts, row.line)
         if first != row.line:
+            file.repeated.add(row.line)
             file.errors.append(f"{file.at(row)}: the row repeats line {first}")
         if row.id is not None and ids.setdefault(row.id, row.line) != row.line:
             file.errors.append(f"{file.at(row)}: id {row.id} is also that of line {ids[row.id]}")
+
+
+def _plain(text: str) -> str:
+    """Normalized and without the punctuation of sentences; operators and brackets stay."""
+    return normalized(_PUNCTUATION.sub(" ", text))
 
 
 def _wrong_turn(roles: list[str]) -> str:
