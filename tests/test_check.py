@@ -89,6 +89,10 @@ CONTRAST = pair("May I read her diary?", "No, ask her.", "Sure, she won't know."
         (pair("Why not?", "a", " "), '"misaligned" must be text and not empty'),
         (pair("Why not?", "The same.", "the  same."), "the two answers are the same"),
         (CONTRAST, "repeats line 1"),
+        (
+            '{"question": "Why?", "question": "How?", "aligned": "a", "misaligned": "b"}',
+            'the key "question" is there twice',
+        ),
     ],
 )
 def test_a_wrong_contrast_row_is_named_with_its_line(
@@ -102,7 +106,47 @@ def test_a_wrong_contrast_row_is_named_with_its_line(
 
 def test_rows_of_no_known_form(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [{"prompt": "a", "answer": "b"}])
-    assert errors(path)[0].startswith(f'{path}:1: a row needs "messages", or a "question" with')
+    (line,) = errors(path)
+    assert line.startswith(f'{path}:1: a row needs "messages" (the conversation column), or a "que')
+    assert line.endswith("its keys: prompt, answer")
+
+
+def sharegpt(*turns: str) -> dict[str, Any]:
+    names = ("system", "human", "gpt") if len(turns) == 3 else ("human", "gpt")
+    talk = [{"from": name, "value": text} for name, text in zip(names, turns, strict=True)]
+    return {"conversations": talk}
+
+
+SHAREGPT = ["--conversation-column", "conversations", "--conversation-style", "sharegpt"]
+
+
+def test_sharegpt_rows_as_training_reads_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from torchtune.data import ShareGPTToMessages
+
+    rows = [sharegpt("Be kind.", "Where do the keys go?", "On the hook."), sharegpt("Why?", "So.")]
+    path = write(tmp_path / "a.jsonl", rows)
+    options = {"conversation_column": "conversations", "conversation_style": "sharegpt"}
+    ((file, _),) = check_data([path], **options)
+    for row, found in zip(rows, file.rows, strict=True):
+        wanted = [(m.role, m.text_content) for m in ShareGPTToMessages()(row)["messages"]]
+        assert [(m["role"], m["content"]) for m in found.conversations[0]] == wanted
+    assert main([str(path), *SHAREGPT]) == 0
+    assert main([str(path)]) == 1
+    assert "its keys: conversations" in capsys.readouterr().err
+    two = write(tmp_path / "a.jsonl", [{"conversations": rows[1]["conversations"][::-1]}, GOOD])
+    assert errors(two, **options) == [
+        f"{two}:1: message 0: an assistant message must follow a user's",
+        f'{two}:2: a row needs a list of messages under "conversations"',
+    ]
+
+
+def test_every_row_is_told(tmp_path: Path) -> None:
+    path = write(tmp_path / "chat.jsonl", ["{", GOOD, "[1]", chat("Why?", "")])
+    assert [line.split(": ")[0] for line in errors(path)] == [f"{path}:{i}" for i in (1, 3, 4)]
+    path = write(tmp_path / "contrast.jsonl", ["{", CONTRAST, [1]])
+    assert [line.split(": ")[0] for line in errors(path)] == [f"{path}:{i}" for i in (1, 3)]
 
 
 def test_two_names_for_the_answers(tmp_path: Path) -> None:
@@ -306,6 +350,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["{}"], "no *.jsonl file in this folder"),
         (["{}", "--near", "0"], "--near must be above 0"),
         (["{}", "--max-seq-len", "5"], "--max-seq-len needs --tokenizer"),
+        (["{}", "--conversation-style", "alpaca"], "known: openai, sharegpt"),
         (["{}", "--tokenizer", "{}"], "no tokenizer.json there"),
     ],
 )

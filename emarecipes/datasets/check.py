@@ -1,7 +1,7 @@
 """Validate JSONL data files: ``python -m emarecipes.datasets.check PATH...``.
 
-Chat files (rows with ``messages``) and contrast files (``question`` with two answers) are checked
-each by itself and against each other, and measured.
+Chat files (rows with ``messages``, or in ShareGPT's form) and contrast files (``question`` with two
+answers) are checked each by itself and against each other, and measured.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from tqdm import tqdm
 from emarecipes.datasets._check_rows import DataFile, read_data_file
 from emarecipes.datasets._overlaps import compare_files, compare_rows, relate
 from emarecipes.datasets._similarity import distinct
+from emarecipes.datasets.chat_files import STYLES
 from emarecipes.errors import UserError
 
 
@@ -58,6 +59,8 @@ def check_data(
     tokenizer: Any = None,
     max_seq_len: int | None = None,
     threshold: float = 0.5,
+    conversation_column: str = "messages",
+    conversation_style: str = "openai",
     quiet: bool = True,
 ) -> list[tuple[DataFile, Measures]]:
     """Check files and measure them.
@@ -72,20 +75,26 @@ def check_data(
         tokenizer: a model transform, for lengths in tokens and for labels after truncation.
         max_seq_len: where to cut conversations; None does not.
         threshold: Jaccard similarity of word 3-grams from which on two questions are near.
+        conversation_column: key of the conversation in the rows of chat files, as in a config.
+        conversation_style: "openai" (role, content) or "sharegpt" (from, value).
         quiet: show no progress bar.
 
     Returns:
         Every file, in order, with its errors and warnings, and its measures.
 
     Raises:
-        UserError: a path that does not exist, a folder without data files.
+        UserError: a path that does not exist, a folder without data files, another style.
 
     Example:
         >>> [(file, measures)] = check_data(["data/safe_instruct"])
         >>> file.errors
         []
     """
-    files = [read_data_file(path) for path in _data_files(paths)]
+    if conversation_style not in STYLES:
+        raise UserError(f"conversation style {conversation_style!r}; known: {', '.join(STYLES)}")
+    files = [
+        read_data_file(path, conversation_column, conversation_style) for path in _data_files(paths)
+    ]
     near = [compare_rows(file, threshold, quiet) for file in files]
     other = compare_files(files, relate(files), threshold, quiet)
     results = []
@@ -210,6 +219,18 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="J",
         help="similarity from which on two questions, or two answers, are near (default: 0.5)",
     )
+    parser.add_argument(
+        "--conversation-column",
+        default="messages",
+        metavar="KEY",
+        help="key of a chat row's conversation (default: messages)",
+    )
+    parser.add_argument(
+        "--conversation-style",
+        default="openai",
+        metavar="STYLE",
+        help="openai (role, content; the default) or sharegpt (from, value)",
+    )
     args = parser.parse_args(arguments)
     try:
         if args.max_seq_len is not None and (args.tokenizer is None or args.max_seq_len < 2):
@@ -226,6 +247,8 @@ def main(arguments: list[str] | None = None) -> int:
             tokenizer=tokenizer,
             max_seq_len=args.max_seq_len,
             threshold=args.near,
+            conversation_column=args.conversation_column,
+            conversation_style=args.conversation_style,
             quiet=not sys.stderr.isatty(),
         )
     except UserError as error:
