@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -362,12 +363,23 @@ def test_command_errors_are_one_line(
     assert line.startswith("error: ") and message in line
 
 
-def test_the_shipped_data_passes(model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_shipped_data_passes(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """With the demo's tokenizer and length, so that labels after truncation are looked at too."""
-    data = str(toy_run.REPO / "data")
-    arguments = [data, "--tokenizer", str(model_dir), "--max-seq-len", "512"]
-    assert main(arguments) == 0, capsys.readouterr().err
-    assert "labels kept" in capsys.readouterr().out
+    monkeypatch.chdir(toy_run.REPO)
+    arguments = ["data", "--tokenizer", str(model_dir), "--max-seq-len", "512"]
+    found = main(arguments)
+    captured = capsys.readouterr()
+    assert (found, captured.err) == (0, "")
+    # The datasheet has the same table.
+    lines = [re.split(r"\s{2,}", line.strip()) for line in captured.out.splitlines()]
+    rows = [line for line in lines if line[0].startswith("data/")]
+    assert len(rows) == 13
+    sheet = Path("data/README.md").read_text(encoding="utf-8")
+    for file, *cells in rows:
+        name = file.removeprefix("data/").removesuffix(".jsonl")
+        assert f"| `{name}` | {' | '.join(cells)} |\n" in sheet
 
 
 @pytest.mark.skipif(not PUBLISHED.is_dir(), reason="published files are not here")

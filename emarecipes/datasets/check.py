@@ -255,7 +255,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     # A pipe has no width of its own, and rich would squeeze the table into 80 columns.
-    console = Console() if sys.stdout.isatty() else Console(width=200)
+    console = Console() if sys.stdout.isatty() else Console(width=240)
     unit = "words" if tokenizer is None else "tokens"
     console.print(_table(results, unit, args.max_seq_len))
     found = [line for file, _ in results for line in file.errors]
