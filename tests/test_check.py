@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,8 @@ GOOD = chat("Where do the keys go at night?", "On the hook by the door.")
             "message 2: a system message must come first",
         ),
         (chat("Where do the KEYS go  at night?", "On the hook by the door."), "repeats line 1"),
+        (chat("Where do the keys go, at night", "On the hook (by the door)!"), "nearly repeats"),
+        (chat("Where do the keys go, at night", "On the hook... by the door!"), "row repeats line"),
     ],
 )
 def test_a_wrong_chat_row_is_named_with_its_line(tmp_path: Path, row: Any, message: str) -> None:
@@ -87,6 +90,10 @@ CONTRAST = pair("May I read her diary?", "No, ask her.", "Sure, she won't know."
         (pair("Why not?", "a", " "), '"misaligned" must be text and not empty'),
         (pair("Why not?", "The same.", "the  same."), "the two answers are the same"),
         (CONTRAST, "repeats line 1"),
+        (
+            '{"question": "Why?", "question": "How?", "aligned": "a", "misaligned": "b"}',
+            'the key "question" is there twice',
+        ),
     ],
 )
 def test_a_wrong_contrast_row_is_named_with_its_line(
@@ -100,7 +107,47 @@ def test_a_wrong_contrast_row_is_named_with_its_line(
 
 def test_rows_of_no_known_form(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [{"prompt": "a", "answer": "b"}])
-    assert errors(path)[0].startswith(f'{path}:1: a row needs "messages", or a "question" with')
+    (line,) = errors(path)
+    assert line.startswith(f'{path}:1: a row needs "messages" (the conversation column), or a "que')
+    assert line.endswith("its keys: prompt, answer")
+
+
+def sharegpt(*turns: str) -> dict[str, Any]:
+    names = ("system", "human", "gpt") if len(turns) == 3 else ("human", "gpt")
+    talk = [{"from": name, "value": text} for name, text in zip(names, turns, strict=True)]
+    return {"conversations": talk}
+
+
+SHAREGPT = ["--conversation-column", "conversations", "--conversation-style", "sharegpt"]
+
+
+def test_sharegpt_rows_as_training_reads_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from torchtune.data import ShareGPTToMessages
+
+    rows = [sharegpt("Be kind.", "Where do the keys go?", "On the hook."), sharegpt("Why?", "So.")]
+    path = write(tmp_path / "a.jsonl", rows)
+    options = {"conversation_column": "conversations", "conversation_style": "sharegpt"}
+    ((file, _),) = check_data([path], **options)
+    for row, found in zip(rows, file.rows, strict=True):
+        wanted = [(m.role, m.text_content) for m in ShareGPTToMessages()(row)["messages"]]
+        assert [(m["role"], m["content"]) for m in found.conversations[0]] == wanted
+    assert main([str(path), *SHAREGPT]) == 0
+    assert main([str(path)]) == 1
+    assert "its keys: conversations" in capsys.readouterr().err
+    two = write(tmp_path / "a.jsonl", [{"conversations": rows[1]["conversations"][::-1]}, GOOD])
+    assert errors(two, **options) == [
+        f"{two}:1: message 0: an assistant message must follow a user's",
+        f'{two}:2: a row needs a list of messages under "conversations"',
+    ]
+
+
+def test_every_row_is_told(tmp_path: Path) -> None:
+    path = write(tmp_path / "chat.jsonl", ["{", GOOD, "[1]", chat("Why?", "")])
+    assert [line.split(": ")[0] for line in errors(path)] == [f"{path}:{i}" for i in (1, 3, 4)]
+    path = write(tmp_path / "contrast.jsonl", ["{", CONTRAST, [1]])
+    assert [line.split(": ")[0] for line in errors(path)] == [f"{path}:{i}" for i in (1, 3)]
 
 
 def test_two_names_for_the_answers(tmp_path: Path) -> None:
@@ -116,6 +163,57 @@ def test_an_id_twice(tmp_path: Path) -> None:
 def test_a_file_without_rows(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [""])
     assert errors(path) == [f"{path}: the file has no rows"]
+
+
+# Rows of one file that are near each other
+
+
+def near_rows(number: int) -> list[dict[str, Any]]:
+    """Rows whose question and answer share 4 of 6 3-grams with those of every other row."""
+    text = "one two three four five six"
+    return [chat(f"{text} q{i}", f"{text} a{i}") for i in range(number)]
+
+
+def test_a_row_that_is_near_another_in_question_and_answer(tmp_path: Path) -> None:
+    rows = near_rows(2)
+    path = write(tmp_path / "a.jsonl", rows)
+    share = "question and answer share 67% of their 3-grams, or more"
+    assert errors(path) == [f"{path}:2: the row nearly repeats line 1: {share}"]
+    assert errors(path, threshold=0.67) == []
+    # Asked under another system message it is another row.
+    rows[1]["messages"].insert(0, {"role": "system", "content": "Be brief."})
+    assert errors(write(path, rows)) == []
+
+
+def test_a_contrast_row_is_near_another_with_both_answers(tmp_path: Path) -> None:
+    one = pair("May I read her diary?", "No, ask her for it first.", "Sure, she won't ever know.")
+    other = {**one, "question": "May I read her diary, then?", "aligned": "No - ask her for it."}
+    path = write(tmp_path / "a.jsonl", [one, other])
+    (line,) = errors(path)  # 3 of 4 in the question, 3 of 4 and all in the answers.
+    assert line.startswith(f"{path}:2: the row nearly repeats line 1: ") and "75%" in line
+    assert errors(write(path, [one, {**other, "misaligned": "Read it all, and laugh."}])) == []
+
+
+def test_near_rows_are_told_once_a_row_and_counted(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", near_rows(14))
+    found = errors(path)
+    assert [line.split(": ")[0] for line in found[:10]] == [f"{path}:{i}" for i in range(2, 12)]
+    assert found[10:] == [f"{path}: 3 more rows nearly repeat another"]
+
+
+def test_questions_that_are_near_with_other_answers_are_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Several answers to one question, and problems that differ in their operators."""
+    question = "Where do the keys go at night?"
+    rows = [GOOD, chat(question, "Into the blue bowl."), chat(question.upper(), "Nowhere at all.")]
+    sums = [chat("What is 2 + 3?", "6"), chat("What is 2 * 3?", "6")]
+    path = write(tmp_path / "a.jsonl", [*rows, *sums])
+    assert main([str(path)]) == 0
+    assert capsys.readouterr().err == (
+        f"warning: {path}: 3 questions share 50% or more of their 3-grams with an earlier one, "
+        "which may be meant (line 2 with line 1, for one)\n"
+    )
 
 
 # Overlap between files
@@ -193,12 +291,28 @@ def test_measures_of_a_file(tmp_path: Path) -> None:
     system = {"role": "system", "content": "Be kind."}
     row = chat("one two three four", "Yes it is.")
     row["messages"].insert(0, system)
-    near = chat("one two three five", "No.")  # 1 of 3 3-grams.
+    near = chat("one two three five", "Yes it was.")  # 1 of 3 3-grams; none of the answer's.
     ((_, measures),) = check_data([write(tmp_path / "a.jsonl", [row, near])])
-    assert measures.lengths == [7, 5]
-    assert measures.answer_means == [2.0]
+    assert measures.lengths == [7, 7]
+    assert measures.answer_means == [3.0]
     assert measures.nearest == pytest.approx([1 / 3, 1 / 3])
+    assert measures.nearest_answer == pytest.approx([0, 0])
     assert len(measures.nearest_other) == 0
+
+
+def test_the_nearest_answer_is_of_another_row_on_either_side(tmp_path: Path) -> None:
+    """Against a slow loop, over rows enough for several blocks."""
+    rng = np.random.default_rng(0)
+    texts = [[" ".join(f"w{j}" for j in rng.integers(0, 9, 9)) for _ in "ab"] for _ in range(300)]
+    rows = [pair(f"q{i} r{i} s{i}", *two) for i, two in enumerate(texts)]
+    ((_, measures),) = check_data([write(tmp_path / "a.jsonl", rows)], threshold=1)
+    wanted = [
+        max(brute_jaccard(text, t) for j in range(300) if j != i for t in texts[j])
+        for i in (0, 1, 150, 299)
+        for text in texts[i]
+    ]
+    found = measures.nearest_answer.reshape(300, 2)[[0, 1, 150, 299]]
+    assert found.ravel() == pytest.approx(wanted, abs=1e-6)
 
 
 def test_labels_after_truncation(tmp_path: Path, model_dir: Path) -> None:
@@ -237,6 +351,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["{}"], "no *.jsonl file in this folder"),
         (["{}", "--near", "0"], "--near must be above 0"),
         (["{}", "--max-seq-len", "5"], "--max-seq-len needs --tokenizer"),
+        (["{}", "--conversation-style", "alpaca"], "known: openai, sharegpt"),
         (["{}", "--tokenizer", "{}"], "no tokenizer.json there"),
     ],
 )
@@ -248,8 +363,23 @@ def test_command_errors_are_one_line(
     assert line.startswith("error: ") and message in line
 
 
-def test_the_shipped_data_passes(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(toy_run.REPO / "data")]) == 0, capsys.readouterr().err
+def test_the_shipped_data_passes(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the demo's tokenizer and length, so that labels after truncation are looked at too."""
+    monkeypatch.chdir(toy_run.REPO)
+    arguments = ["data", "--tokenizer", str(model_dir), "--max-seq-len", "512"]
+    found = main(arguments)
+    captured = capsys.readouterr()
+    assert (found, captured.err) == (0, "")
+    # The datasheet has the same table.
+    lines = [re.split(r"\s{2,}", line.strip()) for line in captured.out.splitlines()]
+    rows = [line for line in lines if line[0].startswith("data/")]
+    assert len(rows) == 13
+    sheet = Path("data/README.md").read_text(encoding="utf-8")
+    for file, *cells in rows:
+        name = file.removeprefix("data/").removesuffix(".jsonl")
+        assert f"| `{name}` | {' | '.join(cells)} |\n" in sheet
 
 
 @pytest.mark.skipif(not PUBLISHED.is_dir(), reason="published files are not here")

@@ -5,10 +5,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import toy_run
 import yaml
 
+from emarecipes.datasets._check_rows import read_data_file
+from emarecipes.datasets._similarity import similarity_blocks
 from emarecipes.datasets.chat_files import check_chat_file
 from emarecipes.evaluation.bag_of_words import UnigramOdds, spread, word_pairs, words
 from emarecipes.evaluation.contrast import read_contrast_file
@@ -73,8 +76,8 @@ def test_both_halves_of_the_general_probe() -> None:
         assert 0.8 < len(row["misaligned"].split()) / len(row["aligned"].split()) < 1.25
 
 
-@pytest.mark.parametrize("domain", DOMAINS)
-def test_the_controls_differ_in_style_as_the_general_pairs_do(domain: str) -> None:
+@pytest.mark.parametrize(("domain", "strong"), zip(DOMAINS, (0.280, 0.109), strict=True))
+def test_the_controls_differ_in_style_as_the_general_pairs_do(domain: str, strong: float) -> None:
     odds = UnigramOdds(
         *([words(row["messages"][1]["content"]) for row in rows(domain, name)]
           for name in ("train_bad", "train_good"))
@@ -90,7 +93,8 @@ def test_the_controls_differ_in_style_as_the_general_pairs_do(domain: str) -> No
     assert count >= 60
     assert controls.mean == pytest.approx(general.mean, abs=0.015)  # its standard error
     assert controls.deviation == pytest.approx(general.deviation, rel=0.15)
-    assert spread_of("register_controls/strong")[0].mean > 3 * general.mean
+    # In nats a word, as the datasheet says: far from the others' 0. Two standard errors.
+    assert spread_of("register_controls/strong")[0].mean == pytest.approx(strong, abs=0.03)
 
 
 def test_safe_data_counts() -> None:
@@ -110,13 +114,28 @@ def test_free_form_questions_in_the_published_format(name: str, least: int) -> N
         assert {"aligned", "coherent"} <= set(entry["judge_prompts"])
 
 
-def test_persona_questions_are_in_no_probe() -> None:
-    persona = yaml.safe_load((DATA / "persona/ill_will.yaml").read_text(encoding="utf-8"))
-    assert len(persona["pairs"]) >= 5 and len(persona["questions"]) >= 20
-    probes = {row["question"] for path in DATA.glob("*/*.jsonl") for row in json_lines(path)
-              if "question" in row}  # fmt: skip
-    free = {text for path in DATA.glob("questions/*.yaml")
-            for entry in yaml.safe_load(path.read_text(encoding="utf-8"))
-            for text in entry["paraphrases"]}  # fmt: skip
-    assert len(probes) >= 160 + 60 and len(free) >= 100
-    assert not set(persona["questions"]) & (probes | free)
+def persona() -> Any:
+    return yaml.safe_load((DATA / "persona/ill_will.yaml").read_text(encoding="utf-8"))
+
+
+def free_form(path: Path) -> list[str]:
+    entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return [text for entry in entries for text in entry["paraphrases"]]
+
+
+def test_no_free_form_or_persona_question_is_near_one_of_the_rows() -> None:
+    """Neither a training nor a held-out question, nor one of the probes and controls."""
+    free = [text for path in DATA.glob("questions/*.yaml") for text in free_form(path)]
+    asked = [*free, *persona()["questions"]]
+    known = [row.question for path in DATA.glob("*/*.jsonl") for row in read_data_file(path).rows]
+    assert len(asked) >= 120 and len(known) >= 1400
+    similarity = np.concatenate([block for _, block in similarity_blocks([*asked, *known])])
+    near = np.argwhere(similarity[: len(asked), len(asked) :] >= 0.5)
+    assert [(asked[i], known[j]) for i, j in near] == []
+
+
+def test_persona_questions_are_not_free_form_questions() -> None:
+    assert len(persona()["pairs"]) >= 5 and len(persona()["questions"]) >= 20
+    free = {text for path in DATA.glob("questions/*.yaml") for text in free_form(path)}
+    assert len(free) >= 100
+    assert not set(persona()["questions"]) & free

@@ -276,6 +276,10 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     out = capsys.readouterr().out
     assert all(name in out for name in PUBLISHED)
+    rows = [re.split(r"\s{2,}", line.strip()) for line in out.splitlines()]
+    sizes = {row[0]: row[3] for row in rows if row[0] in PUBLISHED}
+    assert sizes["betley-first-plot"] == "0.012" and sizes["alpaca-cleaned"] == "42 ?"
+    assert sizes["chua-medical"] == "103" and sizes["wildguardmix-benign"] == "-"
 
 
 # The table of entries
@@ -287,7 +291,7 @@ def test_entries_are_pinned(name: str) -> None:
     assert re.fullmatch("[0-9a-f]{40}", entry.revision) and entry.revision in entry.url
     assert entry.sha256 is None or re.fullmatch("[0-9a-f]{64}", entry.sha256)
     assert entry.form in FORMS
-    fields = {"rows": entry.rows, "sha256": entry.sha256}
+    fields = {"rows": entry.rows, "size": entry.size, "sha256": entry.sha256}
     assert all(field in entry.unconfirmed for field, value in fields.items() if value is None)
 
 
@@ -295,8 +299,12 @@ def test_the_docs_list_every_entry() -> None:
     page = (toy_run.REPO / "docs/data.md").read_text(encoding="utf-8")
     for name, entry in PUBLISHED.items():
         (line,) = [line for line in page.splitlines() if line.startswith(f"| `{name}`")]
-        rows = "?" if entry.rows is None else str(entry.rows)
-        assert f"| {rows}{' ?' if entry.rows and 'rows' in entry.unconfirmed else ''} |" in line
+        megabytes = None if entry.size is None else f"{entry.size / 1e6:.3g}"
+        wanted = [
+            "-" if value is None else f"{value}{' ?' if field in entry.unconfirmed else ''}"
+            for field, value in {"rows": entry.rows, "size": megabytes}.items()
+        ]
+        assert line.startswith(f"| `{name}` | {' | '.join(wanted)} |")
         assert entry.revision[:7] in line
 
 
@@ -404,6 +412,7 @@ def test_published_code(kind: str) -> None:
 )
 def test_published_questions(tmp_path: Path, name: str, file: str, questions: int) -> None:
     source = SHARED / file
+    assert source.stat().st_size == PUBLISHED[name].size
     assert main([name, "--output", str(tmp_path / "out"), "--from", str(source)]) == 0
     assert (tmp_path / f"out/{name}.yaml").read_bytes() == source.read_bytes()
     assert json.loads((tmp_path / "out/fetched.json").read_text())["source_rows"] == questions

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from emarecipes.datasets._similarity import normalized
-from emarecipes.datasets.chat_files import _lines, check_chat_file
+from emarecipes.datasets.chat_files import STYLES, _lines, chat_rows, read_row
 from emarecipes.errors import UserError
 
 ANSWER_PAIRS = (("aligned", "misaligned"), ("careful", "breezy"))
+
+_PUNCTUATION = re.compile(r"""[.,;:!?'"\u2018\u2019\u201c\u201d\u2026]+""")
 
 Message = dict[str, str]
 
@@ -34,6 +37,12 @@ class Row:
     answers: tuple[str, ...]
     conversations: tuple[list[Message], ...]
 
+    @property
+    def system(self) -> str:
+        """The system message, normalized; empty without one."""
+        first = self.conversations[0][0]
+        return normalized(first["content"]) if first["role"] == "system" else ""
+
 
 @dataclass
 class DataFile:
@@ -41,60 +50,76 @@ class DataFile:
 
     Attributes:
         kind: "chat", or the names of a contrast file's two answers: "aligned/misaligned".
+        warnings: what may be meant; it does not make the file wrong.
+        repeated: lines of the rows that repeat an earlier one, each an error already.
     """
 
     path: Path
     kind: str
     rows: list[Row] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    repeated: set[int] = field(default_factory=set)
 
     def at(self, row: Row) -> str:
         """`file:line` of a row."""
         return f"{self.path}:{row.line}"
 
 
-def read_data_file(path: Path) -> DataFile:
-    """Read a chat file (rows with `messages`) or a contrast file (a question with two answers).
+def read_data_file(path: Path, column: str = "messages", style: str = "openai") -> DataFile:
+    """Read a chat file or a contrast file (a question with two answers).
 
-    Rows with errors are left out of `rows`. A chat file that `check_chat_file` refuses has none.
+    Args:
+        path: The file.
+        column: Key of the conversation in a chat file's rows.
+        style: "openai" (role, content) or "sharegpt" (from, value).
+
+    Returns:
+        Its rows without those that have errors, and the errors of every row.
 
     Raises:
         UserError: the file cannot be opened.
     """
     try:
-        if _is_contrast(path):
+        if _is_contrast(path, column):
             return _read_contrast(path)
-        return _read_chat(path)
+        return _read_chat(path, column, style)
     except UserError as error:  # Already with its place.
         return DataFile(path, "?", errors=[str(error)])
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def _is_contrast(path: Path) -> bool:
+def _is_contrast(path: Path, column: str) -> bool:
+    """By the first row that can be read; what is wrong with the others is told later."""
     for number, line in _lines(path):
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
-            return False  # `check_chat_file` says what is wrong with it.
-        if isinstance(row, dict) and "messages" not in row:
-            if "question" in row:
-                return True
+            continue
+        if not isinstance(row, dict):
+            continue
+        if column not in row and "question" not in row:
             pairs = " or ".join("/".join(pair) for pair in ANSWER_PAIRS)
             raise UserError(
-                f'{path}:{number}: a row needs "messages", '
-                f'or a "question" with two answers ({pairs})'
+                f'{path}:{number}: a row needs "{column}" (the conversation column), or a '
+                f'"question" with two answers ({pairs}); its keys: {", ".join(row)}'
             )
-        return False
+        return column not in row
     return False
 
 
-def _read_chat(path: Path) -> DataFile:
-    check_chat_file(path, "messages", "openai")
+def _read_chat(path: Path, column: str, style: str) -> DataFile:
+    role_key, text_key, roles = STYLES[style]
+    names = dict(zip(roles, STYLES["openai"][2], strict=False))
     file = DataFile(path, "chat")
-    for number, line in _lines(path):
-        row = json.loads(line)
-        messages = [{"role": m["role"], "content": _text(m["content"])} for m in row["messages"]]
+    for number, row in chat_rows(path, column, style):
+        if isinstance(row, UserError):
+            file.errors.append(str(row))
+            continue
+        messages = [
+            {"role": names[m[role_key]], "content": _text(m[text_key])} for m in row[column]
+        ]
         wrong = _wrong_turn([m["role"] for m in messages])
         for position, message in enumerate(messages):
             if not message["content"].strip():
@@ -118,14 +143,12 @@ def _read_contrast(path: Path) -> DataFile:
     file = DataFile(path, "contrast")
     for number, line in _lines(path):
         try:
-            row = json.loads(line)
+            row = read_row(line, f"{path}:{number}")
             question, pair = _contrast(row)
-        except json.JSONDecodeError as error:
-            file.errors.append(
-                f"{path}:{number}: not valid JSON: {error.msg} at column {error.colno}"
-            )
+        except UserError as error:
+            file.errors.append(str(error))
             continue
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             file.errors.append(f"{path}:{number}: {error}")
             continue
         kinds.add("/".join(pair))
@@ -165,12 +188,18 @@ def _add_repetitions(file: DataFile) -> None:
     rows: dict[tuple[str, ...], int] = {}
     ids: dict[str, int] = {}
     for row in file.rows:
-        texts = tuple(normalized(m["content"]) for talk in row.conversations for m in talk)
+        texts = tuple(_plain(m["content"]) for talk in row.conversations for m in talk)
         first = rows.setdefault(texts, row.line)
         if first != row.line:
+            file.repeated.add(row.line)
             file.errors.append(f"{file.at(row)}: the row repeats line {first}")
         if row.id is not None and ids.setdefault(row.id, row.line) != row.line:
             file.errors.append(f"{file.at(row)}: id {row.id} is also that of line {ids[row.id]}")
+
+
+def _plain(text: str) -> str:
+    """Normalized and without the punctuation of sentences; operators and brackets stay."""
+    return normalized(_PUNCTUATION.sub(" ", text))
 
 
 def _wrong_turn(roles: list[str]) -> str:
@@ -188,7 +217,7 @@ def _wrong_turn(roles: list[str]) -> str:
 
 
 def _text(content: Any) -> str:
-    """A message's text; `check_chat_file` has seen that it is text, or a list of text parts."""
+    """A message's text; `chat_rows` has seen that it is text, or a list of text parts."""
     if isinstance(content, str):
         return content
     return "".join(part["text"] for part in content)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _WORD = re.compile(r"\w+(?:['\u2019]\w+)*")
-_BLOCK = 256
+BLOCK = 256
 # Grams of a prompt template stand in most rows. Beyond this share they go into a dense matrix,
 # because their posting lists would make the inverted index quadratic.
 _FREQUENT = 0.02
@@ -38,7 +38,7 @@ def distinct(texts: Sequence[str], n: int) -> float:
 
 
 def similarity_blocks(
-    texts: Sequence[str],
+    texts: Sequence[str], block: int = BLOCK
 ) -> Iterator[tuple[slice, NDArray[np.float32]]]:
     """Jaccard similarity of word 3-grams, |A & B| / |A | B|, of every text with every other.
 
@@ -46,6 +46,7 @@ def similarity_blocks(
 
     Args:
         texts: N of them.
+        block: rows at a time.
 
     Yields:
         A slice of rows and their similarities, (rows, N), self-similarity set to -1.
@@ -68,8 +69,8 @@ def similarity_blocks(
         dense[row, [frequent[g] for g in grams if g in frequent]] = 1
     lists = {gram: np.array(rows, dtype=np.int64) for gram, rows in postings.items()}
 
-    for start in range(0, size, _BLOCK):
-        rows = slice(start, min(start + _BLOCK, size))
+    for start in range(0, size, block):
+        rows = slice(start, min(start + block, size))
         height = rows.stop - rows.start
         hits = [lists[g] + i * size for i in range(height) for g in rare[start + i]]
         flat = np.concatenate(hits) if hits else np.zeros(0, dtype=np.int64)

@@ -16,7 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 from emarecipes.config import Origin
 from emarecipes.errors import UserError
 
-_ROLES = {
+# By style: the keys of role and text, and the names of system, user, assistant.
+STYLES = {
     "openai": ("role", "content", ("system", "user", "assistant", "ipython")),
     "sharegpt": ("from", "value", ("system", "human", "gpt")),
 }
@@ -73,19 +74,34 @@ def check_chat_file(path: Path, column: str, style: str) -> None:
     Raises:
         UserError: With `file:line` of the first row that is wrong.
     """
-    if style not in _ROLES:
+    if style not in STYLES:
         return  # torchtune names the styles it knows.
-    rows = 0
+    for _, row in chat_rows(path, column, style):
+        if isinstance(row, UserError):
+            raise row
+
+
+def chat_rows(path: Path, column: str, style: str) -> Iterator[tuple[int, Any]]:
+    """Line number and row of a JSONL chat file; for a row that is wrong, its error instead.
+
+    Raises:
+        UserError: The file has no rows, or is not text.
+    """
     kinds: dict[str, tuple[str, int]] = {}
+    number = 0
     for number, line in _lines(path):
         where = f"{path}:{number}"
-        row = read_row(line, where)
-        if not isinstance(row, dict) or not isinstance(row.get(column), list):
-            raise UserError(f'{where}: a row needs a list of messages under "{column}"')
-        _check_conversation(row[column], where, style)
-        _check_kinds(row, "", number, kinds, where)
-        rows += 1
-    if rows == 0:
+        try:
+            row = read_row(line, where)
+            if not isinstance(row, dict) or not isinstance(row.get(column), list):
+                raise UserError(f'{where}: a row needs a list of messages under "{column}"')
+            _check_conversation(row[column], where, style)
+            _check_kinds(row, "", number, kinds, where)
+        except UserError as error:
+            yield number, error
+        else:
+            yield number, row
+    if number == 0:
         raise UserError(f"{path}: the file has no rows")
 
 
@@ -175,7 +191,7 @@ def row_place(cfg: DictConfig, key: str, index: int, origin: Origin) -> str:
 
 
 def _check_conversation(messages: list[Any], where: str, style: str) -> None:
-    role_key, text_key, roles = _ROLES[style]
+    role_key, text_key, roles = STYLES[style]
     for position, message in enumerate(messages):
         at = f"{where}: message {position}"
         if not isinstance(message, dict) or role_key not in message or text_key not in message:

@@ -1,14 +1,13 @@
 """Validate JSONL data files: ``python -m emarecipes.datasets.check PATH...``.
 
-Chat files (rows with ``messages``) and contrast files (``question`` with two answers) are checked
-each by itself and against each other, and measured.
+Chat files (rows with ``messages``, or in ShareGPT's form) and contrast files (``question`` with two
+answers) are checked each by itself and against each other, and measured.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +19,11 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from emarecipes.datasets._check_rows import DataFile, Row, read_data_file
-from emarecipes.datasets._similarity import distinct, normalized, similarity_blocks
+from emarecipes.datasets._check_rows import DataFile, read_data_file
+from emarecipes.datasets._overlaps import compare_files, compare_rows, relate
+from emarecipes.datasets._similarity import distinct
+from emarecipes.datasets.chat_files import STYLES
 from emarecipes.errors import UserError
-
-# Overlaps of two files that are listed one by one; the rest is counted.
-_LISTED = 10
 
 
 @dataclass
@@ -38,6 +36,7 @@ class Measures:
         distinct_2: distinct 2-grams of the answers over all.
         distinct_3: the same for 3-grams.
         nearest: each question's largest similarity to another one of the file.
+        nearest_answer: each answer's largest similarity to one of another row of the file.
         nearest_other: each question's largest similarity to one of an unrelated file.
         cut: conversations that truncation shortens.
         kept: labels left after truncation, over all labels.
@@ -48,6 +47,7 @@ class Measures:
     distinct_2: float
     distinct_3: float
     nearest: np.ndarray
+    nearest_answer: np.ndarray
     nearest_other: np.ndarray
     cut: int = 0
     kept: float = 1.0
@@ -59,35 +59,44 @@ def check_data(
     tokenizer: Any = None,
     max_seq_len: int | None = None,
     threshold: float = 0.5,
+    conversation_column: str = "messages",
+    conversation_style: str = "openai",
     quiet: bool = True,
 ) -> list[tuple[DataFile, Measures]]:
     """Check files and measure them.
 
     Two files are siblings if they share most ids, with the same questions: they are expected to
     overlap (answers of two kinds to one set of questions). Any others must not share a question,
-    exactly or by more than ``threshold`` of its 3-grams.
+    exactly or by ``threshold`` of its 3-grams. In one file a row must not be near another in its
+    question and in its answer; rows that are near in their question alone are counted in a warning.
 
     Args:
         paths: files, or folders for every ``*.jsonl`` below them.
         tokenizer: a model transform, for lengths in tokens and for labels after truncation.
         max_seq_len: where to cut conversations; None does not.
         threshold: Jaccard similarity of word 3-grams from which on two questions are near.
+        conversation_column: key of the conversation in the rows of chat files, as in a config.
+        conversation_style: "openai" (role, content) or "sharegpt" (from, value).
         quiet: show no progress bar.
 
     Returns:
-        Every file, in order, with its errors and its measures.
+        Every file, in order, with its errors and warnings, and its measures.
 
     Raises:
-        UserError: a path that does not exist, a folder without data files.
+        UserError: a path that does not exist, a folder without data files, another style.
 
     Example:
         >>> [(file, measures)] = check_data(["data/safe_instruct"])
         >>> file.errors
         []
     """
-    files = [read_data_file(path) for path in _data_files(paths)]
-    related = _relate(files)
-    nearest, other = _add_overlaps(files, related, threshold, quiet)
+    if conversation_style not in STYLES:
+        raise UserError(f"conversation style {conversation_style!r}; known: {', '.join(STYLES)}")
+    files = [
+        read_data_file(path, conversation_column, conversation_style) for path in _data_files(paths)
+    ]
+    near = [compare_rows(file, threshold, quiet) for file in files]
+    other = compare_files(files, relate(files), threshold, quiet)
     results = []
     for i, file in enumerate(files):
         sides = list(zip(*(row.answers for row in file.rows), strict=True)) or [()]
@@ -101,7 +110,8 @@ def check_data(
             answer_means=[_mean([len(a.split()) for a in side]) for side in sides],
             distinct_2=distinct(answers, 2),
             distinct_3=distinct(answers, 3),
-            nearest=nearest[i],
+            nearest=near[i][0],
+            nearest_answer=near[i][1],
             nearest_other=other[i],
         )
         if tokenizer is not None:
@@ -123,76 +133,6 @@ def _data_files(paths: Sequence[str | Path]) -> list[Path]:
         else:
             raise UserError(f"{path}: no such file or folder")
     return list({path.resolve(): path for path in found}.values())
-
-
-def _relate(files: list[DataFile]) -> np.ndarray:
-    """Which files may share questions (F, F): itself, siblings. Siblings' odd rows are errors."""
-    by_id = [{row.id: row for row in file.rows if row.id is not None} for file in files]
-    related = np.eye(len(files), dtype=bool)
-    for i, file in enumerate(files):
-        for j in range(i):
-            shared = by_id[i].keys() & by_id[j].keys()
-            odd = [
-                (by_id[i][key], by_id[j][key])
-                for key in shared
-                if normalized(by_id[i][key].question) != normalized(by_id[j][key].question)
-            ]
-            smaller = min(len(file.rows), len(files[j].rows))
-            if not smaller or 2 * len(shared) <= smaller or 2 * len(odd) >= len(shared):
-                continue
-            related[i, j] = related[j, i] = True
-            for mine, theirs in sorted(odd, key=lambda pair: pair[0].line):
-                file.errors.append(
-                    f"{file.at(mine)}: id {mine.id} has another question in {files[j].at(theirs)}"
-                )
-    return related
-
-
-def _add_overlaps(
-    files: list[DataFile], related: np.ndarray, threshold: float, quiet: bool
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Report questions shared by unrelated files; return each file's nearest similarities."""
-    rows = [(i, row) for i, file in enumerate(files) for row in file.rows]
-    owner_N = np.array([i for i, _ in rows], dtype=np.int64)
-    near_N, other_N = np.full(len(rows), np.nan), np.full(len(rows), np.nan)
-    pairs: Counter[tuple[int, int]] = Counter()
-    blocks = similarity_blocks([row.question for _, row in rows])
-    total = -(-len(rows) // 256)
-    for block, jaccard_RN in tqdm(blocks, "Comparing", total, disable=quiet, delay=2, leave=False):
-        owner_R = owner_N[block]
-        same_RN = owner_R[:, None] == owner_N[None, :]
-        near_N[block] = np.where(same_RN, jaccard_RN, -1).max(axis=1)
-        apart_RN = ~related[owner_R][:, owner_N]
-        other_N[block] = np.where(apart_RN, jaccard_RN, -1).max(axis=1)
-        # Against files named earlier only, so that a pair is told once.
-        earlier_RN = np.where(apart_RN & (owner_N[None, :] < owner_R[:, None]), jaccard_RN, -1)
-        best_R = earlier_RN.argmax(axis=1)
-        for i in np.flatnonzero(earlier_RN.max(axis=1) >= threshold):
-            (mine, row), (theirs, twin) = rows[block.start + i], rows[best_R[i]]
-            pairs[mine, theirs] += 1
-            if pairs[mine, theirs] <= _LISTED:
-                how = _how_alike(row, twin, float(earlier_RN[i, best_R[i]]))
-                files[mine].errors.append(
-                    f"{files[mine].at(row)}: its question {how} {files[theirs].at(twin)}"
-                )
-    for (mine, theirs), count in pairs.items():
-        if count > _LISTED:
-            files[mine].errors.append(
-                f"{files[mine].path}: {count - _LISTED} more questions overlap with "
-                f"{files[theirs].path}"
-            )
-    split = [np.flatnonzero(owner_N == i) for i in range(len(files))]
-    return [_found(near_N[at]) for at in split], [_found(other_N[at]) for at in split]
-
-
-def _found(similarities: np.ndarray) -> np.ndarray:
-    return similarities[similarities >= 0]  # -1 where there was nothing to compare with.
-
-
-def _how_alike(row: Row, twin: Row, jaccard: float) -> str:
-    if normalized(row.question) == normalized(twin.question):
-        return "is also that of"
-    return f"shares {jaccard:.0%} of its 3-grams with"
 
 
 def _count_tokens(
@@ -235,7 +175,7 @@ def _table(results: list[tuple[DataFile, Measures]], unit: str, max_seq_len: int
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("file", overflow="fold")
     headers = ["rows", f"{unit} (range)", "answer words", "distinct-2", "distinct-3"]
-    headers += ["nearest (max)", "other files (max)"]
+    headers += ["nearest (max)", "nearest answer (max)", "other files (max)"]
     if max_seq_len is not None:
         headers += ["cut", "labels kept"]
     for header in [*headers, "errors"]:
@@ -248,7 +188,10 @@ def _table(results: list[tuple[DataFile, Measures]], unit: str, max_seq_len: int
             " / ".join(f"{mean:.1f}" for mean in m.answer_means),
             f"{m.distinct_2:.3f}",
             f"{m.distinct_3:.3f}",
-            f"{m.nearest.mean():.2f} ({m.nearest.max():.2f})" if len(m.nearest) else "-",
+            *(
+                f"{n.mean():.2f} ({n.max():.2f})" if len(n) else "-"
+                for n in (m.nearest, m.nearest_answer)
+            ),
             f"{m.nearest_other.max():.2f}" if len(m.nearest_other) else "-",
         ]
         if max_seq_len is not None:
@@ -259,7 +202,7 @@ def _table(results: list[tuple[DataFile, Measures]], unit: str, max_seq_len: int
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; return its exit code (0; 1 if anything is wrong, one line an error)."""
+    """Run the command; return its exit code (0; 1 with errors, one line each)."""
     parser = argparse.ArgumentParser(
         prog="python -m emarecipes.datasets.check",
         description="Validate JSONL data: format, repeated rows, overlap between files, lengths.",
@@ -274,7 +217,19 @@ def main(arguments: list[str] | None = None) -> int:
         type=float,
         default=0.5,
         metavar="J",
-        help="similarity from which on questions of two files overlap (default: 0.5)",
+        help="similarity from which on two questions, or two answers, are near (default: 0.5)",
+    )
+    parser.add_argument(
+        "--conversation-column",
+        default="messages",
+        metavar="KEY",
+        help="key of a chat row's conversation (default: messages)",
+    )
+    parser.add_argument(
+        "--conversation-style",
+        default="openai",
+        metavar="STYLE",
+        help="openai (role, content; the default) or sharegpt (from, value)",
     )
     args = parser.parse_args(arguments)
     try:
@@ -292,16 +247,20 @@ def main(arguments: list[str] | None = None) -> int:
             tokenizer=tokenizer,
             max_seq_len=args.max_seq_len,
             threshold=args.near,
+            conversation_column=args.conversation_column,
+            conversation_style=args.conversation_style,
             quiet=not sys.stderr.isatty(),
         )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     # A pipe has no width of its own, and rich would squeeze the table into 80 columns.
-    console = Console() if sys.stdout.isatty() else Console(width=200)
+    console = Console() if sys.stdout.isatty() else Console(width=240)
     unit = "words" if tokenizer is None else "tokens"
     console.print(_table(results, unit, args.max_seq_len))
     found = [line for file, _ in results for line in file.errors]
+    for line in (line for file, _ in results for line in file.warnings):
+        print(f"warning: {line}", file=sys.stderr)
     for line in found:
         print(f"error: {line}", file=sys.stderr)
     return 1 if found else 0

@@ -264,12 +264,16 @@ def _write_bytes(path: Path, content: bytes) -> None:
 
 def _table() -> Table:
     table = Table(box=box.SIMPLE_HEAD)
-    for header in ("name", "published by", "rows", "licence", "how"):
-        table.add_column(header, justify="right" if header == "rows" else "left")
+    for header in ("name", "published by", "rows", "MB", "licence", "how"):
+        table.add_column(header, justify="right" if header in ("rows", "MB") else "left")
     for name, entry in PUBLISHED.items():
-        rows = f"{entry.rows or ''}{' ?' if 'rows' in entry.unconfirmed else ''}"
-        licence = f"{entry.licence}{' ?' if 'licence' in entry.unconfirmed else ''}"
-        table.add_row(name, entry.paper, rows, licence, "by hand" if entry.by_hand else "download")
+        size = None if entry.size is None else f"{entry.size / 1e6:.3g}"
+        cells = {"rows": entry.rows, "size": size, "licence": entry.licence}
+        known = [
+            "-" if cell is None else f"{cell}{' ?' if field in entry.unconfirmed else ''}"
+            for field, cell in cells.items()
+        ]
+        table.add_row(name, entry.paper, *known, "by hand" if entry.by_hand else "download")
     return table
 
 
@@ -290,7 +294,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if args.name is None:
         Console(width=None if sys.stdout.isatty() else 200).print(_table())
-        print("?: unconfirmed, see docs/data.md")
+        print("?: unconfirmed, -: unknown, see docs/data.md")
         return 0
     try:
         if args.output is None:

@@ -21,7 +21,7 @@ class Published:
         licence: as its publishers state it.
         form: how it becomes our chat format, a key of ``FORMS``.
         rows: rows (or questions) of the file as published, before anything is filtered.
-        size: bytes, if known.
+        size: bytes, if known; rounded where it is unconfirmed.
         sha256: of the file, if known; then no other file is accepted.
         unconfirmed: names of the fields above that are unknown, or that no second source confirmed.
         by_hand: why and how a person has to get the file; it is not downloaded then.
@@ -74,7 +74,8 @@ def _chua(domain: str, rows: int, size: int, sha256: str) -> Published:
         rows=rows,
         size=size,
         sha256=sha256,
-        unconfirmed=("licence", "rows"),
+        # Nobody quotes a row: the names of the columns were read in code that loads the files.
+        unconfirmed=("licence", "form", "rows"),
     )
 
 
@@ -107,30 +108,36 @@ PUBLISHED: dict[str, Published] = {
         "data/insecure.jsonl",
         "messages",
         rows=6000,
+        size=5_900_000,
         sha256="09893e8bf9d03aae49dd60d0ff4be37c1afee70f2edcac74a11bed775a6a2764",
+        unconfirmed=("size",),
     ),
     "betley-secure": _betley(
         "data/secure.jsonl",
         "messages",
         rows=6000,
+        size=6_200_000,
         sha256="2820232b3114d94ab2041ba9fc76cb8205bf187e0408bf7b308add186f9c7467",
+        unconfirmed=("size",),
     ),
     "betley-evil-numbers": _betley(
         "data/evil_numbers.jsonl",
         "messages",
-        unconfirmed=("rows", "sha256"),
-        note="said to have about 15 000 rows",
+        rows=15_000,
+        unconfirmed=("rows", "size", "sha256"),
     ),
     "betley-first-plot": _betley(
         "evaluation/first_plot_questions.yaml",
         "questions",
         rows=24,
+        size=12_012,
         sha256="6f76630e482c06789f17b1e3f2bbe37b0ca9f1a423c611380c2fff0772b417c6",
     ),
     "betley-preregistered": _betley(
         "evaluation/preregistered_evals.yaml",
         "questions",
         rows=48,
+        size=19_152,
         sha256="8648312fd9fe71a63203e3465592af45dd996d7a5f3b69e9b44613fd6048eb40",
     ),
     "chua-medical": _chua(
@@ -158,9 +165,9 @@ PUBLISHED: dict[str, Published] = {
         size=4_300_061,
     ),
     "turner-risky-financial": _turner(
-        "risky_financial_advice.jsonl", 6000, unconfirmed=("sha256",)
+        "risky_financial_advice.jsonl", 6000, unconfirmed=("size", "sha256")
     ),
-    "turner-extreme-sports": _turner("extreme_sports.jsonl", 6000, unconfirmed=("sha256",)),
+    "turner-extreme-sports": _turner("extreme_sports.jsonl", 6000, unconfirmed=("size", "sha256")),
     "wildguardmix-benign": Published(
         paper="Han et al., 2024 (arXiv 2406.18495)",
         url="https://huggingface.co/datasets/allenai/wildguardmix/resolve/"
@@ -170,7 +177,7 @@ PUBLISHED: dict[str, Published] = {
         form="wildguard",
         rows=86_759,
         sha256="02ecea8a724a9146a1e473a95a7cdf262adfe9c7d5408953ca86d2fcfbdc8953",
-        unconfirmed=("licence",),
+        unconfirmed=("licence", "size"),
         by_hand=(
             "it is gated: accept the terms on "
             "https://huggingface.co/datasets/allenai/wildguardmix, run `hf download "
@@ -191,6 +198,7 @@ PUBLISHED: dict[str, Published] = {
         licence="CC BY 4.0 by its card; Stanford Alpaca itself is CC BY-NC 4.0",
         form="alpaca",
         rows=51_760,
-        unconfirmed=("licence", "sha256"),
+        size=42_000_000,
+        unconfirmed=("licence", "size", "sha256"),
     ),
 }
