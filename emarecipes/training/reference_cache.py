@@ -25,6 +25,7 @@ from torchtune import utils
 from tqdm import tqdm
 
 from emarecipes._torchtune import is_nf4
+from emarecipes.command import together
 from emarecipes.defenses import Defense
 from emarecipes.errors import UserError
 from emarecipes.training.batch import Batch, make_batch
@@ -88,13 +89,18 @@ class ReferenceCache:
             forward: The reference's.
 
         Raises:
-            UserError: A defense's positions in a row depend on other rows.
+            UserError: A defense's positions in a row depend on other rows; raised on every process.
         """
         masks = reference_positions(self._defenses, batch)
         final_B, hidden_B = (mask_BS.sum(dim=1).tolist() for mask_BS in masks)
-        self._check_counts(batch.rows, final_B, hidden_B)
+        wrong = self._wrong_row(batch.rows, final_B, hidden_B)
         stored = [self.store.read(row) for row in batch.rows]
-        if not _on_every_process(all(states is not None for states in stored)):
+        # One number for both questions, for every micro-batch asks them.
+        found = -1 if wrong is not None else int(all(states is not None for states in stored))
+        lowest = _lowest(found)
+        if lowest < 0:
+            together(lambda: _refuse(wrong))
+        if lowest < 1:
             final_TD, by_layer = forward()
             parts = [final_TD[masks[0][selected_BS]].split(final_B)]
             parts += [by_layer[layer][masks[1]].split(hidden_B) for layer in self._layers]
@@ -118,13 +124,12 @@ class ReferenceCache:
             by_layer[layer][masks[1]] = values
         return final_TD, by_layer
 
-    def _check_counts(self, rows: list[int], final_B: list[int], hidden_B: list[int]) -> None:
+    def _wrong_row(self, rows: list[int], final_B: list[int], hidden_B: list[int]) -> int | None:
+        """A row with another number of positions than it has alone."""
         for row, final, hidden in zip(rows, final_B, hidden_B, strict=True):
             if final + len(self._layers) * hidden != self.store.layout.vectors_N[row]:
-                raise UserError(
-                    f"reference_cache: a defense acts on other positions of row {row} than when "
-                    "the row stands alone; leave reference_cache out with it"
-                )
+                return row
+        return None
 
     def _write(self, row: int, vectors_VD: Tensor) -> None:
         if not self._can_write:
@@ -232,9 +237,18 @@ def _base_model(cfg: Any, meta_model: Any) -> dict[str, Any]:
     return {key: value for key, value in entry.items() if key not in _ADAPTER_KEYS}
 
 
-def _on_every_process(value: bool) -> bool:
+def _refuse(wrong_row: int | None) -> None:
+    if wrong_row is not None:
+        raise UserError(
+            f"reference_cache: a defense acts on other positions of row {wrong_row} than when the "
+            "row stands alone; leave reference_cache out with it"
+        )
+
+
+def _lowest(value: int) -> int:
+    """The smallest of all processes' values."""
     if not dist.is_initialized():
         return value
-    lowest = torch.tensor(int(value))
+    lowest = torch.tensor(value)
     dist.all_reduce(lowest, op=dist.ReduceOp.MIN)
-    return bool(lowest)
+    return int(lowest)

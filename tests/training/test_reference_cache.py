@@ -312,3 +312,18 @@ def test_positions_that_depend_on_other_rows_are_refused(tmp_path: Path) -> None
     cache = ReferenceCache(open_store(tmp_path, {}, layout, ""), [LongestRow()], torch.float32)
     with pytest.raises(UserError, match="other positions of row 1 than when the row stands alone"):
         cache.states(batch, batch.labelled_BS, lambda: pytest.fail("no forward is needed"))
+
+
+@pytest.mark.parametrize("recipe", ["recipes/ema_lora.py", "recipes/ema_cache.py"])
+def test_such_positions_on_one_process_alone_end_all(
+    toy: dict[str, Any], tmp_path: Path, recipe: str
+) -> None:
+    """The first process, whose rows are as they should be, says it; nobody waits for the other."""
+    defenses = {"leaves": {"_component_": "toy_mishaps.LeavesARowOut"}}
+    cache = str(tmp_path / "cache")
+    config = write(toy, tmp_path / "a", defenses=defenses, reference_cache=cache)
+    done = run_ranks(Path(config), recipe=recipe)
+    assert done.returncode == 1
+    (line,) = [x for x in done.stderr.splitlines() if x.startswith("error: ")]
+    assert "a defense acts on other positions of row " in line
+    assert "Traceback" not in done.stderr
