@@ -80,6 +80,9 @@ def estimate(cfg: DictConfig, origin: Origin, load: Load) -> Estimate:
     defenses = _defenses(cfg, origin, model)
     dtype = _DTYPES[cfg.dtype]
     fixed = _fixed(cfg, origin, model, load)
+    shapes = _adapted_shapes(model)
+    projecting = [d for d in defenses.values() if isinstance(d, SafeLoRA)]
+    fixed["SafeLoRA bases"] = float(sum(d.kept_bytes(shapes) for d in projecting))
     rows, width = cfg.batch_size, model.tok_embeddings.embedding_dim
     stream = rows * load.row_tokens * width * dtype.itemsize
     labelled = max(1, round(rows * load.row_tokens * load.labelled))
@@ -104,8 +107,9 @@ def estimate(cfg: DictConfig, origin: Origin, load: Load) -> Estimate:
     }
     peak = max(in_head, in_backward, key=lambda parts: sum(parts.values()))
     parts = fixed | {"reference": float(reference)} | peak
-    after = fixed | {"SafeLoRA": float(_safelora(model, defenses))}
-    if sum(after.values()) > sum(parts.values()):
+    # Two weights and their difference in float32.
+    after = fixed | {"SafeLoRA": 3.0 * 4 * max(map(math.prod, shapes), default=0)}
+    if projecting and sum(after.values()) > sum(parts.values()):
         parts = after
     flops = _flops(cfg, len(model.layers), layer, head, share)
     micro_batches = cfg.gradient_accumulation_steps * load.gpus
@@ -225,8 +229,7 @@ def _flops(cfg: DictConfig, depth: int, layer: Trace, head: _HeadTrace, share: f
     return layers + head.flops
 
 
-def _safelora(model: Any, defenses: Mapping[str, Defense]) -> int:
-    """Two weights and their difference in float32, of the largest adapted layer."""
-    if not any(isinstance(defense, SafeLoRA) for defense in defenses.values()):
-        return 0
-    return 3 * 4 * max(p.numel() for layer in model.layers for p in layer.parameters())
+def _adapted_shapes(model: Any) -> list[tuple[int, int]]:
+    """Rows and columns of the weights that LoRA is on, the output layer's included."""
+    adapted = [module for module in model.modules() if hasattr(module, "lora_a")]
+    return [(module.lora_b.out_features, module.lora_a.in_features) for module in adapted]

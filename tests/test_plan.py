@@ -112,6 +112,39 @@ def test_devices_share_weights_and_checkpointing_saves_activations() -> None:
     assert four.tokens == 4 * one.tokens
 
 
+def test_safelora_repeated_keeps_bases_of_all_adapted_matrices() -> None:
+    """Left and right vectors in float32; two weights and their difference beside them."""
+    entry = "defenses.safelora"
+    once = (f"{entry}._component_=emarecipes.defenses.SafeLoRA", f"{entry}.base_dir=a",
+            f"{entry}.aligned_dir=b", "batch_size=1", f"{entry}.rank=8")  # fmt: skip
+    wide, narrow, mlp = 576, 192, 1536
+    sizes = [(wide, wide)] * 2 + [(wide, narrow)] * 2 + [(wide, mlp)] * 3
+    both_sides = 30 * sum(one + other for one, other in sizes)
+    load = Load(1, 1)  # So few tokens that the projection is the peak.
+    found = predict("smollm2_135m_lora", load, *once).parts
+    assert (found["SafeLoRA bases"], found["SafeLoRA"]) == (0, 3 * 4 * wide * mlp)
+    repeated = (*once, f"{entry}.every_n_steps=5")
+    found = predict("smollm2_135m_lora", load, *repeated).parts
+    assert (found["SafeLoRA bases"], found["SafeLoRA"]) == (4 * 8 * both_sides, 3 * 4 * wide * mlp)
+    # They stay where the step itself is the peak.
+    found = predict("smollm2_135m_lora", Load(1, 2048), *repeated).parts
+    assert found["SafeLoRA bases"] == 4 * 8 * both_sides
+    assert "SafeLoRA" not in found
+    share = (*repeated[:-2], f"{entry}.energy=0.9", repeated[-1])
+    found = predict("smollm2_135m_lora", load, *share).parts
+    assert found["SafeLoRA bases"] == 4 * 30 * sum(min(size) * sum(size) for size in sizes)
+
+
+def test_safelora_on_the_output_layer() -> None:
+    """Llama-3-8B: the output layer is the largest of the adapted matrices."""
+    entry = "defenses.safelora"
+    found = predict(
+        "llama3_8b_kl", Load(1, 8), f"{entry}._component_=emarecipes.defenses.SafeLoRA",
+        f"{entry}.base_dir=a", f"{entry}.aligned_dir=b", "model.apply_lora_to_output=true",
+    ).parts  # fmt: skip
+    assert found["SafeLoRA"] == 3 * 4 * 4096 * 128256
+
+
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = str(CONFIGS / "llama3_8b_kl.yaml")
     assert run_plan([config, "--row-tokens", "2048", "--gpu-memory", "80"]) == 0
