@@ -112,6 +112,31 @@ def test_devices_share_weights_and_checkpointing_saves_activations() -> None:
     assert four.tokens == 4 * one.tokens
 
 
+def test_a_term_on_all_tokens_takes_the_head_there() -> None:
+    """4 x 256 tokens, a fifth of them labelled."""
+    load, everywhere = Load(1, 256, 0.2), "defenses.kl.tokens=all"
+    response, found = (
+        predict("smollm2_135m_kl", load, f"defenses.kl.tokens={tokens}", "reference_cache=cache")
+        for tokens in ("response", "all")
+    )
+    # Both models' logits and the gradient of one's states at 4/5 of the tokens more.
+    more = 1024 - round(1024 * 0.2)
+    assert found.flops - response.flops == pytest.approx(3 * 2 * more * 576 * 49152, rel=1e-6)
+    assert found.parts["reference"] - response.parts["reference"] == more * 576 * 2
+    assert found.peak > response.peak
+    # Hidden states: a difference in float32 in each of two layers; the backward is the peak.
+    features = ("defenses.f._component_=emarecipes.defenses.FeatureL2", "defenses.f.layers=[10,30]",
+                "enable_activation_checkpointing=true")  # fmt: skip
+    response, found = (
+        predict("smollm2_135m_lora", Load(1, 2048, 0.2), *features, f"defenses.f.tokens={tokens}")
+        for tokens in ("response", "all")
+    )
+    assert found.peak - response.peak == 2 * (8192 - round(8192 * 0.2)) * 576 * 4
+    # With all labelled there is no difference.
+    whole = Load(1, 256)
+    assert predict("smollm2_135m_kl", whole) == predict("smollm2_135m_kl", whole, everywhere)
+
+
 def test_safelora_repeated_keeps_bases_of_all_adapted_matrices() -> None:
     """Left and right vectors in float32; two weights and their difference beside them."""
     entry = "defenses.safelora"
