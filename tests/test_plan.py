@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from emarecipes.config import load_config
 from emarecipes.defenses import KLToReference
-from emarecipes.plan import run_plan
+from emarecipes.plan import changes, run_plan
 from emarecipes.plan_estimate import Estimate, Load, estimate
 from emarecipes.plan_trace import trace
 from emarecipes.training.loss_head import cross_entropy, term_values
@@ -168,6 +168,20 @@ def test_safelora_on_the_output_layer() -> None:
         f"{entry}.base_dir=a", f"{entry}.aligned_dir=b", "model.apply_lora_to_output=true",
     ).parts  # fmt: skip
     assert found["SafeLoRA"] == 3 * 4 * 4096 * 128256
+
+
+@pytest.mark.parametrize(("size", "smaller"), [(4, [2, 1]), (3, [1]), (6, [3, 1]), (1, [])])
+def test_smaller_batches_of_the_same_step_come_before_more_devices(
+    size: int, smaller: list[int]
+) -> None:
+    overrides = [f"batch_size={size}", "gradient_accumulation_steps=2"]
+    config = str(CONFIGS / "smollm2_135m_kl.yaml")
+    raw, origin = load_config(["--config", config, *overrides])
+    found = [text for text, _ in changes(check_settings(raw, origin), origin, Load(1, 64))]
+    sizes = [f"batch_size={n} gradient_accumulation_steps={2 * size // n}" for n in smaller]
+    assert found == [
+        "enable_activation_checkpointing=true", *sizes, "--gpus 2", "--gpus 4", "--gpus 8"
+    ]  # fmt: skip
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
