@@ -168,7 +168,7 @@ def open_cache(run: CheckedRun, *, quiet: bool) -> ReferenceCache | None:
         quiet: Show no progress (every process but the first).
 
     Raises:
-        UserError: The disk has no room for it, or it cannot be written.
+        UserError: The disk has no room for it, or it lacks rows and cannot be written.
     """
     defenses = list(run.defenses.values())
     if not any(d.needs_reference for d in defenses):
