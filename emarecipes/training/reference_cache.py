@@ -25,7 +25,7 @@ from torchtune import utils
 from tqdm import tqdm
 
 from emarecipes._torchtune import is_nf4
-from emarecipes.command import together
+from emarecipes.command import on_first_process, together
 from emarecipes.defenses import Defense
 from emarecipes.errors import UserError
 from emarecipes.training.batch import Batch, make_batch
@@ -161,22 +161,37 @@ def reference_layers(defenses: Iterable[Defense]) -> list[int]:
 def open_cache(run: CheckedRun, *, quiet: bool) -> ReferenceCache | None:
     """The cache that `cfg.reference_cache` asks for; None if no defense reads a reference.
 
-    Its folder is created at its full size, so that a lack of room shows now.
+    Its folder is created at its full size, so that a lack of room shows now. Every process must
+    call it: the first alone reads all weights and rows.
 
     Args:
-        run: A run that passed all other checks.
+        run: A run that passed all checks.
         quiet: Show no progress (every process but the first).
 
     Raises:
-        UserError: The disk has no room for it, or it lacks rows and cannot be written.
+        UserError: On every process: the disk has no room for it, or it lacks rows and cannot be
+            written.
     """
     defenses = list(run.defenses.values())
     if not any(d.needs_reference for d in defenses):
         return None
-    vectors_N, positions = _count_vectors(run, defenses, quiet)
     cfg = run.cfg
-    stored_as = cfg.reference_cache_dtype or cfg.dtype
-    layout = Layout(vectors_N, run.meta_model.tok_embeddings.embedding_dim, _DTYPES[stored_as])
+    key, vectors_N = on_first_process(lambda: _describe(run, defenses, quiet))
+    width, stored_as = run.meta_model.tok_embeddings.embedding_dim, _DTYPES[key["stored_as"]]
+    layout = Layout(vectors_N, width, stored_as)
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    folder = Path(cfg.reference_cache) / name
+    where = run.origin.at("reference_cache")
+    store = together(lambda: open_store(folder, key, layout, where))
+    if not quiet:
+        log.info(f"Reference cache: {folder} holds {store.num_filled()} of {len(vectors_N)} rows")
+    return ReferenceCache(store, defenses, _DTYPES[cfg.dtype])
+
+
+def _describe(run: CheckedRun, defenses: list[Defense], quiet: bool) -> tuple[dict[str, Any], Any]:
+    """All that the states depend on, and how many vectors each row has."""
+    cfg = run.cfg
+    vectors_N, positions = _count_vectors(run, defenses, quiet)
     key = {
         "format": _FORMAT,
         "torchtune": version("torchtune"),
@@ -184,17 +199,12 @@ def open_cache(run: CheckedRun, *, quiet: bool) -> ReferenceCache | None:
         "model_type": str(cfg.checkpointer.model_type),
         "model": _base_model(cfg, run.meta_model),
         "dtype": cfg.dtype,
-        "stored_as": stored_as,
+        "stored_as": cfg.reference_cache_dtype or cfg.dtype,
         "rows": run.rows.fingerprint,
         "positions": positions,
         "layers": reference_layers(defenses),
     }
-    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    folder = Path(cfg.reference_cache) / name
-    store = open_store(folder, key, layout, run.origin.at("reference_cache"))
-    if not quiet:
-        log.info(f"Reference cache: {folder} holds {store.num_filled()} of {len(vectors_N)} rows")
-    return ReferenceCache(store, defenses, _DTYPES[cfg.dtype])
+    return key, vectors_N
 
 
 def _count_vectors(run: CheckedRun, defenses: list[Defense], quiet: bool) -> tuple[Any, str]:

@@ -20,7 +20,7 @@ from emarecipes.errors import UserError
 from emarecipes.training import run_cache, run_lora
 from emarecipes.training.batch import Batch, make_batch
 from emarecipes.training.checks import check_run
-from emarecipes.training.reference_cache import ReferenceCache
+from emarecipes.training.reference_cache import ReferenceCache, open_cache
 from emarecipes.training.row_store import Layout, open_store
 
 COMPONENT = "emarecipes.defenses."
@@ -168,7 +168,7 @@ def test_rows_that_are_missing_or_broken_are_computed_again(
 def folders(toy: dict[str, Any], tmp_path: Path, **changes: Any) -> set[str]:
     """The caches that exist after opening one for a config."""
     config = write(toy, tmp_path / "key", reference_cache=str(tmp_path / "cache"), **changes)
-    cache = check_run(["--config", config], 1, 0).reference_cache
+    cache = open_cache(check_run(["--config", config], 1, 0), quiet=True)
     assert cache is not None
     cache.store.close()
     return {path.name for path in (tmp_path / "cache").iterdir()}
@@ -250,6 +250,39 @@ def test_filled_ahead_over_two_processes(
         expected.pop("persona_ratio", 0)
         found.pop("persona_ratio", 0)
         assert found == pytest.approx(expected, rel=1e-4, abs=2e-6)
+
+
+HASHING = """
+import sys
+import torch.distributed as dist
+from emarecipes.training import reference_cache, run_cache
+
+def fingerprint(cfg, quiet):
+    print("hashed by", dist.get_rank())
+    if cfg.seed == 13:
+        raise OSError("a file that cannot be read")
+    return {}
+
+reference_cache._weights_fingerprint = fingerprint
+sys.exit(run_cache(sys.argv[1:]))
+"""
+
+
+def test_only_the_first_of_two_processes_reads_the_weights(
+    toy: dict[str, Any], tmp_path: Path
+) -> None:
+    script = tmp_path / "hashing.py"
+    script.write_text(HASHING)
+    config = Path(write(toy, tmp_path / "a", reference_cache=str(tmp_path / "cache")))
+    done = run_ranks(config, recipe=str(script))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("hashed by") == done.stdout.count("hashed by 0") == 1
+    (folder,) = (tmp_path / "cache").iterdir()
+    assert (np.fromfile(folder / "marks.bin", np.uint64) != 0).all()
+    # What stops the first stops both.
+    done = run_ranks(config, "seed=13", recipe=str(script))
+    assert done.returncode == 1
+    assert toy_run.error_lines(done) == ["error: a file that cannot be read"]
 
 
 def test_the_rows_that_an_epoch_leaves_out_are_stored_too(
