@@ -1,6 +1,8 @@
 """The reference cache: the uncached run's numbers, when it is used, and when it must not be."""
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -130,6 +132,55 @@ def test_an_empty_and_a_full_cache_give_the_uncached_run_bit_for_bit(
     assert uncached[0][3].get("kl", 1) > 0
 
 
+def test_other_batches_than_when_it_was_filled(
+    toy: dict[str, Any], tmp_path: Path, forwards: list[int]
+) -> None:
+    """In fp32 the losses of the second, reshuffled epoch are the uncached run's within 1e-4."""
+    changes: dict[str, Any] = {"shuffle": True, "max_steps_per_epoch": None, "epochs": 2}
+    defenses = toy["defenses"] | {"feature_l2": FEATURES | {"gradient_ratio_every": 0}}
+    changes |= {"defenses": defenses, "gradient_accumulation_steps": 1, "batch_size": 4}
+    config = write(toy, tmp_path / "a", **changes)
+    rows = check_run(["--config", config], 1, 0).rows
+    first, second = (rows.steps(4, seed=7, epoch=epoch, shuffle=True) for epoch in (0, 1))
+    assert len(first) == 4 and not set(map(frozenset, first)) & set(map(frozenset, second))
+    uncached, _ = train(toy, tmp_path / "a", **changes)
+    forwards.clear()
+    cached, _ = train(toy, tmp_path / "b", **changes, reference_cache=str(tmp_path / "cache"))
+    assert len(forwards) == 4 + 2 * 4, "the reference ran in the first epoch alone"
+    for expected, found in zip(uncached, cached, strict=True):
+        for name in ("loss", "ce", "kl", "feature_l2"):
+            assert found[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-7)
+
+
+def test_a_disk_that_refuses_a_row_costs_only_the_cache(
+    toy: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Three rows of two writes each, then none: the run says so once, and its numbers are exact."""
+    uncached = train(toy, tmp_path / "a")
+    written: list[int] = []
+    write_at = os.pwrite
+
+    def pwrite(file: int, data: Any, offset: int) -> int:
+        if len(written) == 6:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written.append(offset)
+        return write_at(file, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    changes = {"reference_cache": str(tmp_path / "cache")}
+    assert_identical(uncached, train(toy, tmp_path / "b", **changes))
+    said = "Reference cache: nothing more is stored: No space left on device"
+    assert caplog.messages.count(said) == 1
+    (folder,) = (tmp_path / "cache").iterdir()
+    assert (np.fromfile(folder / "marks.bin", np.uint64) != 0).sum() == 3
+    monkeypatch.undo()
+    assert_identical(uncached, train(toy, tmp_path / "c", **changes))
+    assert (np.fromfile(folder / "marks.bin", np.uint64) != 0).sum() == 8
+
+
 def test_half_the_size_in_bf16_and_near(toy: dict[str, Any], tmp_path: Path) -> None:
     sizes = {}
     runs = {}
@@ -180,6 +231,15 @@ def test_each_ingredient_has_a_cache_of_its_own(toy: dict[str, Any], tmp_path: P
     weights = load_file(other / "model.safetensors")
     weights["model.layers.1.mlp.down_proj.weight"][3, 5] += 1e-3
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((model_dir / "config.json").read_text())
+    retold = shutil.copytree(model_dir, tmp_path / "retold")
+    (retold / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 1024}))
+    # Two frequent tokens have each other's numbers.
+    swapped = shutil.copytree(model_dir, tmp_path / "swapped")
+    tokenizer = json.loads((swapped / "tokenizer.json").read_text())
+    numbers = tokenizer["model"]["vocab"]
+    numbers["Ġthe"], numbers["Ġa"] = numbers["Ġa"], numbers["Ġthe"]
+    (swapped / "tokenizer.json").write_text(json.dumps(tokenizer))
     dataset = toy["dataset"]
     task = dataset["task"]
     shorter = toy_run.write_rows(tmp_path / "shorter.jsonl", 11)
@@ -189,6 +249,9 @@ def test_each_ingredient_has_a_cache_of_its_own(toy: dict[str, Any], tmp_path: P
     assert len(known) == 1
     changed: dict[str, dict[str, Any]] = {
         "weights": {"checkpointer": toy["checkpointer"] | {"checkpoint_dir": str(other)}},
+        "config.json": {"checkpointer": toy["checkpointer"] | {"checkpoint_dir": str(retold)}},
+        "model type": {"checkpointer": toy["checkpointer"] | {"model_type": "LLAMA3"}},
+        "tokenizer": {"tokenizer": toy["tokenizer"] | {"path": str(swapped)}},
         "builder": {"model": toy["model"] | {"attn_dropout": 0.1}},
         "rows": {"dataset": dataset | {"task": task | {"data_files": str(shorter)}}},
         "which safe rows": {"dataset": dataset | {"seed": 1}},
