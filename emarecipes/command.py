@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -53,6 +53,29 @@ def together(work: Callable[[], _Result]) -> _Result:
         if first is not None:
             raise UserError(first)
     return found[0]
+
+
+def on_first_process(work: Callable[[], _Result]) -> _Result:
+    """Call `work()` on the first process alone; what it returns is returned on all.
+
+    Raises:
+        UserError: On every process alike: the first one's, or what a disk refused it.
+    """
+    if not dist.is_initialized():
+        return work()
+    found: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            found[0] = work()
+        except (UserError, OSError) as error:
+            if isinstance(error, UserError) and isinstance(explain(error), UserCodeError):
+                raise  # With its traceback.
+            found[1] = str(error)
+    dist.broadcast_object_list(found, src=0)
+    result, failure = found
+    if failure is not None:
+        raise UserError(failure)
+    return result
 
 
 def leave_processes() -> None:

@@ -86,9 +86,11 @@ def changes(cfg: DictConfig, origin: Origin, load: Load) -> Iterator[tuple[str, 
     if not cfg.enable_activation_checkpointing:
         cfg.enable_activation_checkpointing = True
         yield "enable_activation_checkpointing=true", estimate(cfg, origin, load)
-    while cfg.batch_size > 1 and cfg.batch_size % 2 == 0:
-        cfg.batch_size //= 2
-        cfg.gradient_accumulation_steps *= 2
+    while cfg.batch_size > 1:
+        size = cfg.batch_size
+        factor = next(n for n in range(2, size + 1) if size % n == 0)  # The step stays the same.
+        cfg.batch_size //= factor
+        cfg.gradient_accumulation_steps *= factor
         text = (
             f"batch_size={cfg.batch_size} "
             f"gradient_accumulation_steps={cfg.gradient_accumulation_steps}"

@@ -1,6 +1,6 @@
 """Peak memory and operations of a training step, from the config and the meta device.
 
-Shapes: B rows of S tokens in a micro-batch, T labelled ones of them, D width, V vocabulary.
+Shapes: B rows of S tokens in a micro-batch, T of them in the loss head, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Load:
     Attributes:
         gpus: Devices that share the weights (FSDP2).
         row_tokens: S.
-        labelled: T over B S.
+        labelled: The share of tokens that are trained, where terms with `tokens: response` act.
     """
 
     gpus: int
@@ -80,19 +80,23 @@ def estimate(cfg: DictConfig, origin: Origin, load: Load) -> Estimate:
     defenses = _defenses(cfg, origin, model)
     dtype = _DTYPES[cfg.dtype]
     fixed = _fixed(cfg, origin, model, load)
+    shapes = _adapted_shapes(model)
+    projecting = [d for d in defenses.values() if isinstance(d, SafeLoRA)]
+    fixed["SafeLoRA bases"] = float(sum(d.kept_bytes(shapes) for d in projecting))
     rows, width = cfg.batch_size, model.tok_embeddings.embedding_dim
     stream = rows * load.row_tokens * width * dtype.itemsize
-    labelled = max(1, round(rows * load.row_tokens * load.labelled))
-    states = labelled * width * dtype.itemsize
+    selected = _positions(cfg, defenses.values(), "logit_term", load)
+    states = selected * width * dtype.itemsize
 
     hidden = torch.empty(rows, load.row_tokens, width, dtype=dtype, device="meta")
     layer = trace(lambda: model.layers[len(model.layers) // 2](hidden.requires_grad_()))
-    head = _HeadTrace(cfg, model, defenses, labelled, dtype)
+    head = _HeadTrace(cfg, model, defenses, load, dtype)
     reads = reference_layers(defenses.values())
     uses_reference = any(d.needs_reference for d in defenses.values())
     share = _share_of_steps(defenses.values())
     reference = uses_reference * states + len(reads) * stream
-    distances = len(reads) * labelled * width * 4  # A difference in float32 for each layer.
+    compared = _positions(cfg, defenses.values(), "hidden_term", load)
+    distances = len(reads) * compared * width * 4  # A difference in float32 for each layer.
 
     recomputed = layer.kept if cfg.enable_activation_checkpointing else 0
     each = stream if cfg.enable_activation_checkpointing else layer.kept
@@ -104,8 +108,9 @@ def estimate(cfg: DictConfig, origin: Origin, load: Load) -> Estimate:
     }
     peak = max(in_head, in_backward, key=lambda parts: sum(parts.values()))
     parts = fixed | {"reference": float(reference)} | peak
-    after = fixed | {"SafeLoRA": float(_safelora(model, defenses))}
-    if sum(after.values()) > sum(parts.values()):
+    # Two weights and their difference in float32.
+    after = fixed | {"SafeLoRA": 3.0 * 4 * max(map(math.prod, shapes), default=0)}
+    if projecting and sum(after.values()) > sum(parts.values()):
         parts = after
     flops = _flops(cfg, len(model.layers), layer, head, share)
     micro_batches = cfg.gradient_accumulation_steps * load.gpus
@@ -161,8 +166,18 @@ def _optimizer_bytes(cfg: DictConfig, origin: Origin) -> float:
     return sum(t.nbytes for t in state if isinstance(t, Tensor)) / weight.numel()
 
 
+def _positions(cfg: DictConfig, defenses: Iterable[Defense], method: str, load: Load) -> int:
+    """In how many positions of a micro-batch the terms of this kind act."""
+    share = max([load.labelled, *(_share_of_tokens(d, load) for d in defenses if d.has(method))])
+    return max(1, round(cfg.batch_size * load.row_tokens * share))
+
+
+def _share_of_tokens(defense: Defense, load: Load) -> float:
+    return 1.0 if defense.tokens == "all" else load.labelled
+
+
 class _HeadTrace:
-    """The final norm over the labelled positions, then one chunk of the loss head.
+    """The final norm over the positions of terms on logits, then one chunk of the loss head.
 
     Attributes:
         kept: Bytes from the norm to the backward: states, their gradient, what the norm keeps.
@@ -175,20 +190,26 @@ class _HeadTrace:
         cfg: DictConfig,
         model: Any,
         defenses: Mapping[str, Defense],
-        labelled: int,
+        load: Load,
         dtype: torch.dtype,
     ) -> None:
         head = LossHead(model)
         norm, _ = final_norm_and_cap(model)
         width = model.tok_embeddings.embedding_dim
-        size = min(labelled, head.chunk_size(torch.device(cfg.device or "cuda")))
-        states_TD = torch.empty(labelled, width, dtype=dtype, device="meta")
+        selected = _positions(cfg, defenses.values(), "logit_term", load)
+        size = min(selected, head.chunk_size(torch.device(cfg.device or "cuda")))
+        states_TD = torch.empty(selected, width, dtype=dtype, device="meta")
         states_CD = torch.empty(size, width, dtype=dtype, device="meta")
         targets_C = torch.zeros(size, dtype=torch.long, device="meta")
         on_logits = [d for d in defenses.values() if d.has("logit_term")]
         read = any(d.needs_reference for d in on_logits)
-        terms: list[tuple[LogitTerm, bool, Tensor | None]] = [(cross_entropy, False, None)]
-        terms += [(partial(without_targets, d), d.needs_reference, None) for d in on_logits]
+        shares = [load.labelled, *(_share_of_tokens(d, load) for d in on_logits)]
+        rows = [self._rows(size, share / max(shares)) for share in shares]
+        terms: list[tuple[LogitTerm, bool, Tensor | None]] = [(cross_entropy, False, rows[0])]
+        terms += [
+            (partial(without_targets, d), d.needs_reference, r)
+            for d, r in zip(on_logits, rows[1:], strict=True)
+        ]
 
         def loss() -> Tensor:
             values = term_values(
@@ -205,7 +226,14 @@ class _HeadTrace:
         self.peak = max(chunk.forward_peak, chunk.backward_peak)
         reference = trace(lambda: head.logits(states_CD)).forward_flops if read else 0
         absent = (1.0 - _share_of_steps(on_logits)) * reference
-        self.flops = (chunk.forward_flops + chunk.backward_flops - absent) * labelled / size
+        self.flops = (chunk.forward_flops + chunk.backward_flops - absent) * selected / size
+
+    @staticmethod
+    def _rows(size: int, share: float) -> Tensor | None:
+        """Those of a chunk that a term acts on, None for all: of others it takes a copy."""
+        if share == 1.0:
+            return None
+        return torch.empty(max(1, round(size * share)), dtype=torch.long, device="meta")
 
 
 def _share_of_steps(defenses: Iterable[Defense]) -> float:
@@ -225,8 +253,7 @@ def _flops(cfg: DictConfig, depth: int, layer: Trace, head: _HeadTrace, share: f
     return layers + head.flops
 
 
-def _safelora(model: Any, defenses: Mapping[str, Defense]) -> int:
-    """Two weights and their difference in float32, of the largest adapted layer."""
-    if not any(isinstance(defense, SafeLoRA) for defense in defenses.values()):
-        return 0
-    return 3 * 4 * max(p.numel() for layer in model.layers for p in layer.parameters())
+def _adapted_shapes(model: Any) -> list[tuple[int, int]]:
+    """Rows and columns of the weights that LoRA is on, the output layer's included."""
+    adapted = [module for module in model.modules() if hasattr(module, "lora_a")]
+    return [(module.lora_b.out_features, module.lora_a.in_features) for module in adapted]

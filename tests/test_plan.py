@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from emarecipes.config import load_config
 from emarecipes.defenses import KLToReference
-from emarecipes.plan import run_plan
+from emarecipes.plan import changes, run_plan
 from emarecipes.plan_estimate import Estimate, Load, estimate
 from emarecipes.plan_trace import trace
 from emarecipes.training.loss_head import cross_entropy, term_values
@@ -110,6 +110,78 @@ def test_devices_share_weights_and_checkpointing_saves_activations() -> None:
     assert plain.parts["activations"] > 8 * one.parts["activations"]
     assert plain.flops < one.flops
     assert four.tokens == 4 * one.tokens
+
+
+def test_a_term_on_all_tokens_takes_the_head_there() -> None:
+    """4 x 256 tokens, a fifth of them labelled."""
+    load, everywhere = Load(1, 256, 0.2), "defenses.kl.tokens=all"
+    response, found = (
+        predict("smollm2_135m_kl", load, f"defenses.kl.tokens={tokens}", "reference_cache=cache")
+        for tokens in ("response", "all")
+    )
+    # Both models' logits and the gradient of one's states at 4/5 of the tokens more.
+    more = 1024 - round(1024 * 0.2)
+    assert found.flops - response.flops == pytest.approx(3 * 2 * more * 576 * 49152, rel=1e-6)
+    assert found.parts["reference"] - response.parts["reference"] == more * 576 * 2
+    assert found.peak > response.peak
+    # Hidden states: a difference in float32 in each of two layers; the backward is the peak.
+    features = ("defenses.f._component_=emarecipes.defenses.FeatureL2", "defenses.f.layers=[10,30]",
+                "enable_activation_checkpointing=true")  # fmt: skip
+    response, found = (
+        predict("smollm2_135m_lora", Load(1, 2048, 0.2), *features, f"defenses.f.tokens={tokens}")
+        for tokens in ("response", "all")
+    )
+    assert found.peak - response.peak == 2 * (8192 - round(8192 * 0.2)) * 576 * 4
+    # With all labelled there is no difference.
+    whole = Load(1, 256)
+    assert predict("smollm2_135m_kl", whole) == predict("smollm2_135m_kl", whole, everywhere)
+
+
+def test_safelora_repeated_keeps_bases_of_all_adapted_matrices() -> None:
+    """Left and right vectors in float32; two weights and their difference beside them."""
+    entry = "defenses.safelora"
+    once = (f"{entry}._component_=emarecipes.defenses.SafeLoRA", f"{entry}.base_dir=a",
+            f"{entry}.aligned_dir=b", "batch_size=1", f"{entry}.rank=8")  # fmt: skip
+    wide, narrow, mlp = 576, 192, 1536
+    sizes = [(wide, wide)] * 2 + [(wide, narrow)] * 2 + [(wide, mlp)] * 3
+    both_sides = 30 * sum(one + other for one, other in sizes)
+    load = Load(1, 1)  # So few tokens that the projection is the peak.
+    found = predict("smollm2_135m_lora", load, *once).parts
+    assert (found["SafeLoRA bases"], found["SafeLoRA"]) == (0, 3 * 4 * wide * mlp)
+    repeated = (*once, f"{entry}.every_n_steps=5")
+    found = predict("smollm2_135m_lora", load, *repeated).parts
+    assert (found["SafeLoRA bases"], found["SafeLoRA"]) == (4 * 8 * both_sides, 3 * 4 * wide * mlp)
+    # They stay where the step itself is the peak.
+    found = predict("smollm2_135m_lora", Load(1, 2048), *repeated).parts
+    assert found["SafeLoRA bases"] == 4 * 8 * both_sides
+    assert "SafeLoRA" not in found
+    share = (*repeated[:-2], f"{entry}.energy=0.9", repeated[-1])
+    found = predict("smollm2_135m_lora", load, *share).parts
+    assert found["SafeLoRA bases"] == 4 * 30 * sum(min(size) * sum(size) for size in sizes)
+
+
+def test_safelora_on_the_output_layer() -> None:
+    """Llama-3-8B: the output layer is the largest of the adapted matrices."""
+    entry = "defenses.safelora"
+    found = predict(
+        "llama3_8b_kl", Load(1, 8), f"{entry}._component_=emarecipes.defenses.SafeLoRA",
+        f"{entry}.base_dir=a", f"{entry}.aligned_dir=b", "model.apply_lora_to_output=true",
+    ).parts  # fmt: skip
+    assert found["SafeLoRA"] == 3 * 4 * 4096 * 128256
+
+
+@pytest.mark.parametrize(("size", "smaller"), [(4, [2, 1]), (3, [1]), (6, [3, 1]), (1, [])])
+def test_smaller_batches_of_the_same_step_come_before_more_devices(
+    size: int, smaller: list[int]
+) -> None:
+    overrides = [f"batch_size={size}", "gradient_accumulation_steps=2"]
+    config = str(CONFIGS / "smollm2_135m_kl.yaml")
+    raw, origin = load_config(["--config", config, *overrides])
+    found = [text for text, _ in changes(check_settings(raw, origin), origin, Load(1, 64))]
+    sizes = [f"batch_size={n} gradient_accumulation_steps={2 * size // n}" for n in smaller]
+    assert found == [
+        "enable_activation_checkpointing=true", *sizes, "--gpus 2", "--gpus 4", "--gpus 8"
+    ]  # fmt: skip
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

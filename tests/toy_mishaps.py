@@ -1,4 +1,4 @@
-"""Defenses that cause a mishap at a step: a signal, a value or a gradient that is not finite."""
+"""Defenses that cause a mishap: a signal, a full disk, a number that is not finite, a lost row."""
 
 import os
 import shutil
@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from emarecipes.defenses import Defense
+from emarecipes.training.batch import Batch
 
 
 class SignalAfter(Defense):
@@ -20,6 +21,21 @@ class SignalAfter(Defense):
         chosen = rank == int(os.environ.get("SIGNAL_RANK", 0))
         if chosen and os.environ.get("SIGNAL_AFTER") == str(step):
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+class LeavesARowOut(Defense):
+    """Reads the reference nowhere in the first of several rows, on the second process alone."""
+
+    needs_reference = True
+
+    def positions(self, batch: Batch) -> Tensor:
+        mask_BS = batch.labelled_BS.clone()
+        if dist.get_rank() == 1 and len(batch.rows) > 1:
+            mask_BS[0] = False
+        return mask_BS
+
+    def logit_term(self, policy_logits_TV: Tensor, reference_logits_TV: Tensor | None) -> Tensor:
+        return policy_logits_TV[:, 0]
 
 
 class FillsDisk(Defense):

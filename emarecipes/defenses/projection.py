@@ -64,6 +64,11 @@ class ProjectionOptions:
         """Whether the projector is U U^T, and not the published V V^T / |V|."""
         return self.rank is not None or self.energy is not None
 
+    def basis_numbers(self, rows: int, columns: int) -> int:
+        """How many numbers the basis of a matrix holds; with `energy`, at most."""
+        limit = min(rows, columns)
+        return (rows + columns) * (limit if self.rank is None else min(self.rank, limit))
+
 
 class Basis(NamedTuple):
     """Orthonormal bases of the dominant column space of V, (O, K), and row space, (I, K)."""
@@ -185,15 +190,20 @@ def dominant_basis(v_OI: Tensor, rank: int | None, energy: float | None) -> Basi
             torch.manual_seed(0)
             left, values, right = torch.svd_lowrank(v_OI, q=min(limit, wanted + 10), niter=4)
         if rank is not None:
-            return Basis(left[:, :wanted], right[:, :wanted])
+            return _first_columns(left, right, wanted)
         assert energy is not None
         held = values.double().square().cumsum(0) / max(total, 1e-300)
         # At full width rounding alone may keep the sum below the share.
         enough = (held >= energy).nonzero()
         if len(enough) or wanted == limit:
             size = int(enough[0]) + 1 if len(enough) else limit
-            return Basis(left[:, :size], right[:, :size])
+            return _first_columns(left, right, size)
         wanted *= 2
+
+
+def _first_columns(left: Tensor, right: Tensor, size: int) -> Basis:
+    # Copied, for a view would keep all columns in memory.
+    return Basis(left[:, :size].clone(), right[:, :size].clone())
 
 
 def _chosen(cosines: list[float], options: ProjectionOptions) -> list[bool]:

@@ -55,8 +55,9 @@ class SafeLoRA(Defense):
     Source: Hsu et al., "Safe LoRA: the Silver Lining of Reducing Safety Risks when Fine-tuning
     Large Language Models", NeurIPS 2024.
 
-    Nothing but V of one matrix is held: V (V^T B) is computed, never C. The first process computes
-    for all. The optimizer's moments stay as they are. What was done is in `safelora.csv`.
+    Nothing but V of one matrix is held: V (V^T B) is computed, never C; with `every_n_steps` the
+    bases of all matrices are kept too. The first process computes for all. The optimizer's moments
+    stay as they are. What was done is in `safelora.csv`.
 
     Args:
         base_dir: The unaligned model's folder (for Llama-3-8B-Instruct: Llama-3-8B).
@@ -177,6 +178,16 @@ class SafeLoRA(Defense):
                 new_state[f"{module.name}.lora_b.weight"] = module.b_OR
         for name, parameter in get_adapter_params(model).items():
             assign_whole(parameter, new_state.get(plain_name(name)))
+
+    def kept_bytes(self, shapes: Iterable[tuple[int, int]]) -> int:
+        """What the bases of matrices of these shapes take on the first process's device.
+
+        They are kept where the projection is repeated. With `energy` this is the most they can
+        take: how many vectors hold that share, only the weights tell.
+        """
+        if self._bases is None:
+            return 0
+        return 4 * sum(self.options.basis_numbers(*shape) for shape in shapes)
 
     def project(
         self,

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from torchtune import utils
 
-from emarecipes.errors import UserError
+from emarecipes.command import on_first_process
 from emarecipes.training.checkpoint import (
     FOLDER,
     Checkpoint,
@@ -72,7 +70,7 @@ class CheckpointSaver:
         if counters.step in (0, self.last_step):
             return
         adapter, training = self._state.adapter(), self._state.training()
-        _first_process_does(lambda: self._write(adapter, training, counters))
+        on_first_process(lambda: self._write(adapter, training, counters))
         self.last_step = counters.step
 
     def delete_newer(self) -> None:
@@ -89,18 +87,3 @@ class CheckpointSaver:
         write_checkpoint(self._folder, adapter, training, self._run, counters)
         steps = checkpoint_steps(self._folder)
         delete_checkpoints(self._folder, steps[: -self._keep])
-
-
-def _first_process_does(work: Callable[[], None]) -> None:
-    """Call it on the first process; what it raises as a UserError is raised on all."""
-    if not dist.is_initialized():
-        return work()
-    error: list[str | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            work()
-        except (UserError, OSError) as failure:
-            error = [str(failure)]
-    dist.broadcast_object_list(error, src=0)
-    if error[0] is not None:
-        raise UserError(error[0])

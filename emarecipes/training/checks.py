@@ -39,7 +39,7 @@ from emarecipes.training.model_checks import (
     check_model,
     check_rows_fit,
 )
-from emarecipes.training.reference_cache import ReferenceCache, open_cache
+from emarecipes.training.reference_cache import ReferenceCache
 from emarecipes.training.run_folder import check_output_dir, check_outside_output
 from emarecipes.training.settings import check_settings
 from emarecipes.training.step import check_hidden_layers
@@ -57,6 +57,7 @@ class CheckedRun:
     Attributes:
         resumed: What it goes on from, if anything.
         stated: Its config before a resumed step's rows were shared out.
+        reference_cache: Opened after all checks, by `open_cache`.
     """
 
     cfg: DictConfig
@@ -137,13 +138,9 @@ def check_run(
     collate = _build_collate(cfg, origin, tokenizer, rows)
     _check_rows(cfg, origin, rows, model, defenses, world_size)
     probe = read_probe(cfg, origin, tokenizer, model)
-    run = CheckedRun(
+    return CheckedRun(
         cfg, origin, tokenizer, defenses, rows, collate, data_files, source, resumed, stated, probe
     )
-    if cfg.reference_cache is not None:
-        # Last, as it reserves room on the disk.
-        run.reference_cache = open_cache(run, quiet=rank != 0)
-    return run
 
 
 def _check_inputs_outlive_outputs(

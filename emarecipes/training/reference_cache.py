@@ -25,6 +25,7 @@ from torchtune import utils
 from tqdm import tqdm
 
 from emarecipes._torchtune import is_nf4
+from emarecipes.command import on_first_process, together
 from emarecipes.defenses import Defense
 from emarecipes.errors import UserError
 from emarecipes.training.batch import Batch, make_batch
@@ -88,13 +89,18 @@ class ReferenceCache:
             forward: The reference's.
 
         Raises:
-            UserError: A defense's positions in a row depend on other rows.
+            UserError: A defense's positions in a row depend on other rows; raised on every process.
         """
         masks = reference_positions(self._defenses, batch)
         final_B, hidden_B = (mask_BS.sum(dim=1).tolist() for mask_BS in masks)
-        self._check_counts(batch.rows, final_B, hidden_B)
+        wrong = self._wrong_row(batch.rows, final_B, hidden_B)
         stored = [self.store.read(row) for row in batch.rows]
-        if not _on_every_process(all(states is not None for states in stored)):
+        # One number for both questions, for every micro-batch asks them.
+        found = -1 if wrong is not None else int(all(states is not None for states in stored))
+        lowest = _lowest(found)
+        if lowest < 0:
+            together(lambda: _refuse(wrong))
+        if lowest < 1:
             final_TD, by_layer = forward()
             parts = [final_TD[masks[0][selected_BS]].split(final_B)]
             parts += [by_layer[layer][masks[1]].split(hidden_B) for layer in self._layers]
@@ -118,13 +124,12 @@ class ReferenceCache:
             by_layer[layer][masks[1]] = values
         return final_TD, by_layer
 
-    def _check_counts(self, rows: list[int], final_B: list[int], hidden_B: list[int]) -> None:
+    def _wrong_row(self, rows: list[int], final_B: list[int], hidden_B: list[int]) -> int | None:
+        """A row with another number of positions than it has alone."""
         for row, final, hidden in zip(rows, final_B, hidden_B, strict=True):
             if final + len(self._layers) * hidden != self.store.layout.vectors_N[row]:
-                raise UserError(
-                    f"reference_cache: a defense acts on other positions of row {row} than when "
-                    "the row stands alone; leave reference_cache out with it"
-                )
+                return row
+        return None
 
     def _write(self, row: int, vectors_VD: Tensor) -> None:
         if not self._can_write:
@@ -156,22 +161,37 @@ def reference_layers(defenses: Iterable[Defense]) -> list[int]:
 def open_cache(run: CheckedRun, *, quiet: bool) -> ReferenceCache | None:
     """The cache that `cfg.reference_cache` asks for; None if no defense reads a reference.
 
-    Its folder is created at its full size, so that a lack of room shows now.
+    Its folder is created at its full size, so that a lack of room shows now. Every process must
+    call it: the first alone reads all weights and rows.
 
     Args:
-        run: A run that passed all other checks.
+        run: A run that passed all checks.
         quiet: Show no progress (every process but the first).
 
     Raises:
-        UserError: The disk has no room for it, or it cannot be written.
+        UserError: On every process: the disk has no room for it, or it lacks rows and cannot be
+            written.
     """
     defenses = list(run.defenses.values())
     if not any(d.needs_reference for d in defenses):
         return None
-    vectors_N, positions = _count_vectors(run, defenses, quiet)
     cfg = run.cfg
-    stored_as = cfg.reference_cache_dtype or cfg.dtype
-    layout = Layout(vectors_N, run.meta_model.tok_embeddings.embedding_dim, _DTYPES[stored_as])
+    key, vectors_N = on_first_process(lambda: _describe(run, defenses, quiet))
+    width, stored_as = run.meta_model.tok_embeddings.embedding_dim, _DTYPES[key["stored_as"]]
+    layout = Layout(vectors_N, width, stored_as)
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    folder = Path(cfg.reference_cache) / name
+    where = run.origin.at("reference_cache")
+    store = together(lambda: open_store(folder, key, layout, where))
+    if not quiet:
+        log.info(f"Reference cache: {folder} holds {store.num_filled()} of {len(vectors_N)} rows")
+    return ReferenceCache(store, defenses, _DTYPES[cfg.dtype])
+
+
+def _describe(run: CheckedRun, defenses: list[Defense], quiet: bool) -> tuple[dict[str, Any], Any]:
+    """All that the states depend on, and how many vectors each row has."""
+    cfg = run.cfg
+    vectors_N, positions = _count_vectors(run, defenses, quiet)
     key = {
         "format": _FORMAT,
         "torchtune": version("torchtune"),
@@ -179,17 +199,12 @@ def open_cache(run: CheckedRun, *, quiet: bool) -> ReferenceCache | None:
         "model_type": str(cfg.checkpointer.model_type),
         "model": _base_model(cfg, run.meta_model),
         "dtype": cfg.dtype,
-        "stored_as": stored_as,
+        "stored_as": cfg.reference_cache_dtype or cfg.dtype,
         "rows": run.rows.fingerprint,
         "positions": positions,
         "layers": reference_layers(defenses),
     }
-    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    folder = Path(cfg.reference_cache) / name
-    store = open_store(folder, key, layout, run.origin.at("reference_cache"))
-    if not quiet:
-        log.info(f"Reference cache: {folder} holds {store.num_filled()} of {len(vectors_N)} rows")
-    return ReferenceCache(store, defenses, _DTYPES[cfg.dtype])
+    return key, vectors_N
 
 
 def _count_vectors(run: CheckedRun, defenses: list[Defense], quiet: bool) -> tuple[Any, str]:
@@ -232,9 +247,18 @@ def _base_model(cfg: Any, meta_model: Any) -> dict[str, Any]:
     return {key: value for key, value in entry.items() if key not in _ADAPTER_KEYS}
 
 
-def _on_every_process(value: bool) -> bool:
+def _refuse(wrong_row: int | None) -> None:
+    if wrong_row is not None:
+        raise UserError(
+            f"reference_cache: a defense acts on other positions of row {wrong_row} than when the "
+            "row stands alone; leave reference_cache out with it"
+        )
+
+
+def _lowest(value: int) -> int:
+    """The smallest of all processes' values."""
     if not dist.is_initialized():
         return value
-    lowest = torch.tensor(int(value))
+    lowest = torch.tensor(value)
     dist.all_reduce(lowest, op=dist.ReduceOp.MIN)
-    return bool(lowest)
+    return int(lowest)

@@ -69,12 +69,12 @@ class RowStore:
     `states.bin`, the vectors; `marks.bin`, 8 bytes a row.
     """
 
-    def __init__(self, folder: Path, layout: Layout) -> None:
+    def __init__(self, folder: Path, layout: Layout, flags: int = os.O_RDWR) -> None:
         self.folder = folder
         self.layout = layout
         # Read and written, not mapped: mapped pages would count as the process's memory.
-        self._states = os.open(folder / "states.bin", os.O_RDWR)
-        self._marks = os.open(folder / "marks.bin", os.O_RDWR)
+        self._states = os.open(folder / "states.bin", flags)
+        self._marks = os.open(folder / "marks.bin", flags)
 
     def close(self) -> None:
         """Close the files."""
@@ -119,6 +119,8 @@ class RowStore:
 def open_store(folder: Path, key: Mapping[str, Any], layout: Layout, where: str) -> RowStore:
     """Open the store in `folder`, which is created at its full size if it is not there.
 
+    One that has every row need not be writable: it may be another user's.
+
     Args:
         folder: Of this key alone. Processes that open it at once wait for the one that creates it.
         key: What the vectors are computed from; kept for people.
@@ -126,7 +128,7 @@ def open_store(folder: Path, key: Mapping[str, Any], layout: Layout, where: str)
         where: The place in the config, for messages.
 
     Raises:
-        UserError: The disk has no room for it, or it cannot be written.
+        UserError: The disk has no room for it, or it lacks rows and cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -137,8 +139,25 @@ def open_store(folder: Path, key: Mapping[str, Any], layout: Layout, where: str)
                 write_text(folder / "key.json", json.dumps(key, indent=2, default=str) + "\n")
         store = RowStore(folder, layout)
     except OSError as error:
+        complete = _open_complete(folder, layout)
+        if complete is not None:
+            return complete
         raise UserError(f"{where}: {folder} cannot be used: {error.strerror}") from None
     return store
+
+
+def _open_complete(folder: Path, layout: Layout) -> RowStore | None:
+    """The store for reading alone; None if it lacks a row."""
+    try:
+        if not (folder / "key.json").exists():
+            return None
+        store = RowStore(folder, layout, os.O_RDONLY)
+    except OSError:
+        return None
+    if store.num_filled() == len(layout.vectors_N):
+        return store
+    store.close()
+    return None
 
 
 def _create(folder: Path, layout: Layout, where: str) -> None:

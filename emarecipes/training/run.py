@@ -15,6 +15,7 @@ from emarecipes.command import explain, leave_processes, report, together
 from emarecipes.errors import UserCodeError, UserError
 from emarecipes.training.checks import check_run
 from emarecipes.training.recipe import LoRATraining, recipe_class
+from emarecipes.training.reference_cache import open_cache
 
 STOPPED = "Stopped after step"  # How a run says that a signal ended it before its end.
 
@@ -47,6 +48,9 @@ def _run(argv: Sequence[str], *, train: bool) -> int:
     try:
         world_size = dist.get_world_size() if distributed else 1
         run = together(lambda: check_run(argv, world_size, rank, writes_run=train))
+        if run.cfg.reference_cache is not None:
+            # Last, as it reserves room on the disk.
+            run.reference_cache = open_cache(run, quiet=rank != 0)
         if not train and run.reference_cache is None:
             raise UserError(
                 f"{run.origin.at('reference_cache')}: name a folder here, and a defense that "

@@ -157,6 +157,9 @@ def test_the_randomised_basis_finds_the_dominant_space() -> None:
     v += 0.01 * torch.randn(300, 200, generator=generator)
     state = torch.get_rng_state()
     left, right = dominant_basis(v, rank=8, energy=None)
+    kept = left.untyped_storage().nbytes() + right.untyped_storage().nbytes()
+    options = ProjectionOptions(num_layers=1, rank=8)
+    assert kept == v.element_size() * options.basis_numbers(*v.shape)
     assert torch.equal(state, torch.get_rng_state()), "the run's random numbers stay as they are"
     exact = torch.linalg.svd(v)
     assert (left.T @ exact.U[:, :8]).norm() ** 2 == pytest.approx(8.0, abs=1e-3)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import toy_defenses
 import toy_run
 from ranks import run_ranks
 from safetensors.torch import load_file
@@ -76,11 +77,27 @@ def test_padding_to_a_multiple_changes_nothing(models: dict[bool, Path], tmp_pat
     assert padded == approx_rows(plain, 1e-5)
 
 
+PACKED: dict[str, dict[str, Any]] = {
+    "kl": {},
+    "kl, all tokens": {"tokens": "all"},
+    "feature_l2": {},
+    "feature_l2, last": {"tokens": "last"},
+    "feature_l2, mean": {"tokens": "mean", "skip_first_token": True},
+    "feature_l2, sequence": {"tokens": "all", "normalize": "sequence"},
+    "persona": {},
+    "persona, ablate": {"mode": "ablate"},
+    "safelora": {"every_n_steps": 1},
+    "inoculation": {},
+}
+
+
+@pytest.mark.parametrize("name", PACKED)
 def test_packed_rows_give_the_loss_of_the_same_rows(
-    models: dict[bool, Path], tmp_path: Path
+    models: dict[bool, Path], tmp_path: Path, name: str
 ) -> None:
-    defenses = {"kl": KL["kl"] | {"tokens": "all"}}
-    (tmp_path / "a").mkdir()
+    entries = toy_defenses.defense_entries(tmp_path, models[True], toy_run.LAYERS, toy_run.WIDTH)
+    defense = name.split(",")[0]
+    defenses = {defense: entries[defense] | PACKED[name]}
     shared: dict[str, Any] = {"defenses": defenses, "tokenizer": {"max_seq_len": 400}}
     # One step over all 24 rows, and one over all packs of them.
     plain = write(models, tmp_path / "a", batch_size=24, epochs=3, **shared)
@@ -90,8 +107,14 @@ def test_packed_rows_give_the_loss_of_the_same_rows(
     packs = len(check_run(["--config", str(packed_config)], 1, 0).rows)
     assert 4 < packs < 12
     assert run_lora(["--config", str(packed_config), f"batch_size={packs}"]) == 0
-    assert losses(tmp_path / "b") == approx_rows(train(plain), 3e-5)
-    assert losses(tmp_path / "b")[2][2] > 0
+    assert run_lora(["--config", str(plain)]) == 0
+    expected, found = (toy_run.metrics(tmp_path / folder / "out") for folder in "ab")
+    assert len(found) == 3
+    for one, other in zip(expected, found, strict=True):
+        for key in {"loss", "ce", defense} & one.keys():
+            assert other[key] == pytest.approx(one[key], rel=3e-5, abs=1e-6), key
+    if defense in ("kl", "feature_l2"):
+        assert found[2][defense] > 0
 
 
 def test_dora_and_lora_on_the_output_layer(models: dict[bool, Path], tmp_path: Path) -> None:

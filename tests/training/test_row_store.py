@@ -1,14 +1,16 @@
 """Rows on disk: exact, whole or not there, with several writers, dead ones and full disks."""
 
+import errno
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -126,6 +128,60 @@ def test_two_writers_of_one_row_never_show_a_mixture(tmp_path: Path) -> None:
         assert last is None or last.min() == last.max()
     assert seen <= {1.0, 2.0}
     assert seen
+
+
+@pytest.fixture
+def forbid_writing(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+    """Takes a folder's write permission away; from root, who needs none, by refusing as well."""
+
+    def forbid(folder: Path) -> None:
+        for path in folder.iterdir():
+            path.chmod(0o444)
+        folder.chmod(0o555)
+        if os.geteuid() != 0:
+            return
+        open_number, open_path = os.open, Path.open
+
+        def refusing(path: Any, flags: int, *arguments: Any, **options: Any) -> int:
+            if Path(path).parent == folder and flags & (os.O_WRONLY | os.O_RDWR):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            return open_number(path, flags, *arguments, **options)
+
+        def refusing_path(path: Path, mode: str = "r", *arguments: Any, **options: Any) -> Any:
+            if path.parent == folder and mode[0] != "r":
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            return open_path(path, mode, *arguments, **options)
+
+        monkeypatch.setattr(os, "open", refusing)
+        monkeypatch.setattr(Path, "open", refusing_path)
+
+    return forbid
+
+
+def test_a_complete_store_that_may_only_be_read(
+    tmp_path: Path, forbid_writing: Callable[[Path], None]
+) -> None:
+    folder = tmp_path / "s"
+    with opened(folder) as store:
+        for row in (0, 2, 3):
+            store.write(row, torch.full((int(LAYOUT.vectors_N[row]), 4), float(row)))
+    forbid_writing(folder)
+    with opened(folder) as store:
+        assert torch.equal(store.read(2), torch.full((5, 4), 2.0))
+        with pytest.raises(OSError):
+            store.write(2, torch.zeros(5, 4))
+        assert torch.equal(store.read(2), torch.full((5, 4), 2.0))
+
+
+def test_one_that_lacks_a_row_must_be_writable(
+    tmp_path: Path, forbid_writing: Callable[[Path], None]
+) -> None:
+    folder = tmp_path / "s"
+    with opened(folder) as store:
+        store.write(0, torch.ones(3, 4))
+    forbid_writing(folder)
+    with pytest.raises(UserError, match=r"^config.yaml:3: reference_cache: .*Permission denied$"):
+        open_store(folder, KEY, LAYOUT, "config.yaml:3: reference_cache")
 
 
 def test_no_room_for_it_is_one_clear_line(tmp_path: Path) -> None:
