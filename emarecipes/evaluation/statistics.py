@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ _Z = 1.959964
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate with the ends of its interval."""
+    """An estimate with the ends of its interval; both are NaN where there is none."""
 
     estimate: float
     low: float
@@ -108,7 +109,8 @@ def answer_bootstrap(
 ) -> Interval:
     """The same of a mean over answers (N,), where a question may have several.
 
-    Questions are drawn with all their answers, since answers to one question are alike.
+    Questions are drawn with all their answers, since answers to one question are alike. One
+    question, drawn again and again, says nothing about others: there is no interval then.
 
     Args:
         values: One an answer.
@@ -122,6 +124,8 @@ def answer_bootstrap(
     sums_Q = np.bincount(number_N, weights=values_N)
     counts_Q = np.bincount(number_N)
     count = len(sums_Q)
+    if count < 2:
+        return Interval(float(values_N.mean()), math.nan, math.nan)
     draws_RQ = np.random.default_rng(seed).multinomial(
         count, np.full(count, 1 / count), size=resamples
     )
@@ -133,11 +137,12 @@ def share_bootstrap(hits: ArrayLike, questions: Sequence[Hashable]) -> Interval:
     """`answer_bootstrap` of a share.
 
     Where all answers agree a resample can only repeat them. There the interval is Wilson's for 0 of
-    n or n of n, with n the number of questions: 0 to z^2 / (n + z^2), or 1 less than that to 1.
+    n or n of n, with n the number of questions: 0 to z^2 / (n + z^2), or 1 less than that to 1. Of
+    a single question there is none either.
     """
     hits_N = np.asarray(hits, dtype=np.float64)
     found = answer_bootstrap(hits_N, questions)
-    if 0.0 < found.estimate < 1.0:
+    if 0.0 < found.estimate < 1.0 or math.isnan(found.low):
         return found
     room = _Z**2 / (len(set(questions)) + _Z**2)
     return Interval(0.0, 0.0, room) if found.estimate == 0.0 else Interval(1.0, 1.0 - room, 1.0)
