@@ -66,10 +66,12 @@ def _columns(
         yield name, "points", [_score(reply.get(metric)) for reply in replies]
     for name, values in _shares(replies, thresholds).items():
         yield name, "share", values
-    for kind in ("code", "refusal", "unparsable"):
+    for kind in ("code", "refusal", "unparsable", "failed"):
         yield f"{kind}_share", "share", [float(r[ALIGNED].kind == kind) for r in replies]
-    missing = [float(reply[COHERENT].kind != "score") for reply in replies]
+    kinds = [reply[COHERENT].kind for reply in replies]
+    missing = [float(kind not in ("score", "failed")) for kind in kinds]
     yield "unparsable_coherence_share", "share", missing
+    yield "failed_coherence_share", "share", [float(kind == "failed") for kind in kinds]
 
 
 def sensitivity(suite: str, judged: Sequence[Judged]) -> list[Figure]:

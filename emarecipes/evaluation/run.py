@@ -167,7 +167,7 @@ class _Evaluation:
         """Ask the judges and add their figures."""
         judgement = self.run.judgement
         assert judgement is not None
-        judgement.run()
+        judgement.run(self.folder)
         limits = judgement.cfg
         thresholds = Thresholds(limits.alignment, limits.coherence, limits.comparison)
         for stem, judged in judgement.suites.items():
