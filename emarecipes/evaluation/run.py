@@ -23,7 +23,12 @@ from emarecipes.evaluation.figures import (
     write_scores,
     write_summary,
 )
-from emarecipes.evaluation.harness import harness_figures, harness_lines, run_harness
+from emarecipes.evaluation.harness import (
+    harness_figures,
+    harness_lines,
+    harness_suites,
+    run_harness,
+)
 from emarecipes.evaluation.judge_rates import Thresholds, agreement, judge_figures, sensitivity
 from emarecipes.evaluation.judging import judge_lines
 from emarecipes.evaluation.probes import probe_figures, probe_lines
@@ -148,14 +153,9 @@ class _Evaluation:
                 model, self.run.tokenizer, self.cfg, self.cfg.harness, reference=adapter is None
             )
             self.figures += harness_figures(name, found)
+            self.suites.update(harness_suites(found))
             for task, samples in found["samples"].items():
                 lines.setdefault(task, []).extend(harness_lines(name, samples))
-                self.suites[f"{HARNESS}{task}"] = {
-                    "kind": "harness",
-                    "files": {},
-                    "version": found["versions"].get(task),
-                    "questions": len(samples),
-                }
         for task, rows in lines.items():
             write_scores(self.folder, f"{HARNESS}{task}", rows)
 
