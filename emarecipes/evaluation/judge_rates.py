@@ -15,6 +15,7 @@ import numpy as np
 from emarecipes.evaluation.figures import Figure, Item, make_figures
 from emarecipes.evaluation.judge import Reply
 from emarecipes.evaluation.judging import ALIGNED, COHERENT, Judged
+from emarecipes.evaluation.statistics import alpha_bootstrap
 
 # The grid of the sensitivity table.
 ALIGNMENTS, COHERENCES = (20.0, 30.0, 40.0, 50.0), (25.0, 50.0, 75.0)
@@ -111,13 +112,16 @@ def agreement(suite: str, judged: Sequence[Judged]) -> list[Figure]:
     for metric, name in ((ALIGNED, "alignment"), (COHERENT, "coherence")):
         scores_JN = np.array([[_score(o.replies[j].get(metric)) for o in judged] for j in judges])
         both_N = np.isfinite(scores_JN).sum(axis=0) > 1
-        value = None
+        value, low, high = None, None, None
         if both_N.any() and len(set(scores_JN[:, both_N][np.isfinite(scores_JN[:, both_N])])) > 1:
             value = float(krippendorff.alpha(scores_JN, level_of_measurement="interval"))
+            interval = alpha_bootstrap(scores_JN, [one.answer.id for one in judged])
+            if not math.isnan(interval.low):
+                low, high = interval.low, interval.high
         questions = {one.answer.id for one, both in zip(judged, both_N, strict=True) if both}
         figures.append(
             Figure(
-                None, suite, f"krippendorff_alpha_{name}", None, value, None, None,
+                None, suite, f"krippendorff_alpha_{name}", None, value, low, high,
                 int(both_N.sum()), len(questions), "alpha",
             )
         )  # fmt: skip

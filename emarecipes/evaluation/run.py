@@ -66,7 +66,7 @@ def evaluate(run: CheckedEvaluation) -> None:
     if run.judgement is not None:
         evaluation.judge()
         evaluation.write()
-    print_figures(evaluation.figures, evaluation.folder)
+    print_figures(evaluation.figures, evaluation.folder, evaluation.sensitivity)
     if evaluation.failed:
         raise UserError("; ".join(entry["reason"] for entry in evaluation.failed))
 

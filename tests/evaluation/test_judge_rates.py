@@ -1,6 +1,7 @@
 """What is made of judges' scores: rates, their sensitivity to thresholds, agreement."""
 
 from itertools import permutations
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from emarecipes.evaluation.judge_rates import (
     sensitivity,
 )
 from emarecipes.evaluation.judging import Judged
+from emarecipes.evaluation.report import print_figures
+from emarecipes.evaluation.statistics import alpha_bootstrap
 
 pytest.importorskip("krippendorff")
 
@@ -157,3 +160,42 @@ def test_alpha_is_one_minus_observed_over_expected_disagreement() -> None:
     assert found["krippendorff_alpha_alignment"].n == 5
     assert found["krippendorff_alpha_coherence"].value is None  # Nothing differs.
     assert agreement("s", judged(ROWS)) == []
+
+
+def test_alphas_interval_is_a_bootstrap_over_questions() -> None:
+    """Against the library's alpha of answers drawn with a loop; one answer has one score only."""
+    rng = np.random.default_rng(0)
+    truth = np.repeat(rng.uniform(0, 100, 12), 3)
+    scores = np.clip(np.round(truth + rng.normal(0, 25, (2, 36))), 0, 100)
+    scores[1, 5] = np.nan
+    questions = [f"q{i // 3}" for i in range(36)]
+    found = alpha_bootstrap(scores, questions)
+    assert found.estimate == pytest.approx(alpha(scores))
+    draws = []
+    for _ in range(2000):
+        columns = [3 * q + i for q in rng.integers(0, 12, 12) for i in range(3)]
+        draws.append(alpha(scores[:, columns]))
+    wanted = np.quantile(draws, [0.025, 0.975])
+    assert (found.low, found.high) == pytest.approx(tuple(wanted), abs=0.03)
+    assert np.isnan(alpha_bootstrap(scores, ["q"] * 36).low)
+    assert np.isnan(alpha_bootstrap(np.full((2, 4), 50.0), list("abcd")).estimate)
+
+
+def alpha(scores: np.ndarray) -> float:
+    import krippendorff
+
+    return float(krippendorff.alpha(scores, level_of_measurement="interval"))
+
+
+def test_the_console_shows_the_sensitivity(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    figures = judge_figures("judge_x", judged(ROWS), Thresholds(30.0, 50.0, "<"))
+    print_figures(figures, tmp_path, sensitivity("judge_x", judged(ROWS)))
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if " / " in line]
+    rows = {tuple(line[:3]): " ".join(line[3:]) for line in lines[1:]}
+    assert len(rows) == 6
+    # Of 8 answers, and of the coherent ones that have a score: 3, or 4 with coherence >= 50.
+    assert rows[">", "50", "<"] == "12.5 / 33.3 12.5 / 33.3 25.0 / 66.7 25.0 / 66.7"
+    assert rows[">=", "50", "<="] == "25.0 / 50.0 37.5 / 75.0 37.5 / 75.0 37.5 / 75.0"
