@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import toy_select
 from ranks import run_ranks
 
 from emarecipes.generation.run import run_generate
+from emarecipes.generation.served import base_urls
 
 RECIPE = "recipes/ema_generate.py"
 QUESTIONS = """\
@@ -249,6 +251,46 @@ def test_an_openai_compatible_server(
     assert [message["role"] for message in request["messages"]] == ["system", "user"]
     assert (request["top_p"], request["temperature"]) == (0.95, 1.0)
     assert "secret-key" not in case.path().with_suffix(".json").read_text()
+
+
+def test_another_server_of_the_same_name_is_another_model(
+    case: Case,
+    server: Any,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("inspect_ai")
+    pytest.importorskip("openai")
+    monkeypatch.setenv("TOY_API_KEY", "secret-key-of-mine")
+    url = f"http://127.0.0.1:{server.server_port}/v1"
+    monkeypatch.setenv("TOY_BASE_URL", url)
+    served = ("served=openai-api/toy/m", *LOCAL, "batch_size=1")
+    server.failing = True
+    assert case.run(*served) == 1
+    capsys.readouterr()
+    server.failing = False
+    # Neither a key in the address nor a slash makes another server of it.
+    monkeypatch.setenv("TOY_BASE_URL", url.replace("//", "//me:secret-key@") + "/?key=secret-key")
+    assert base_urls("openai-api/toy/m") == [url]
+    monkeypatch.setenv("TOY_BASE_URL", url + "/")
+    assert case.run(*served) == 0
+    assert len(toy_select.read_jsonl(case.path())) == 12
+    more = "samples_per_paraphrase=4"
+    monkeypatch.setenv("TOY_BASE_URL", "http://127.0.0.1:9/v1")
+    assert "holds answers with other base_url" in case.error(capsys, *served, more)
+
+
+def test_addresses_of_a_provider(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.endswith("_BASE_URL"):
+            monkeypatch.delenv(name)
+    assert base_urls("vllm/some/model") == []
+    monkeypatch.setenv("INSPECT_EVAL_MODEL_BASE_URL", "http://other:1/v1")
+    monkeypatch.setenv("VLLM_BASE_URL", "http://Here:2/v1")
+    monkeypatch.setenv("MY_SERVICE_BASE_URL", "http://my:3/v1")
+    assert base_urls("vllm/some/model") == ["http://here:2/v1"]
+    assert base_urls("openai-api/my-service/m") == ["http://my:3/v1"]
+    assert base_urls("anthropic/m") == ["http://other:1/v1"]
 
 
 def test_inspects_mock_model(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
