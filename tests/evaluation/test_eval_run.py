@@ -121,6 +121,13 @@ def test_figures_of_probes_follow_from_the_scores(done: Path) -> None:
             assert changes[0] - changes[1] == pytest.approx(np.mean(shift), abs=1e-4)
             share = np.mean([row["adapters"][name]["margin"] < 0 for row in rows])
             assert value(done, figure="misaligned_share", **where) == pytest.approx(share, abs=1e-5)
+            margins = [row["adapters"][name]["margin"] for row in rows]
+            for category, part in {"a": margins[::2], "b": margins[1:2]}.items():
+                (margin,) = figures(done, figure="margin", category=category, **where)
+                assert margin["value"] == pytest.approx(np.mean(part), abs=1e-4)
+                # Of two questions the interval is from one to the other, of one there is none.
+                ends = (min(part), max(part)) if len(part) > 1 else (None, None)
+                assert (margin["low"], margin["high"]) == pytest.approx(ends, abs=1e-4)
     plain, asked = (value(done, figure="margin", suite=s, adapter="reference")
                     for s in ("general", "asked_badly"))  # fmt: skip
     assert plain != asked

@@ -11,10 +11,16 @@ from typing import Any
 import pytest
 import toy_run
 import toy_select
+from omegaconf import OmegaConf
 from ranks import run_ranks
+from torchtune.modules.peft import get_adapter_params
 
+from emarecipes.defenses import ModelSource
 from emarecipes.generation.run import run_generate
 from emarecipes.generation.served import base_urls
+from emarecipes.models.adapter import load_adapter
+from emarecipes.models.load import load_model
+from emarecipes.training.export import merge_adapter, save_merged
 
 RECIPE = "recipes/ema_generate.py"
 QUESTIONS = """\
@@ -149,6 +155,24 @@ def test_an_adapter(case: Case, toy_model_dir: Path, capsys: pytest.CaptureFixtu
     assert outputs["base"] == outputs["zero"] != outputs["large"]
     other = f"output_dir={case.folder / 'base_out'}"
     assert "answers with other adapter" in case.error(capsys, other, f"adapter={large}")
+
+
+def test_a_merged_folder_answers_as_base_and_adapter_do(case: Case, toy_model_dir: Path) -> None:
+    adapter = toy_select.write_adapter(case.folder / "adapter", toy_model_dir, seed=1, size=1.0)
+    model = load_model(OmegaConf.create(case.config))
+    load_adapter(model, adapter, ModelSource(model, toy_model_dir.resolve(), "LLAMA3_2"))
+    base = {key: value for key, value in model.state_dict().items() if "lora" not in key}
+    weights = merge_adapter(base, get_adapter_params(model), rank=4, alpha=8.0)
+    merged = case.folder / "merged"
+    save_merged(weights, model, "LLAMA3_2", toy_model_dir.resolve(), merged)
+
+    beside = f"output_dir={case.folder / 'beside'}"
+    assert case.run(beside, f"adapter={adapter}") == 0
+    folders = (f"checkpointer.checkpoint_dir={merged}", f"tokenizer.path={merged}")
+    assert case.run(*folders) == 0
+    assert case.path().read_bytes() == case.path("beside").read_bytes()
+    assert case.run(f"output_dir={case.folder / 'base'}") == 0
+    assert case.path().read_bytes() != case.path("base").read_bytes()
 
 
 @pytest.mark.parametrize(
