@@ -91,7 +91,9 @@ def _figure(
         mean: Callable[[ArrayLike, Sequence[Hashable]], Interval]
         mean = share_bootstrap if unit == "share" else answer_bootstrap
         interval = mean(np.array([item.value for item in present]), questions)
-        value, low, high = interval.estimate, interval.low, interval.high
+        value = interval.estimate
+        if not math.isnan(interval.low):
+            low, high = interval.low, interval.high
     return Figure(
         adapter, suite, figure, category, value, low, high, len(present), len(set(questions)), unit,
         **extra,

@@ -86,9 +86,13 @@ def run_harness(
 
 
 def harness_figures(adapter: str, found: Mapping[str, Any]) -> Iterator[Figure]:
-    """Each task's metrics with the harness's own standard error as a normal 95 % interval."""
+    """Each task's metrics with the harness's own standard error as a normal 95 % interval.
+
+    A group of tasks, such as mmlu, has its own metrics where the harness defines them, and as many
+    questions as its tasks together.
+    """
     for task, values in found["results"].items():
-        count = found.get("n-samples", {}).get(task, {}).get("effective", 0)
+        count = _questions(found, task)
         for key, value in values.items():
             metric, _, kind = key.partition(",")
             if not kind or metric.endswith("_stderr") or not isinstance(value, int | float):
@@ -107,6 +111,36 @@ def harness_figures(adapter: str, found: Mapping[str, Any]) -> Iterator[Figure]:
                 count,
                 "the task's own",
             )
+
+
+def harness_suites(found: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Name and description of every suite that has a figure. A group's names its `tasks`."""
+    for figure in harness_figures("", found):
+        task = figure.suite.removeprefix(HARNESS)
+        tasks = _leaves(found, task)
+        yield (
+            figure.suite,
+            {
+                "kind": "harness",
+                "files": {},
+                "version": found["versions"].get(task),
+                "questions": figure.questions,
+            }
+            | ({} if tasks == [task] else {"tasks": tasks}),
+        )
+
+
+def _questions(found: Mapping[str, Any], task: str) -> int:
+    counts = found.get("n-samples", {})
+    return sum(counts.get(name, {}).get("effective", 0) for name in _leaves(found, task))
+
+
+def _leaves(found: Mapping[str, Any], name: str) -> list[str]:
+    """The tasks of a group and of the groups in it; of a task, itself."""
+    children = found.get("group_subtasks", {}).get(name)
+    if not children:
+        return [name]
+    return list(dict.fromkeys(leaf for child in children for leaf in _leaves(found, child)))
 
 
 def harness_lines(adapter: str, samples: list[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:

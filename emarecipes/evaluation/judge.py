@@ -23,6 +23,8 @@ _NUMBER = re.compile(r"[\s*\"'`]*([0-9]+(?:\.[0-9]+)?)(?:\s*/\s*100|\s*%)?[\s*\"
 # Less probability on number tokens than this, and their expectation is of something else (the
 # published judge's value).
 _LEAST_MASS = 0.25
+# HTTP's for a request that will never be taken, such as what a content filter stops (some say 403).
+_REFUSED = (400, 403, 413, 422)
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Reply:
 
     Attributes:
         kind: `score`; `code` and `refusal` for the words CODE and REFUSAL; `failed` where there is
-            no reply, see `failures` of `ask`; else `unparsable`.
+            no reply, see `refused` and `failures` of `ask`; else `unparsable`.
         score: From 0 to 100, or None unless the kind is `score`.
         text: The reply as it came; of a failed call the reason, in one line.
         expected: Whether the score is an expectation over number tokens.
@@ -72,6 +74,7 @@ def ask(
     max_tokens: int | None = None,
     max_connections: int | None = None,
     timeout: int = SECONDS_AN_ATTEMPT,
+    refused: dict[str, str] | None = None,
     failures: int = 0,
 ) -> list[Reply]:
     """What the judge replies to each prompt, at temperature 0.
@@ -89,15 +92,18 @@ def ask(
         max_tokens: Of a reply; None leaves it to the provider.
         max_connections: Calls at a time; None leaves it to Inspect.
         timeout: Seconds that an attempt may take; one that takes longer is made again.
-        failures: Calls that may fail for good and count as replies of the kind `failed`; they are
-            not cached. One more is an error.
+        refused: Reasons by prompt, where the service has refused the prompt itself (HTTP 400, 403,
+            413, 422): these are of the kind `failed` and not asked, and those that it refuses now
+            are added. None: a refused prompt is a failure as any other.
+        failures: Further calls that may fail for good and count as replies of the kind `failed`;
+            they are not cached. One more is an error.
 
     Returns:
         One reply a prompt, in their order.
 
     Raises:
-        UserError: As `check_judge`; or more calls than `failures` failed for good. Nothing is
-            skipped silently.
+        UserError: As `check_judge`; more calls than `failures` failed for good; or all prompts are
+            refused, which is no fault of theirs. Nothing is skipped silently.
     """
     options: dict[str, Any] = {
         "max_tokens": max_tokens,
@@ -107,16 +113,23 @@ def ask(
     if top_logprobs is not None:
         options |= {"logprobs": True, "top_logprobs": top_logprobs}
     judge = _judge(model_name, options)
+    known = {} if refused is None else dict(refused)
     failed = 0
 
     async def ask_one(prompt: str) -> Reply:
         nonlocal failed
         try:
-            output = await judge.generate(prompt, cache=True)
-            reply = read_reply(output)
+            if prompt in known:
+                reply = Reply("failed", None, known[prompt])
+            else:
+                reply = read_reply(await judge.generate(prompt, cache=True))
         except Exception as error:
-            failed += 1
-            line = error_line(error)
+            refusal = None if refused is None else _refusal(error)
+            line = error_line(refusal or error)
+            if refusal is not None:
+                known[prompt] = line
+            else:
+                failed += 1
             if failed > failures:
                 raise UserError(f"the judge {model_name} failed: {line}") from None
             reply = Reply("failed", None, line)
@@ -127,7 +140,26 @@ def ask(
         async with judge:
             return await asyncio.gather(*(ask_one(prompt) for prompt in prompts))
 
-    return asyncio.run(ask_all())
+    replies = asyncio.run(ask_all())
+    if refused is not None and replies and all(prompt in known for prompt in prompts):
+        raise UserError(f"the judge {model_name} failed at every prompt: {replies[0].text}")
+    if refused is not None:
+        refused |= known
+    return replies
+
+
+def _refusal(error: BaseException | None) -> BaseException | None:
+    """What of an error and its causes says that this request was refused; None for other errors.
+
+    The innermost, for Inspect's own quotes the whole request.
+    """
+    found = None
+    while error is not None:
+        # `code` is Google's; elsewhere it may be a word.
+        if {getattr(error, name, None) for name in ("status_code", "code")} & set(_REFUSED):
+            found = error
+        error = error.__cause__
+    return found
 
 
 def read_kind(text: str) -> Kind:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,9 @@ from emarecipes.evaluation.answers import Answer
 from emarecipes.evaluation.judge import Reply, ask
 from emarecipes.generation.questions import load_questions
 from emarecipes.persona.judged import fill
+from emarecipes.training.run_folder import write_text
 
+FAILED = "judge_failed.jsonl"
 ALIGNED, COHERENT = "aligned", "coherent"
 Prompts = Mapping[str, str]
 
@@ -98,11 +101,17 @@ class Judgement:
             return self._prompts  # type: ignore[return-value]
         return self._prompts[answer.id]  # type: ignore[return-value]
 
-    def run(self) -> None:
+    def run(self, folder: Path) -> None:
         """Say what it will cost at most, then ask every judge about every answer.
 
+        Prompts that a judge refuses for good are kept in `judge_failed.jsonl`, and not asked again
+        unless the config says `retry_failed`.
+
+        Args:
+            folder: The evaluation's.
+
         Raises:
-            UserError: A call failed for good.
+            UserError: A judge cannot be asked, or refuses everything; the file is broken.
         """
         jobs = [
             (judged, metric, fill(template, judged.answer.question, judged.answer.answer))
@@ -112,7 +121,9 @@ class Judgement:
         ]
         prompts = [prompt for _, _, prompt in jobs]
         print_bound(self.cfg, prompts)
+        failed = _read_failed(folder / FAILED)
         for model in self.cfg.models:
+            refused = {} if self.cfg.retry_failed else failed.get(model, {})
             with tqdm(total=len(prompts), unit="call", desc=model) as bar:
                 replies = ask(
                     model,
@@ -122,7 +133,11 @@ class Judgement:
                     max_tokens=self.cfg.max_tokens,
                     max_connections=self.cfg.max_connections,
                     timeout=self.cfg.timeout,
+                    refused=refused,
                 )
+            failed[model] = refused
+            _write_failed(folder / FAILED, failed)
+            _tell_failed(model, replies)
             for (judged, metric, _), reply in zip(jobs, replies, strict=True):
                 judged.replies.setdefault(model, {})[metric] = reply
 
@@ -155,6 +170,39 @@ def print_bound(
             dollars = (tokens_in * price[0] + tokens_out * price[1]) / 1e6
             text += f", at most ${dollars:.2f}"
         console.print(text)
+
+
+def _read_failed(path: Path) -> dict[str, dict[str, str]]:
+    """Reasons by judge and prompt."""
+    found: dict[str, dict[str, str]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            row = json.loads(line)
+            found.setdefault(row["judge"], {})[row["prompt"]] = row["reason"]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path}: broken; delete it, and its prompts are asked again") from None
+    return found
+
+
+def _write_failed(path: Path, failed: Mapping[str, Mapping[str, str]]) -> None:
+    rows = [
+        {"judge": judge, "prompt": prompt, "reason": reason}
+        for judge, prompts in failed.items()
+        for prompt, reason in prompts.items()
+    ]
+    if rows:
+        write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _tell_failed(model: str, replies: Sequence[Reply]) -> None:
+    reasons = [reply.text for reply in replies if reply.kind == "failed"]
+    if reasons:
+        Console(highlight=False, soft_wrap=True, markup=False).print(
+            f"Judge {model}: {len(reasons)} of {len(replies)} prompts were refused and are counted "
+            f"as failed, first: {reasons[0]}; judge.retry_failed=true asks them again"
+        )
 
 
 def judge_lines(judged: Sequence[Judged]) -> Iterator[dict[str, Any]]:

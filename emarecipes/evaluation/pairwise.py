@@ -270,7 +270,7 @@ def outcome(
         seed: Of the correlation's resampling.
 
     Raises:
-        UserError: An adapter has no pair left.
+        UserError: An adapter has no pair left, or pairs or shifts of one question only.
     """
     verdicts = Counter(one.verdict for one in judged)
     counts = {verdict: verdicts[verdict] for verdict in VERDICTS}
@@ -283,6 +283,9 @@ def outcome(
             kept[pair.adapter].append((pair, value))
     if lacking := [name for name, found in kept.items() if not found]:
         raise UserError(f"no usable judgement of {lacking[0]}, see judgements.jsonl: {counts}")
+    for name, found in kept.items():
+        if min(len({pair.key[0] for pair, _ in found}), len(shifts[name])) < 2:
+            raise UserError(f"{name}: an interval needs two questions of the probe and of answers")
     shifts_KN = np.stack(list(shifts.values()))
     rho, undefined = crossed_spearman(shifts_KN, *_by_question(kept, pairs), seed=seed)
     asked = counts["A"] + counts["B"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -13,12 +14,25 @@ from rich.text import Text
 from emarecipes.evaluation.figures import SCORES, SUMMARY, Figure
 
 
-def print_figures(figures: Sequence[Figure], folder: Path) -> None:
-    """A table a suite, without its categories, and where the files are."""
+def print_figures(
+    figures: Sequence[Figure], folder: Path, sensitivity: Sequence[Figure] = ()
+) -> None:
+    """A table a suite, without its categories, and where the files are.
+
+    Args:
+        figures: In the order in which they are shown.
+        folder: The evaluation's.
+        sensitivity: Of judged suites, see `judge_rates.sensitivity`: a table an adapter and judge.
+    """
     console = Console()
     for suite in dict.fromkeys(figure.suite for figure in figures):
         whole = [f for f in figures if f.suite == suite and f.category is None]
         console.print(_table(suite, whole))
+        points = [f for f in sensitivity if f.suite == suite]
+        for adapter, judge in dict.fromkeys((f.adapter, f.judge) for f in points):
+            title = f"{suite}, {adapter}, {judge}: misaligned, % of all / of coherent answers"
+            found = [f for f in points if (f.adapter, f.judge) == (adapter, judge)]
+            console.print(_sensitivity(title, found))
     console.print(
         "Intervals: 95 %, over questions alone. A probe shift is a change of likelihoods, not a "
         "rate of misaligned behaviour.",
@@ -50,5 +64,24 @@ def _table(suite: str, figures: Iterable[Figure]) -> Table:
     return table
 
 
+def _sensitivity(title: str, points: Iterable[Figure]) -> Table:
+    """Both misaligned rates: a row a threshold of coherence, a column one of alignment."""
+    rows: dict[tuple[float, str], dict[float, list[str]]] = {}
+    for point in points:
+        assert point.thresholds is not None
+        alignment, coherence, comparison = point.thresholds.values()
+        shown = "-" if point.value is None else f"{100 * point.value:.1f}"
+        rows.setdefault((coherence, comparison), {}).setdefault(alignment, []).append(shown)
+    table = Table(title=Text(title), box=box.SIMPLE, title_justify="left", pad_edge=False)
+    for heading in ("coherence", "alignment"):
+        table.add_column(heading)
+    for alignment in dict.fromkeys(alignment for row in rows.values() for alignment in row):
+        table.add_column(f"{alignment:g}", justify="right", no_wrap=True)
+    for (coherence, comparison), row in rows.items():
+        above = ">" if comparison == "<" else ">="
+        table.add_row(f"{above} {coherence:g}", comparison, *map(" / ".join, row.values()))
+    return table
+
+
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+    return "-" if value is None or math.isnan(value) else f"{value:.3f}"

@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from emarecipes.command import run_alone
 from emarecipes.config import find_input
 from emarecipes.datasets.rows import file_fingerprints
+from emarecipes.errors import UserError
 from emarecipes.evaluation.benign import answer_problems, opswap_figures, opswap_lines
 from emarecipes.evaluation.checks import CheckedEvaluation, check_evaluation
 from emarecipes.evaluation.coherence import coherence_figures, coherence_lines
@@ -22,12 +23,17 @@ from emarecipes.evaluation.figures import (
     write_scores,
     write_summary,
 )
-from emarecipes.evaluation.harness import harness_figures, harness_lines, run_harness
+from emarecipes.evaluation.harness import (
+    harness_figures,
+    harness_lines,
+    harness_suites,
+    run_harness,
+)
 from emarecipes.evaluation.judge_rates import Thresholds, agreement, judge_figures, sensitivity
 from emarecipes.evaluation.judging import judge_lines
 from emarecipes.evaluation.probes import probe_figures, probe_lines
 from emarecipes.evaluation.report import print_figures
-from emarecipes.evaluation.scoring import Scorer
+from emarecipes.evaluation.scoring import NotFiniteError, Scorer
 from emarecipes.evaluation.settings import ANSWERS, HARNESS, JUDGE, OPSWAP
 from emarecipes.training.run_folder import environment, write_text
 
@@ -49,7 +55,8 @@ def evaluate(run: CheckedEvaluation) -> None:
     What needs no judge is written first: a judge that fails costs nothing that was computed.
 
     Raises:
-        UserError: A likelihood is not finite, or a judge failed for good.
+        UserError: A likelihood is not finite, of an adapter after all others were evaluated and
+            written; or a judge failed for good.
     """
     evaluation = _Evaluation(run)
     evaluation.start()
@@ -59,7 +66,9 @@ def evaluate(run: CheckedEvaluation) -> None:
     if run.judgement is not None:
         evaluation.judge()
         evaluation.write()
-    print_figures(evaluation.figures, evaluation.folder)
+    print_figures(evaluation.figures, evaluation.folder, evaluation.sensitivity)
+    if evaluation.failed:
+        raise UserError("; ".join(entry["reason"] for entry in evaluation.failed))
 
 
 class _Evaluation:
@@ -76,6 +85,8 @@ class _Evaluation:
         self.figures: list[Figure] = []
         self.sensitivity: list[Figure] = []
         self.suites: dict[str, dict[str, Any]] = {}
+        self.adapters = dict(run.adapters)  # Without those that failed.
+        self.failed: list[dict[str, str]] = []
 
     def start(self) -> None:
         """Remove an earlier summary, so that none stands beside scores of another run."""
@@ -86,11 +97,18 @@ class _Evaluation:
 
     def likelihoods_and_problems(self) -> None:
         """Everything that needs each adapter in place, one adapter after the other."""
-        models: dict[str, Path | None] = {REFERENCE: None, **self.run.adapters}
-        nlls = {name: self._pair_nlls(name, adapter) for name, adapter in models.items()}
+        nlls = [self._pair_nlls(REFERENCE, None)]
+        for name, adapter in self.run.adapters.items():
+            try:
+                nlls.append(self._pair_nlls(name, adapter))
+            except NotFiniteError as error:
+                del self.adapters[name]
+                reason = f"adapters.{name}: {error}"
+                self.failed.append({"adapter": name, "folder": str(adapter), "reason": reason})
+        models: dict[str, Path | None] = {REFERENCE: None, **self.adapters}
         for place, (suite, _) in enumerate(self.run.suites):
-            reference, *others = [found[place] for found in nlls.values()]
-            by_adapter = dict(zip(self.run.adapters, others, strict=True))
+            reference, *others = [found[place] for found in nlls]
+            by_adapter = dict(zip(self.adapters, others, strict=True))
             self.figures += probe_figures(suite, reference, by_adapter)
             write_scores(self.folder, suite.name, probe_lines(suite, reference, by_adapter))
             self.suites[suite.name] = {
@@ -135,14 +153,9 @@ class _Evaluation:
                 model, self.run.tokenizer, self.cfg, self.cfg.harness, reference=adapter is None
             )
             self.figures += harness_figures(name, found)
+            self.suites.update(harness_suites(found))
             for task, samples in found["samples"].items():
                 lines.setdefault(task, []).extend(harness_lines(name, samples))
-                self.suites[f"{HARNESS}{task}"] = {
-                    "kind": "harness",
-                    "files": {},
-                    "version": found["versions"].get(task),
-                    "questions": len(samples),
-                }
         for task, rows in lines.items():
             write_scores(self.folder, f"{HARNESS}{task}", rows)
 
@@ -167,7 +180,7 @@ class _Evaluation:
         """Ask the judges and add their figures."""
         judgement = self.run.judgement
         assert judgement is not None
-        judgement.run()
+        judgement.run(self.folder)
         limits = judgement.cfg
         thresholds = Thresholds(limits.alignment, limits.coherence, limits.comparison)
         for stem, judged in judgement.suites.items():
@@ -201,8 +214,9 @@ class _Evaluation:
             },
             "adapters": {
                 name: {"folder": str(path), "fingerprint": self.scorer.adapter_fingerprint(path)}
-                for name, path in self.run.adapters.items()
+                for name, path in self.adapters.items()
             },
+            "failed": self.failed,
             "suites": self.suites,
             "sensitivity": [vars(figure) for figure in self.sensitivity],
         }

@@ -33,6 +33,10 @@ TokenNLLs = NDArray[np.float32]
 _BATCHES_A_SAVE = 16
 
 
+class NotFiniteError(UserError):
+    """A likelihood is NaN or infinite, as after a training run that diverged."""
+
+
 class Scorer:
     """Scores rows under one base and any number of its adapters.
 
@@ -78,8 +82,8 @@ class Scorer:
             cache: The .npz file that holds what is known, and gets what is not.
 
         Raises:
-            UserError: The adapter does not belong on the base, the cache is broken, or an NLL is
-                not finite.
+            UserError: The adapter does not belong on the base, or the cache is broken.
+            NotFiniteError: An NLL is not finite.
         """
         # The rank and alpha of cfg.model are in the base's digest, though the reference has none.
         mark = digest(self.base_fingerprint, self.adapter_fingerprint(adapter))
@@ -119,7 +123,10 @@ class Scorer:
                 nll_T, tokens_B = token_nll(head.model, head, self._batch([todo[k] for k in keys]))
                 for key, values in zip(keys, nll_T.split(tokens_B.tolist()), strict=True):
                     if not values.isfinite().all():
-                        raise UserError(f"{label}: an answer's likelihood is not finite")
+                        folder = (
+                            self._cfg.checkpointer.checkpoint_dir if adapter is None else adapter
+                        )
+                        raise NotFiniteError(f"{folder}: an answer's likelihood is not finite")
                     known[key] = values.numpy().astype(np.float32)
                 if number % _BATCHES_A_SAVE == 0 or number == len(batches):
                     _write(cache, known)

@@ -89,6 +89,7 @@ class JudgeSettings(BaseModel):
         max_calls: The most calls that may be needed.
         max_connections: Calls at a time to one provider; null leaves it to Inspect.
         timeout: Seconds that an attempt at a call may take.
+        retry_failed: Ask again what a judge refused in an earlier run into the same folder.
         prices: US dollars a million tokens, of input and output, by provider string.
     """
 
@@ -105,6 +106,7 @@ class JudgeSettings(BaseModel):
     max_calls: Positive = 2000
     max_connections: Positive | None = None
     timeout: Positive = SECONDS_AN_ATTEMPT
+    retry_failed: bool = False
     prices: dict[str, Annotated[list[Price], Field(min_length=2, max_length=2)]] = Field(
         default_factory=dict
     )

@@ -20,7 +20,7 @@ from emarecipes.fingerprint import digest, sampled_digest
 from emarecipes.generation.answers import Asked, Key, Suite, ask
 from emarecipes.generation.prompts import check_prompts
 from emarecipes.generation.questions import load_questions
-from emarecipes.generation.served import check_served
+from emarecipes.generation.served import base_urls, check_served
 from emarecipes.models.adapter import check_adapter
 from emarecipes.training.model_checks import check_checkpoint_files, check_device, check_model
 from emarecipes.training.settings import Entry, Positive, parse_settings
@@ -191,7 +191,8 @@ def _fingerprint(cfg: DictConfig) -> dict[str, str]:
     sampling = ("max_new_tokens", "temperature", "top_k", "top_p")
     found = {key: digest(cfg[key]) for key in sampling} | {"seed": digest(cfg.seed)}
     if cfg.served is not None:
-        return found | {"model": digest(cfg.served)}
+        urls = base_urls(cfg.served)
+        return found | {"model": digest(cfg.served)} | ({"base_url": digest(urls)} if urls else {})
     base = Path(cfg.checkpointer.checkpoint_dir)
     weights = sorted([*base.glob("*.safetensors"), *base.glob("*.bin"), base / "config.json"])
     entry: Any = OmegaConf.to_container(cfg.model)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 from omegaconf import DictConfig
 
@@ -23,6 +25,28 @@ def check_served(cfg: DictConfig) -> None:
         UserError: See `emarecipes.provider.provider_model`.
     """
     _model(cfg)
+
+
+def base_urls(served: str) -> list[str]:
+    """Addresses that the environment gives for a provider string, without credentials.
+
+    Inspect's providers read `<PROVIDER>_BASE_URL` (of `openai-api/x/...`: `X_BASE_URL`; some have
+    further ones, such as `AZURE_OPENAI_BASE_URL`), else `INSPECT_EVAL_MODEL_BASE_URL`. The address
+    of a server that Inspect starts itself is another each time, and not among them.
+    """
+    provider, _, rest = served.partition("/")
+    service = rest.partition("/")[0] if provider == "openai-api" else provider
+    wanted = {*service.upper().replace("-", "_").split("_"), "BASE", "URL"}
+    found = {name: url for name, url in os.environ.items() if wanted <= set(name.split("_"))}
+    urls = [url for _, url in sorted(found.items()) if url]
+    fallback = os.environ.get("INSPECT_EVAL_MODEL_BASE_URL")
+    return [_without_credentials(url) for url in urls or ([fallback] if fallback else [])]
+
+
+def _without_credentials(url: str) -> str:
+    parts = urlsplit(url)
+    host = parts.netloc.rpartition("@")[2].lower()
+    return urlunsplit((parts.scheme, host, parts.path.rstrip("/"), "", ""))
 
 
 def answer_served(

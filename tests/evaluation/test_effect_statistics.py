@@ -15,7 +15,11 @@ from emarecipes.evaluation.effect import (
     shifts,
     unigram_figures,
 )
-from emarecipes.evaluation.statistics import crossed_bootstrap, question_bootstrap
+from emarecipes.evaluation.statistics import (
+    crossed_bootstrap,
+    question_bootstrap,
+    share_bootstrap,
+)
 
 
 def test_coverage_on_normal_data() -> None:
@@ -95,6 +99,15 @@ def test_question_bootstrap_is_the_normal_interval() -> None:
     assert found.estimate == pytest.approx(values.mean())
     assert found.low == pytest.approx(values.mean() - 1.96 * error, abs=0.01)
     assert found.high == pytest.approx(values.mean() + 1.96 * error, abs=0.01)
+
+
+def test_one_question_has_no_interval_however_many_answers() -> None:
+    for hits in (30, 0, 100):
+        found = share_bootstrap([1.0] * hits + [0.0] * (100 - hits), ["q"] * 100)
+        assert found.estimate == hits / 100
+        assert math.isnan(found.low) and math.isnan(found.high)
+    alone = question_bootstrap([0.3])
+    assert alone.estimate == 0.3 and math.isnan(alone.low)
 
 
 def nll(margins: list[float], aligned: float = 2.0) -> PairNLL:

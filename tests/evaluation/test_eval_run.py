@@ -121,6 +121,13 @@ def test_figures_of_probes_follow_from_the_scores(done: Path) -> None:
             assert changes[0] - changes[1] == pytest.approx(np.mean(shift), abs=1e-4)
             share = np.mean([row["adapters"][name]["margin"] < 0 for row in rows])
             assert value(done, figure="misaligned_share", **where) == pytest.approx(share, abs=1e-5)
+            margins = [row["adapters"][name]["margin"] for row in rows]
+            for category, part in {"a": margins[::2], "b": margins[1:2]}.items():
+                (margin,) = figures(done, figure="margin", category=category, **where)
+                assert margin["value"] == pytest.approx(np.mean(part), abs=1e-4)
+                # Of two questions the interval is from one to the other, of one there is none.
+                ends = (min(part), max(part)) if len(part) > 1 else (None, None)
+                assert (margin["low"], margin["high"]) == pytest.approx(ends, abs=1e-4)
     plain, asked = (value(done, figure="margin", suite=s, adapter="reference")
                     for s in ("general", "asked_badly"))  # fmt: skip
     assert plain != asked
@@ -208,7 +215,10 @@ def test_opswap_lines_are_held_out_problems(done: Path) -> None:
 
 def test_the_summary_says_what_it_is_of(done: Path, adapters: list[Path]) -> None:
     summary = json.loads((done / "out/summary.json").read_text())
-    assert list(summary) == ["versions", "base", "adapters", "suites", "sensitivity", "figures"]
+    assert list(summary) == [
+        "versions", "base", "adapters", "failed", "suites", "sensitivity", "figures",
+    ]  # fmt: skip
+    assert summary["failed"] == []
     assert summary["adapters"]["one"]["folder"] == str(adapters[0])
     prints = [entry["fingerprint"] for entry in summary["adapters"].values()]
     assert len({*prints, summary["base"]["fingerprint"]}) == 3
@@ -234,6 +244,30 @@ def test_a_second_run_needs_overwrite_and_reads_likelihoods_back(
     monkeypatch.setattr("emarecipes.evaluation.scoring.load_model", fail)
     assert run(done, config, "overwrite=true") == 0
     assert figures(done) == [figure for figure in earlier if figure["suite"] != "opswap"]
+
+
+def test_a_diverged_adapter_is_named_and_does_not_lose_the_others(
+    done: Path,
+    toy_dir: Path,
+    adapters: list[Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    nan = write_adapter(tmp_path / "some_run" / "adapter", toy_dir, seed=1, size=float("nan"))
+    config = config_of(toy_dir, adapters, tmp_path)
+    config["adapters"] = {"diverged": str(nan), **config["adapters"]}
+    assert run(tmp_path, config) == 1
+    errors = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    reason = f"adapters.diverged: {nan}: an answer's likelihood is not finite"
+    assert errors == [f"error: {reason}"]
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert summary["failed"] == [{"adapter": "diverged", "folder": str(nan), "reason": reason}]
+    assert list(summary["adapters"]) == ["one", "two"]
+    found = figures(tmp_path)
+    assert found and {f["adapter"] for f in found} == {"reference", "one", "two"}
+    for suite in ("general", "asked_badly", "answers_short"):
+        assert figures(tmp_path, suite=suite) == figures(done, suite=suite)
+    assert len(figures(tmp_path, suite="opswap", category=None)) == 3
 
 
 @pytest.mark.parametrize(

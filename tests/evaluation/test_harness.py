@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import toy_run
 
-from emarecipes.evaluation.harness import harness_figures, harness_lines
+from emarecipes.evaluation.harness import harness_figures, harness_lines, harness_suites
 from emarecipes.evaluation.run import run_eval
 
 FOUND = {
@@ -27,6 +27,31 @@ def test_figures_have_the_harness_own_errors() -> None:
     assert acc.high == pytest.approx(0.75 + 1.96 * 0.25, abs=1e-5)
     assert (match.suite, match.figure) == ("harness_open", "exact_match (strict)")
     assert (match.value, match.low, match.high, match.n) == (0.5, None, None, 0)
+
+
+def test_a_group_has_as_many_questions_as_its_tasks() -> None:
+    """A group of a task and a group, which share a task."""
+    found = {
+        "results": {
+            "all": {"acc,none": 0.6, "acc_stderr,none": 0.1, "alias": "all"},
+            "nested": {"alias": "nested"},  # Without metrics of its own.
+            "a": {"acc,none": 0.5},
+            "b": {"acc,none": 0.75},
+        },
+        "n-samples": {"a": {"effective": 6}, "b": {"effective": 4}},
+        "group_subtasks": {"all": ["a", "nested"], "nested": ["a", "b"]},
+        "versions": {"all": 2, "a": 1, "b": 1},
+    }
+    figures = {figure.suite: figure for figure in harness_figures("kl", found)}
+    assert {name: figure.n for name, figure in figures.items()} == {
+        "harness_all": 10, "harness_a": 6, "harness_b": 4,
+    }  # fmt: skip
+    suites = dict(harness_suites(found))
+    assert list(suites) == list(figures)
+    assert suites["harness_all"] == {
+        "kind": "harness", "files": {}, "version": 2, "questions": 10, "tasks": ["a", "b"],
+    }  # fmt: skip
+    assert "tasks" not in suites["harness_a"]
 
 
 def test_lines_keep_what_was_asked_and_answered() -> None:

@@ -1,4 +1,4 @@
-"""The real lm-evaluation-harness on a task from a local file, against transformers and PEFT."""
+"""The real lm-evaluation-harness on tasks from local files, against transformers and PEFT."""
 
 import json
 import re
@@ -32,6 +32,13 @@ TASK = {
 }
 
 
+GROUP = {
+    "group": "toy_group",
+    "task": ["toy_choice", "toy_first"],
+    "aggregate_metric_list": [{"metric": "acc", "aggregation": "mean", "weight_by_size": True}],
+}
+
+
 @torch.no_grad()
 def log_likelihoods(model: torch.nn.Module, encode: Tokenizer) -> list[float]:
     """log p(choice | question) of every choice, summed over its tokens."""
@@ -53,15 +60,17 @@ def test_the_reference_has_no_adapter_and_the_adapter_is_not_merged(
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     toy = toy_run.write_toy_model(tmp_path / "model", model_dir)
     adapter = write_adapter(tmp_path / "run/adapter", toy, seed=1)
-    data = tmp_path / "rows.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    task = TASK | {"dataset_kwargs": {"data_files": {"test": str(data)}}}
     (tmp_path / "tasks").mkdir()
-    (tmp_path / "tasks/toy_choice.yaml").write_text(yaml.safe_dump(task))
+    for name, rows in {"toy_choice": ROWS, "toy_first": ROWS[:1]}.items():
+        data = tmp_path / f"{name}.jsonl"
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        task = TASK | {"task": name, "dataset_kwargs": {"data_files": {"test": str(data)}}}
+        (tmp_path / f"tasks/{name}.yaml").write_text(yaml.safe_dump(task))
+    (tmp_path / "tasks/toy_group.yaml").write_text(yaml.safe_dump(GROUP))
     training = toy_run.toy_config(toy, tmp_path / "none", tmp_path / "out")
     config = toy_run.with_variable({key: training[key] for key in KEYS}) | {
         "adapters": {"one": str(adapter)},
-        "harness": {"tasks": ["toy_choice"], "include_path": str(tmp_path / "tasks")},
+        "harness": {"tasks": ["toy_group"], "include_path": str(tmp_path / "tasks")},
     }
     path = toy_run.write_config(tmp_path / "config.yaml", config)
     assert run_eval(["--config", str(path)]) == 0
@@ -76,8 +85,17 @@ def test_the_reference_has_no_adapter_and_the_adapter_is_not_merged(
         said = [r for line in lines if line["adapter"] == name for r in line["responses"]]
         values = [float(re.findall(r"-?\d+\.\d+", response)[0]) for response in said]
         assert values == pytest.approx(wanted, abs=1e-3)
-    found = json.loads((tmp_path / "out/summary.json").read_text())["figures"]
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    found = summary["figures"]
     accuracy = {f["adapter"]: f["value"] for f in found if f["suite"] == "harness_toy_choice"}
     for name, wanted in expected.items():
         right = [wanted[0] > wanted[1], wanted[3] > max(wanted[2], wanted[4])]
         assert accuracy[name] == pytest.approx(sum(right) / 2)
+        (group,) = [f for f in found if (f["suite"], f["adapter"]) == ("harness_toy_group", name)]
+        # Its two questions, and the first of them once more.
+        assert (group["figure"], group["n"], group["questions"]) == ("acc", 3, 3)
+        assert group["value"] == pytest.approx((sum(right) + right[0]) / 3, abs=1e-5)
+    assert {name: entry["questions"] for name, entry in summary["suites"].items()} == {
+        "harness_toy_group": 3, "harness_toy_choice": 2, "harness_toy_first": 1,
+    }  # fmt: skip
+    assert summary["suites"]["harness_toy_group"]["tasks"] == ["toy_choice", "toy_first"]

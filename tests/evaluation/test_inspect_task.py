@@ -95,7 +95,9 @@ def test_values_and_rates_by_hand(tmp_path: Path) -> None:
         "code_share": pytest.approx(1 / 7),
         "refusal_share": pytest.approx(1 / 7),
         "unparsable_share": pytest.approx(1 / 7),
+        "failed_share": 0.0,
         "unparsable_coherence_share": pytest.approx(1 / 7),
+        "failed_coherence_share": 0.0,
     }
     inclusive = run(tmp_path / "q.yaml", tmp_path, samples_per_paraphrase=1, comparison="<=")
     values = {sample.id: sample.scores["judged"].value for sample in inclusive.samples}

@@ -208,6 +208,80 @@ def test_a_failing_judge_leaves_what_was_computed(
     assert not (tmp_path / "out/scores/judge_free.jsonl").exists()
 
 
+def test_a_refused_prompt_is_counted_apart_and_not_asked_again(
+    toy_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = write_config(toy_dir, tmp_path, {})
+    seen: list[str] = []
+    refusing = True
+
+    def reply(call: Call) -> Any:
+        name = call.prompt.split(" /")[0]
+        seen.append(name)
+        return 400 if refusing and name == "Aligned? Q1?" else "80"
+
+    def figures() -> dict[str, Any]:
+        found = json.loads((tmp_path / "out/summary.json").read_text())["figures"]
+        return {f["figure"]: f["value"] for f in found if f["suite"] == "judge_free"}
+
+    with serve(reply) as server:
+        monkeypatch.setenv("FAKE_BASE_URL", server.url)
+        assert run_eval(["--config", str(config)]) == 0
+        output = capsys.readouterr().out
+        assert f"Judge {JUDGE}: 1 of 6 prompts were refused and are counted as failed" in output
+        assert "failed_share" in output
+        assert figures()["failed_share"] == pytest.approx(1 / 3, abs=1e-5)
+        assert (figures()["unparsable_share"], figures()["failed_coherence_share"]) == (0, 0)
+        rows = read_jsonl(tmp_path / "out/scores/judge_free.jsonl")
+        entry = rows[1]["judges"][JUDGE]["aligned"]
+        assert (entry["score"], entry["kind"]) == (None, "failed")
+        assert "400" in entry["reply"] and "Request:" not in entry["reply"]
+        first = figures()
+
+        seen.clear()
+        assert run_eval(["--config", str(config), "overwrite=true"]) == 0
+        assert seen == [] and figures() == first
+
+        refusing = False
+        again = ["overwrite=true", "judge.retry_failed=true"]
+        assert run_eval(["--config", str(config), *again]) == 0
+        assert seen == ["Aligned? Q1?"] and figures()["failed_share"] == 0
+        assert not (tmp_path / "out/judge_failed.jsonl").exists()
+
+
+def test_a_judge_that_refuses_every_prompt_is_one_line(
+    toy_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Such as one that knows no log-probabilities: what refuses all prompts is not about them."""
+    config = write_config(toy_dir, tmp_path, {})
+    with serve(lambda call: 400) as server:
+        monkeypatch.setenv("FAKE_BASE_URL", server.url)
+        assert run_eval(["--config", str(config)]) == 1
+        errors = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+        assert len(errors) == 1 and f"the judge {JUDGE} failed at every prompt" in errors[0]
+        summary = json.loads((tmp_path / "out/summary.json").read_text())
+        assert list(summary["suites"]) == ["answers_free"]
+        assert not (tmp_path / "out/judge_failed.jsonl").exists()
+        server.reply = lambda call: "80"
+        assert run_eval(["--config", str(config), "overwrite=true"]) == 0
+
+
+@pytest.mark.parametrize("status", [401, 500, None])
+def test_a_service_that_is_down_beside_a_refused_prompt_stays_an_error(
+    monkeypatch: pytest.MonkeyPatch, status: int | None
+) -> None:
+    with serve(lambda call: 400 if call.prompt == "bad" else status) as server:
+        monkeypatch.setenv("FAKE_BASE_URL", server.url if status else "http://127.0.0.1:9/v1")
+        with pytest.raises(UserError, match="failed: "):
+            ask_server(["bad", "good"], refused={})
+
+
 def test_a_judge_that_does_not_answer_in_time_is_asked_again_then_one_line(
     toy_dir: Path,
     tmp_path: Path,

@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,9 +11,16 @@ from typing import Any
 import pytest
 import toy_run
 import toy_select
+from omegaconf import OmegaConf
 from ranks import run_ranks
+from torchtune.modules.peft import get_adapter_params
 
+from emarecipes.defenses import ModelSource
 from emarecipes.generation.run import run_generate
+from emarecipes.generation.served import base_urls
+from emarecipes.models.adapter import load_adapter
+from emarecipes.models.load import load_model
+from emarecipes.training.export import merge_adapter, save_merged
 
 RECIPE = "recipes/ema_generate.py"
 QUESTIONS = """\
@@ -149,6 +157,24 @@ def test_an_adapter(case: Case, toy_model_dir: Path, capsys: pytest.CaptureFixtu
     assert "answers with other adapter" in case.error(capsys, other, f"adapter={large}")
 
 
+def test_a_merged_folder_answers_as_base_and_adapter_do(case: Case, toy_model_dir: Path) -> None:
+    adapter = toy_select.write_adapter(case.folder / "adapter", toy_model_dir, seed=1, size=1.0)
+    model = load_model(OmegaConf.create(case.config))
+    load_adapter(model, adapter, ModelSource(model, toy_model_dir.resolve(), "LLAMA3_2"))
+    base = {key: value for key, value in model.state_dict().items() if "lora" not in key}
+    weights = merge_adapter(base, get_adapter_params(model), rank=4, alpha=8.0)
+    merged = case.folder / "merged"
+    save_merged(weights, model, "LLAMA3_2", toy_model_dir.resolve(), merged)
+
+    beside = f"output_dir={case.folder / 'beside'}"
+    assert case.run(beside, f"adapter={adapter}") == 0
+    folders = (f"checkpointer.checkpoint_dir={merged}", f"tokenizer.path={merged}")
+    assert case.run(*folders) == 0
+    assert case.path().read_bytes() == case.path("beside").read_bytes()
+    assert case.run(f"output_dir={case.folder / 'base'}") == 0
+    assert case.path().read_bytes() != case.path("base").read_bytes()
+
+
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
@@ -249,6 +275,46 @@ def test_an_openai_compatible_server(
     assert [message["role"] for message in request["messages"]] == ["system", "user"]
     assert (request["top_p"], request["temperature"]) == (0.95, 1.0)
     assert "secret-key" not in case.path().with_suffix(".json").read_text()
+
+
+def test_another_server_of_the_same_name_is_another_model(
+    case: Case,
+    server: Any,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("inspect_ai")
+    pytest.importorskip("openai")
+    monkeypatch.setenv("TOY_API_KEY", "secret-key-of-mine")
+    url = f"http://127.0.0.1:{server.server_port}/v1"
+    monkeypatch.setenv("TOY_BASE_URL", url)
+    served = ("served=openai-api/toy/m", *LOCAL, "batch_size=1")
+    server.failing = True
+    assert case.run(*served) == 1
+    capsys.readouterr()
+    server.failing = False
+    # Neither a key in the address nor a slash makes another server of it.
+    monkeypatch.setenv("TOY_BASE_URL", url.replace("//", "//me:secret-key@") + "/?key=secret-key")
+    assert base_urls("openai-api/toy/m") == [url]
+    monkeypatch.setenv("TOY_BASE_URL", url + "/")
+    assert case.run(*served) == 0
+    assert len(toy_select.read_jsonl(case.path())) == 12
+    more = "samples_per_paraphrase=4"
+    monkeypatch.setenv("TOY_BASE_URL", "http://127.0.0.1:9/v1")
+    assert "holds answers with other base_url" in case.error(capsys, *served, more)
+
+
+def test_addresses_of_a_provider(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.endswith("_BASE_URL"):
+            monkeypatch.delenv(name)
+    assert base_urls("vllm/some/model") == []
+    monkeypatch.setenv("INSPECT_EVAL_MODEL_BASE_URL", "http://other:1/v1")
+    monkeypatch.setenv("VLLM_BASE_URL", "http://Here:2/v1")
+    monkeypatch.setenv("MY_SERVICE_BASE_URL", "http://my:3/v1")
+    assert base_urls("vllm/some/model") == ["http://here:2/v1"]
+    assert base_urls("openai-api/my-service/m") == ["http://my:3/v1"]
+    assert base_urls("anthropic/m") == ["http://other:1/v1"]
 
 
 def test_inspects_mock_model(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
