@@ -210,12 +210,16 @@ class Runner:
         folder.mkdir(parents=True, exist_ok=True)
         # Alone, so with all of the machine.
         command = ["recipes/ema_eval.py", "--config", settings.evaluate.config, *overrides]
-        if not self._run(step, command, place={}):
+        (shared / SUMMARY).unlink(missing_ok=True)
+        ended = self._run(step, command, place={})
+        # Written also where one adapter or a judge failed: the rest counts; the next call tries again.
+        if not (shared / SUMMARY).is_file():
             return None
         shutil.rmtree(folder / "scores", ignore_errors=True)
         for result in ("scores", SUMMARY):
             (shared / result).replace(folder / result)
-        step.write(step.mark)  # Last: a kill before leaves no older scores that look done.
+        if ended:
+            step.write(step.mark)  # Last: a kill before leaves no older scores that look done.
         return folder
 
     def _run(self, step: Step, command: list[str], place: Place) -> bool:

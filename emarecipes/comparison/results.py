@@ -73,7 +73,7 @@ class Scores:
 
 
 def read_scores(folder: Path, adapters: Mapping[str, int]) -> Scores:
-    """Read an evaluation of several seeds of an arm.
+    """Read an evaluation of several seeds of an arm, without those whose likelihoods failed.
 
     Args:
         folder: With `summary.json` and `scores/`.
@@ -85,6 +85,10 @@ def read_scores(folder: Path, adapters: Mapping[str, int]) -> Scores:
     """
     summary = _read_json(folder / SUMMARY)
     try:
+        failed = {entry["adapter"] for entry in summary.get("failed", ())}
+        adapters = {name: seed for name, seed in adapters.items() if name not in failed}
+        if not adapters:
+            raise UserError(f"{folder / SUMMARY}: every adapter failed")
         for name in adapters:
             if name not in summary["adapters"]:
                 raise UserError(f"{folder / SUMMARY}: has no adapter {name}")

@@ -12,9 +12,10 @@ import yaml
 from toy_compare import evaluation
 
 from emarecipes.comparison.cells import benign_cell, coherent_cell
-from emarecipes.comparison.results import Scores, Values
+from emarecipes.comparison.results import Scores, Values, read_scores
 from emarecipes.comparison.run import run_compare
 from emarecipes.comparison.settings import BoundSettings
+from emarecipes.errors import UserError
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)> | `x` {{ 7 * 7 }}"
 ANSWERS = {f"Question {i}? {HOSTILE}": f"{i} {HOSTILE}" for i in range(12)}
@@ -265,3 +266,13 @@ def test_one_broken_arm_does_not_lose_the_others(
     assert message in page
     found = json.loads((tmp_path / "out/comparison.json").read_text())["arms"]
     assert found["better"]["excess"] and not found["slower"]["excess"]
+
+
+def test_a_seed_that_diverged_does_not_lose_its_arm(tmp_path: Path) -> None:
+    folder = evaluation(tmp_path / "run", {"seed_0": (1.0, 0.5)})
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["failed"] = [{"adapter": "seed_1", "folder": "x", "reason": "not finite"}]
+    (folder / "summary.json").write_text(json.dumps(summary))
+    assert read_scores(folder, {"seed_0": 0, "seed_1": 1}).seeds == (0,)
+    with pytest.raises(UserError, match="every adapter failed"):
+        read_scores(folder, {"seed_1": 1})
