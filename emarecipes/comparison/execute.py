@@ -212,7 +212,7 @@ class Runner:
         command = ["recipes/ema_eval.py", "--config", settings.evaluate.config, *overrides]
         (shared / SUMMARY).unlink(missing_ok=True)
         ended = self._run(step, command, place={})
-        # Written also where one adapter or a judge failed: the rest counts; the next call tries again.
+        # Written also where an adapter or a judge failed: the rest counts; a next call tries again.
         if not (shared / SUMMARY).is_file():
             return None
         shutil.rmtree(folder / "scores", ignore_errors=True)
