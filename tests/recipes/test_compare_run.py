@@ -205,7 +205,13 @@ def test_each_run_has_its_share_of_the_machine(
         ("bounds.general=0", "bounds"),
         ("frozn=true", "unknown key (did you mean frozen?)"),
         ("tasks.narrow.evaluate.overrides=[max_row=2]", "unknown key (did you mean max_rows?)"),
-        ("tasks.narrow.generate.overrides=[max_question=2]", "unknown key"),
+        (
+            (
+                "tasks.narrow.generate={config: configs/smollm2_135m_generate.yaml, "
+                "overrides: [max_question=2]}"
+            ),
+            "unknown key (did you mean max_questions?)",
+        ),
     ],
 )
 def test_bad_input_is_one_line_before_anything_runs(
