@@ -72,6 +72,7 @@ bench: .venv/installed-dev $(MODEL)/prepared.json
 	$(BIN)/python benchmarks/defense_cost.py --quick
 	$(BIN)/python benchmarks/cache_cost.py --quick
 	$(BIN)/python benchmarks/epoch_ragged.py --quick
+	$(BIN)/python benchmarks/head_cost.py --quick
 	$(BIN)/python benchmarks/generation_speed.py --quick
 	$(BIN)/python benchmarks/plan_check.py --quick
 	$(BIN)/python benchmarks/scale.py --quick
