@@ -16,7 +16,7 @@ help:
 	@echo "make test          lint, types, tests"
 	@echo "make test-long     the tests that kill runs at many moments, in about 8 min"
 	@echo "make bench         time and memory of a step beside torchtune and PEFT, of each defense, with a"
-	@echo "                   reference cache, and of ragged rows; quick forms, in about 8 min"
+	@echo "                   reference cache, and of ragged rows; all in their quick forms"
 	@echo "make clean         remove .venv, models/ and runs/"
 
 # The stamps say which dependencies the environment was last installed with.
