@@ -176,6 +176,7 @@ PUBLISHED: dict[str, Published] = {
         licence="ODC-BY, and AI2's responsible use guidelines",
         form="wildguard",
         rows=86_759,
+        size=53_740_000,
         sha256="02ecea8a724a9146a1e473a95a7cdf262adfe9c7d5408953ca86d2fcfbdc8953",
         unconfirmed=("licence", "size"),
         by_hand=(
