@@ -279,7 +279,7 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     rows = [re.split(r"\s{2,}", line.strip()) for line in out.splitlines()]
     sizes = {row[0]: row[3] for row in rows if row[0] in PUBLISHED}
     assert sizes["betley-first-plot"] == "0.012" and sizes["alpaca-cleaned"] == "42 ?"
-    assert sizes["chua-medical"] == "103" and sizes["wildguardmix-benign"] == "-"
+    assert sizes["chua-medical"] == "103" and sizes["betley-evil-numbers"] == "-"
 
 
 # The table of entries
