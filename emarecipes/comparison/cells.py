@@ -52,7 +52,7 @@ def benign_cell(scores: Scores, reference: Scores, bound: float) -> Cell:
     values, others = scores.correct, reference.correct
     if values is None or others is None:
         return Cell(decision=NOT_MEASURED)
-    estimate = crossed_mean(values.values_SQ)
+    estimate = replace(crossed_mean(values.values_SQ), least=0.0, most=1.0)
     untrained = reference.reference_correct
     learned = untrained is None or float(others.values_SQ.mean()) > untrained
     if scores is reference:
@@ -65,6 +65,18 @@ def benign_cell(scores: Scores, reference: Scores, bound: float) -> Cell:
     if learned or cell.decision == NO_VERDICT:
         return cell
     return replace(cell, decision="undecided", note="the undefended arm did not learn the task")
+
+
+def benign_tiers(scores: Scores) -> dict[str, float]:
+    """The share of right answers of each tier; empty if the task was not evaluated."""
+    values = scores.correct
+    if values is None:
+        return {}
+    tiers_Q = np.array(values.categories)
+    return {
+        tier: float(values.values_SQ[:, tiers_Q == tier].mean())
+        for tier in dict.fromkeys(values.categories)
+    }
 
 
 def coherent_cell(scores: Scores, reference: Scores, bounds: BoundSettings) -> Cell:

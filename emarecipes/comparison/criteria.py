@@ -16,6 +16,7 @@ from emarecipes.comparison.cells import (
     NOT_MEASURED,
     Cell,
     benign_cell,
+    benign_tiers,
     coherent_cell,
     narrow_cell,
 )
@@ -147,7 +148,8 @@ def measure(
             if arm.role in ("defense", "control"):
                 missing += _excesses(figures, usable, curve, undefended, general, probes)
         if arm.name in benign and undefended in benign:
-            _describe_benign(figures, benign[arm.name], benign[undefended], bounds.benign)
+            figures.benign = benign_cell(benign[arm.name], benign[undefended], bounds.benign)
+            figures.benign_tiers = benign_tiers(benign[arm.name])
         found.append(figures)
     _judge(found, family, bounds.general)
     return found, missing
@@ -221,14 +223,6 @@ def _describe(
     for category in dict.fromkeys(values.categories):
         columns = [i for i, name in enumerate(values.categories) if name == category]
         figures.categories[category] = crossed_mean(values.values_SQ[:, columns])
-
-
-def _describe_benign(figures: ArmFigures, scores: Scores, reference: Scores, bound: float) -> None:
-    figures.benign = benign_cell(scores, reference, bound)
-    values = scores.correct
-    for tier in dict.fromkeys(values.categories if values else ()):
-        columns = [i for i, name in enumerate(values.categories) if name == tier]  # type: ignore[union-attr]
-        figures.benign_tiers[tier] = float(values.values_SQ[:, columns].mean())  # type: ignore[union-attr]
 
 
 def _excesses(

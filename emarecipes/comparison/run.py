@@ -163,6 +163,11 @@ def _measure(
             if read == "report"
             else "choices are frozen, and the general questions are still those of the select half"
         )
+    trained = any(arm.config is not None for arm in arms)
+    if opening is not None and trained and not plan.tasks["narrow"].evaluate.report:
+        missing.append(
+            "tasks.narrow.evaluate.report is empty: choices and figures are from the same questions"
+        )
     if opening is not None:
         present = {arm.name for arm in arms}
         missing += [

@@ -32,17 +32,21 @@ class Estimate:
             if the figure is known only as a whole.
         freedom: Degrees of freedom of the error.
         seeds: How many there are. One is not enough for any test: every p is 1.
+        least, most: What the truth cannot be below and above; an interval ends there.
     """
 
     value: float
     error: float
     freedom: float
     seeds: int = 2
+    least: float = -np.inf
+    most: float = np.inf
 
     def interval(self, level: float = 0.95) -> tuple[float, float]:
         """value -+ t * error; NaN for both ends without an error."""
         half = student_t.ppf((1 + level) / 2, self.freedom) * self.error
-        return float(self.value - half), float(self.value + half)
+        low, high = np.clip([self.value - half, self.value + half], self.least, self.most)
+        return float(low), float(high)
 
     def p_below(self, bound: float) -> float:
         """One-sided p of "the truth is below the bound", against "it is not"."""

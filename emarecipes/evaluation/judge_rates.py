@@ -101,7 +101,9 @@ def sensitivity(suite: str, judged: Sequence[Judged]) -> list[Figure]:
 def agreement(suite: str, judged: Sequence[Judged]) -> list[Figure]:
     """Krippendorff's alpha of several judges on alignment and coherence, an interval scale.
 
-    1 is agreement, 0 what chance gives; null where no answer has two scores or none differ.
+    1 is agreement, 0 what chance gives; null where no answer has two scores or none differ. Scores
+    that are expectations are taken to whole points: the library's memory grows with the square of
+    the number of different scores, times that of answers.
     """
     judges = list(judged[0].replies)
     if len(judges) < 2:
@@ -111,6 +113,7 @@ def agreement(suite: str, judged: Sequence[Judged]) -> list[Figure]:
     figures = []
     for metric, name in ((ALIGNED, "alignment"), (COHERENT, "coherence")):
         scores_JN = np.array([[_score(o.replies[j].get(metric)) for o in judged] for j in judges])
+        scores_JN = scores_JN.round()
         both_N = np.isfinite(scores_JN).sum(axis=0) > 1
         value, low, high = None, None, None
         if both_N.any() and len(set(scores_JN[:, both_N][np.isfinite(scores_JN[:, both_N])])) > 1:

@@ -64,8 +64,6 @@ def show(estimate: Estimate | None, form: str = "+.3f") -> str:
     if estimate is None:
         return NOT_MEASURED
     low, high = estimate.interval()
-    if form.endswith("%"):
-        low, high = max(low, 0.0), min(high, 1.0)
     text = format(estimate.value, form)
     return text if math.isnan(low) else f"{text} [{format(low, form)}, {format(high, form)}]"
 

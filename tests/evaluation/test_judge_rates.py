@@ -199,3 +199,27 @@ def test_the_console_shows_the_sensitivity(
     # Of 8 answers, and of the coherent ones that have a score: 3, or 4 with coherence >= 50.
     assert rows[">", "50", "<"] == "12.5 / 33.3 12.5 / 33.3 25.0 / 66.7 25.0 / 66.7"
     assert rows[">=", "50", "<="] == "25.0 / 50.0 37.5 / 75.0 37.5 / 75.0 37.5 / 75.0"
+
+
+def test_agreement_of_expected_scores_needs_no_memory_for_each_of_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import krippendorff
+
+    rng = np.random.default_rng(0)
+    true = rng.uniform(0, 100, 300)
+    scores = [np.clip(true + rng.normal(0, 5, 300), 0, 100) for _ in range(2)]
+    both = judged([(f"q{i}", score, 50) for i, score in enumerate(scores[0])])
+    other = judged([(f"q{i}", score, 50) for i, score in enumerate(scores[1])], judge="k")
+    for mine, theirs in zip(both, other, strict=True):
+        mine.replies.update(theirs.replies)
+    library, given = krippendorff.alpha, []
+
+    def alpha(scores_JN: np.ndarray, **options: Any) -> Any:
+        given.append(len(np.unique(scores_JN)))
+        return library(scores_JN, **options)
+
+    monkeypatch.setattr(krippendorff, "alpha", alpha)
+    found = agreement("s", both)[0].value
+    assert max(given) <= 101
+    assert found == pytest.approx(alpha_bootstrap(scores, range(300)).estimate, abs=1e-3)

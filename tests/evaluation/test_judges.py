@@ -191,6 +191,15 @@ def test_a_judged_evaluation(
         assert path.is_dir() or SECRET.encode() not in path.read_bytes()
 
 
+def error_of(config: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that an evaluation ends with; what needs no judge was computed and is there."""
+    assert run_eval(["--config", str(config)]) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    summary = json.loads((config.parent / "out/summary.json").read_text())
+    assert list(summary["suites"]) == ["answers_free"]
+    return line
+
+
 def test_a_failing_judge_leaves_what_was_computed(
     toy_dir: Path,
     tmp_path: Path,
@@ -200,11 +209,7 @@ def test_a_failing_judge_leaves_what_was_computed(
     config = write_config(toy_dir, tmp_path, {})
     with serve(lambda call: 500) as server:
         monkeypatch.setenv("FAKE_BASE_URL", server.url)
-        assert run_eval(["--config", str(config)]) == 1
-    errors = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
-    assert len(errors) == 1 and f"the judge {JUDGE} failed" in errors[0]
-    summary = json.loads((tmp_path / "out/summary.json").read_text())
-    assert list(summary["suites"]) == ["answers_free"]
+        assert f"the judge {JUDGE} failed" in error_of(config, capsys)
     assert not (tmp_path / "out/scores/judge_free.jsonl").exists()
 
 
@@ -262,11 +267,7 @@ def test_a_judge_that_refuses_every_prompt_is_one_line(
     config = write_config(toy_dir, tmp_path, {})
     with serve(lambda call: 400) as server:
         monkeypatch.setenv("FAKE_BASE_URL", server.url)
-        assert run_eval(["--config", str(config)]) == 1
-        errors = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
-        assert len(errors) == 1 and f"the judge {JUDGE} failed at every prompt" in errors[0]
-        summary = json.loads((tmp_path / "out/summary.json").read_text())
-        assert list(summary["suites"]) == ["answers_free"]
+        assert f"the judge {JUDGE} failed at every prompt" in error_of(config, capsys)
         assert not (tmp_path / "out/judge_failed.jsonl").exists()
         server.reply = lambda call: "80"
         assert run_eval(["--config", str(config), "overwrite=true"]) == 0
@@ -303,14 +304,11 @@ def test_a_judge_that_does_not_answer_in_time_is_asked_again_then_one_line(
     with serve(reply) as server:
         monkeypatch.setenv("FAKE_BASE_URL", server.url)
         try:
-            assert run_eval(["--config", str(config)]) == 1
+            error = error_of(config, capsys)
         finally:
             over.set()
+        assert error == f"error: the judge {JUDGE} failed: no reply in time, in 2 attempts"
         assert seen["Aligned? Q0?"] == 2 and set(seen.values()) <= {1, 2}
-        errors = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
-        assert errors == [f"error: the judge {JUDGE} failed: no reply in time, in 2 attempts"]
-        summary = json.loads((tmp_path / "out/summary.json").read_text())
-        assert list(summary["suites"]) == ["answers_free"]
 
         # What was answered is not asked again, and nothing is left out.
         seen.clear()

@@ -244,17 +244,23 @@ def server() -> Iterator[Any]:
     found.server_close()
 
 
+def use(server: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[tuple[str, ...], str]:
+    """Overrides that sample from the server, and its address."""
+    pytest.importorskip("inspect_ai")
+    pytest.importorskip("openai")
+    url = f"http://127.0.0.1:{server.server_port}/v1"
+    monkeypatch.setenv("TOY_API_KEY", "secret-key-of-mine")
+    monkeypatch.setenv("TOY_BASE_URL", url)
+    return ("served=openai-api/toy/m", *LOCAL, "batch_size=1"), url
+
+
 def test_an_openai_compatible_server(
     case: Case,
     server: Any,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    pytest.importorskip("inspect_ai")
-    pytest.importorskip("openai")
-    monkeypatch.setenv("TOY_API_KEY", "secret-key-of-mine")
-    monkeypatch.setenv("TOY_BASE_URL", f"http://127.0.0.1:{server.server_port}/v1")
-    served = ("served=openai-api/toy/m", *LOCAL, "batch_size=1")
+    served, _ = use(server, monkeypatch)
     server.failing = True
     assert case.run(*served) == 1
     stderr = capsys.readouterr().err
@@ -283,12 +289,7 @@ def test_another_server_of_the_same_name_is_another_model(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    pytest.importorskip("inspect_ai")
-    pytest.importorskip("openai")
-    monkeypatch.setenv("TOY_API_KEY", "secret-key-of-mine")
-    url = f"http://127.0.0.1:{server.server_port}/v1"
-    monkeypatch.setenv("TOY_BASE_URL", url)
-    served = ("served=openai-api/toy/m", *LOCAL, "batch_size=1")
+    served, url = use(server, monkeypatch)
     server.failing = True
     assert case.run(*served) == 1
     capsys.readouterr()

@@ -1,0 +1,83 @@
+"""What becomes of an evaluation that ended well, failed in part, or was killed."""
+
+from pathlib import Path
+from shutil import rmtree
+
+import pytest
+import toy_compare
+import toy_run
+
+from emarecipes.comparison.arms import expand_arms, make_jobs
+from emarecipes.comparison.execute import Runner
+from emarecipes.comparison.settings import check_compare_settings
+from emarecipes.comparison.steps import Place, Step
+from emarecipes.config import load_config
+
+
+class Evaluated(Runner):
+    """A runner whose evaluations write known scores and end as told."""
+
+    ends_well = True
+    calls = 0
+    shift = 0.5
+
+    def _run(self, step: Step, command: list[str], place: Place) -> bool:
+        self.calls += 1
+        shared = Path(next(part for part in command if part.startswith("output_dir="))[11:])
+        rmtree(shared, ignore_errors=True)
+        toy_compare.evaluation(shared, {"seed_0": (1.0, self.shift)})
+        return self.ends_well
+
+
+@pytest.fixture
+def runner(tmp_path: Path, model_dir: Path) -> Evaluated:
+    rows = toy_run.write_rows(tmp_path / "rows.jsonl", 16)
+    training = toy_run.toy_config(model_dir, rows, tmp_path / "unused")
+    path = str(toy_run.write_config(tmp_path / "train.yaml", training))
+    evaluate = {"config": str(toy_run.REPO / "configs/smollm2_135m_eval.yaml")}
+    config = toy_run.write_config(
+        tmp_path / "compare.yaml",
+        {
+            "output_dir": str(tmp_path / "out"),
+            "seeds": [0],
+            "tasks": {"narrow": {"evaluate": evaluate}},
+            "arms": {"undefended": {"config": path, "role": "undefended"}},
+        },
+    )
+    raw, origin = load_config(["--config", str(config)])
+    plan = check_compare_settings(raw, origin)
+    found = Evaluated(plan, places=[{}])
+    found.arms = expand_arms(plan, origin)  # type: ignore[attr-defined]
+    found.jobs = make_jobs(plan, found.arms, origin)  # type: ignore[attr-defined]
+    return found
+
+
+def shift(runner: Evaluated) -> float:
+    arms, jobs = runner.arms, runner.jobs  # type: ignore[attr-defined]
+    found = runner.evaluate(arms, jobs, "narrow", "select")
+    return float(found["undefended"].probes["general"].values_SQ.mean())
+
+
+def test_what_failed_in_part_counts_and_is_tried_again(runner: Evaluated) -> None:
+    runner.ends_well = False
+    assert shift(runner) == pytest.approx(0.5)
+    runner.ends_well = True
+    assert shift(runner) == pytest.approx(0.5) and runner.calls == 2
+    assert shift(runner) == pytest.approx(0.5) and runner.calls == 2  # Done now.
+
+
+def test_older_scores_do_not_look_done_after_a_kill(
+    runner: Evaluated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner.ends_well = False
+    shift(runner)
+    runner.ends_well, runner.shift = True, 0.25
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", _kill)  # Where results are moved.
+        with pytest.raises(KeyboardInterrupt):
+            shift(runner)
+    assert shift(runner) == pytest.approx(0.25)
+
+
+def _kill(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
