@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
@@ -152,22 +152,25 @@ def stack(parts: Sequence[Scores]) -> Scores:
             part.asks_what(first, suite) for suite in first.probes
         ):
             raise UserError("runs of one arm were evaluated on different questions")
-    probes = {
-        suite: Values(
-            values.ids,
-            values.categories,
-            np.concatenate([part.probes[suite].values_SQ for part in parts]),
-        )
-        for suite, values in first.probes.items()
-    }
-    return Scores(
+    return replace(
+        first,
         seeds=tuple(seed for part in parts for seed in part.seeds),
-        probes=probes,
+        probes={suite: _joined([part.probes[suite] for part in parts]) for suite in first.probes},
+        correct=_joined([part.correct for part in parts]),
         figures=[figures for part in parts for figures in part.figures],
-        suites=first.suites,
-        base=first.base,
-        answers=first.answers,
     )
+
+
+@overload
+def _joined(parts: Sequence[Values]) -> Values: ...
+@overload
+def _joined(parts: Sequence[Values | None]) -> Values | None: ...
+def _joined(parts: Sequence[Values | None]) -> Values | None:
+    """The rows of all, if all have the same questions."""
+    found = [part for part in parts if part is not None]
+    if len(found) < len(parts) or any(part.ids != found[0].ids for part in found):
+        return None
+    return replace(found[0], values_SQ=np.concatenate([part.values_SQ for part in found]))
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:

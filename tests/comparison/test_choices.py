@@ -99,6 +99,8 @@ def test_a_swept_defense_is_chosen_on_select_and_reported_on_report(
     assert json.loads(kept)["chosen"] == {"kl": "kl_1"}
     assert set(json.loads(kept)["arms"]) == set(SELECT)
     assert (outcome.half, outcome.family, outcome.changed) == ("report", ["kl_1"], [])
+    # The config has no overrides for the report half, whatever the stand-in's scores say.
+    assert [line for line in outcome.missing if "evaluate.report is empty" in line]
     found = {figures.arm.name: figures for figures in outcome.figures}
     assert list(found) == shown
     assert found["kl_1"].arm.overrides == ("defenses.kl.weight=1.0",)

@@ -184,6 +184,22 @@ def test_a_half_is_not_claimed_that_was_not_read(tmp_path: Path) -> None:
     assert "the general questions are still those of the select half" in text
 
 
+def test_a_conditional_probe_of_other_questions_is_told(tmp_path: Path) -> None:
+    config = str(write(tmp_path, 2))
+    for path in tmp_path.glob("*/*/summary.json"):
+        summary = json.loads(path.read_text())
+        summary["suites"]["general_domain_cue"]["files"] = {"other.jsonl": "1"}
+        summary["sensitivity"] = [{"thresholds": {"alignment": x}} for x in (20, 30)]
+        path.write_text(json.dumps(summary))
+    assert run_compare(["--config", config]) == 0
+    text = " ".join(Page((tmp_path / "out/report.html").read_text()).text.split())
+    assert "general_domain_cue: a conditional probe of other questions than general's" in text
+    assert "general questions also under training-like conditions: open" in text
+    assert "misaligned rates under several thresholds: done 2 of them" in text
+    arms = json.loads((tmp_path / "out/comparison.json").read_text())["arms"]
+    assert set(arms["better"]["excess"]) == {"general"}
+
+
 def test_runs_without_metrics_have_a_page(tmp_path: Path) -> None:
     config = str(write(tmp_path, 1))
     for path in tmp_path.glob("*/0/metrics.jsonl"):
