@@ -89,17 +89,19 @@ def in_torchtune(
     kind: str,
     defenses: Defenses | None = None,
     make_cache: Callable[[Defenses], ReferenceCache | None] = lambda _: None,
+    compiled: bool = False,
 ) -> Model:
     cfg = setting.cfg
     recipe = stock_recipe("lora_finetune_single_device").LoRAFinetuneRecipeSingleDevice(cfg)
     weights = recipe.load_checkpoint(cfg.checkpointer)[training.MODEL_KEY]
-    model = recipe._model = recipe._setup_model(cfg.model, False, False, False, weights)
+    model = recipe._model = recipe._setup_model(cfg.model, False, False, compiled, weights)
     model.load_state_dict(setting.adapter, strict=False)
     if kind == "naive KL":
         return model, partial(naive_kl, model, partial(disable_adapter, model))
     if kind != "recipe":
         defenses = set_up(setting, model, defenses or {})
-        loss = TrainingLoss(model, defenses, reference_cache=make_cache(defenses))
+        cache = make_cache(defenses)
+        loss = TrainingLoss(model, defenses, reference_cache=cache, compiled=compiled)
         return model, partial(ours, loss)
     recipe._loss_fn = CEWithChunkedOutputLoss()  # As torchtune's configs have it.
     model.set_num_output_chunks(recipe._loss_fn.num_output_chunks)
@@ -131,7 +133,7 @@ def ours(loss: TrainingLoss, batch: Batch) -> list[float]:
     return (loss.backward(batch, counts) / counts).tolist()
 
 
-def in_transformers(setting: Setting, naive: bool) -> Model:
+def in_transformers(setting: Setting, naive: bool, compiled: bool = False) -> Model:
     transformers.utils.logging.disable_progress_bar()
     cfg, folder = setting.cfg, Path(setting.cfg.output_dir) / "adapter"
     where = (setting.meta_model, str(cfg.checkpointer.model_type), setting.base, folder)
@@ -142,7 +144,8 @@ def in_transformers(setting: Setting, naive: bool) -> Model:
     model = PeftModel.from_pretrained(base, folder, is_trainable=True, autocast_adapter_dtype=False)
     if not naive:
         return model, partial(peft, model)
-    return model, partial(naive_kl, lambda t: model(input_ids=t).logits, model.disable_adapter)
+    forward = torch.compile(model) if compiled else model
+    return model, partial(naive_kl, lambda t: forward(input_ids=t).logits, model.disable_adapter)
 
 
 def peft(model: Any, batch: Batch) -> list[float]:
@@ -169,6 +172,13 @@ ARMS: dict[str, Callable[[Setting], Model]] = {
     "torchtune, naive KL": partial(in_torchtune, kind="naive KL"),
     "PEFT": partial(in_transformers, naive=False),
     "PEFT, naive KL": partial(in_transformers, naive=True),
+}
+KL_COMPILED, NAIVE_COMPILED = "ours, KL, compile: true", "PEFT, naive KL, compiled"
+COMPILED: dict[str, Callable[[Setting], Model]] = {
+    KL_COMPILED: partial(
+        in_torchtune, kind="ours", defenses={"kl": KLToReference(weight=1.0)}, compiled=True
+    ),
+    NAIVE_COMPILED: partial(in_transformers, naive=True, compiled=True),
 }
 
 
@@ -224,7 +234,9 @@ def measure_time(trainers: Any, batch: Batch, repetitions: int, peaks: dict[str,
                 figures[name]["all"].append(time.perf_counter() - started)
     for name, figure in figures.items():
         low, middle, high = np.percentile(figure["all"], (25, 50, 75))
-        figure |= {"seconds": float(middle), "IQR": float(high - low), "peak MB": peaks[name]}
+        figure |= {"seconds": float(middle), "IQR": float(high - low)}
+        if name in peaks:
+            figure["peak MB"] = peaks[name]
     return figures
 
 
@@ -233,13 +245,17 @@ def print_report(figures: Any) -> None:
     table = Table("", *columns, "time ratio", "memory ratio")
     for name, figure in figures.items():
         cells = [f"{figure[k]:.{d}f}" if k in figure else "" for k, d in columns.items()]
-        ratios = (figure[k] / figures["torchtune's recipe"][k] for k in ("seconds", "peak MB"))
+        first = figures["torchtune's recipe"]
+        ratios = (figure[k] / first[k] for k in ("seconds", "peak MB") if k in figure)
         table.add_row(name, *cells, *(f"{ratio:.2f}" for ratio in ratios))
     Console(width=120).print(table)
     for key, name, over, limit in PROMISES:
         ratio = figures[name][key] / figures[over][key]
         verdict = f"at most {limit:.2f}: {'reached' if ratio <= limit else 'not reached'}"
         print(f"{key}: {name} / {over} = {ratio:.2f}, {verdict}")
+    for over in ("PEFT, naive KL", NAIVE_COMPILED) if KL_COMPILED in figures else ():
+        ratio = figures[KL_COMPILED]["seconds"] / figures[over]["seconds"]
+        print(f"seconds: {KL_COMPILED} / {over} = {ratio:.2f}")
     for name, figure in figures.items():
         like = figures["ours, KL" if "KL" in figure else "ours, no defense"]
         for key, tolerance in (("CE", 0.01), ("KL", 0.05), ("|grad|", 0.05)):
@@ -259,6 +275,7 @@ def step_options(description: str, arms: Iterable[str]) -> argparse.ArgumentPars
 
 def main() -> None:
     parser = step_options("Time and memory of a training step.", ARMS)
+    parser.add_argument("--compiled", action="store_true", help="two compiled arms more, for time")
     options = parser.parse_args()
     logging.disable(logging.INFO)
     warnings.simplefilter("ignore")
@@ -270,7 +287,8 @@ def main() -> None:
             return print(measure_memory(trainer, setting.batch(1, length=16), batch))
         machine = describe_machine()
         peaks = {name: peak_of_arm(name) for name in ARMS}
-        trainers = {name: Trainer(*build(setting)) for name, build in ARMS.items()}
+        timed = ARMS | COMPILED if options.compiled else ARMS
+        trainers = {name: Trainer(*build(setting)) for name, build in timed.items()}
         figures = measure_time(trainers, batch, 3 if options.quick else options.repetitions, peaks)
     if options.json:
         options.json.write_text(json.dumps({"machine": machine, "arms": figures}, indent=2))

@@ -37,6 +37,7 @@ from emarecipes.training.model_checks import (
     check_compiler,
     check_device,
     check_model,
+    check_offloading,
     check_rows_fit,
 )
 from emarecipes.training.reference_cache import ReferenceCache
@@ -103,13 +104,7 @@ def check_run(
     cfg = check_settings(raw, origin)
     check_components(cfg, origin)
     check_device(cfg, origin)
-    if cfg.enable_activation_offloading and (
-        torch.device(cfg.device or "cpu").type != "cuda" or not cfg.enable_activation_checkpointing
-    ):
-        raise UserError(
-            f"{origin.at('enable_activation_offloading')}: works on CUDA only, and only with "
-            "enable_activation_checkpointing: true"
-        )
+    check_offloading(cfg, origin, world_size)
     check_compiler(cfg, origin)
     stated = plain_config(cfg)
     resumed = None

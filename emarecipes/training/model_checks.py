@@ -65,6 +65,24 @@ def check_device(cfg: DictConfig, origin: Origin) -> None:
         raise UserError(f"{origin.at('device')}: {str(error).splitlines()[0]}") from None
 
 
+def check_offloading(cfg: DictConfig, origin: Origin, world_size: int) -> None:
+    """Check that what is to wait on the host has an accelerator to leave.
+
+    Raises:
+        UserError: It has not, or activation offloading lacks checkpointing.
+    """
+    on_cuda = torch.device(cfg.device or "cpu").type == "cuda"
+    if cfg.enable_activation_offloading and not (on_cuda and cfg.enable_activation_checkpointing):
+        raise UserError(
+            f"{origin.at('enable_activation_offloading')}: works on CUDA only, and only with "
+            "enable_activation_checkpointing: true"
+        )
+    if cfg.fsdp_cpu_offload and world_size > 1 and not on_cuda:  # Of no meaning to one process.
+        raise UserError(
+            f"{origin.at('fsdp_cpu_offload')}: works on CUDA only; the weights are on the host here"
+        )
+
+
 def check_compiler(cfg: DictConfig, origin: Origin) -> None:
     """Check that `compile` finds the C++ compiler that it takes on a CPU.
 
