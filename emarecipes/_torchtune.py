@@ -107,6 +107,21 @@ def unsharded(output: Any) -> Iterator[None]:
         output.reshard()
 
 
+def root_is_frozen(model: nn.Module) -> bool:
+    """Whether nothing outside the layers is trained: embedding, final norm, output layer."""
+    rest = (p for name, p in model.named_parameters() if not name.startswith("layers."))
+    return not any(p.requires_grad for p in rest)
+
+
+def gather_root_in_forward_alone(model: nn.Module) -> None:
+    """Spares FSDP2's second gather of what is outside the layers, where that is frozen.
+
+    The backward does not read it, as the loss head takes its gradients in the forward.
+    """
+    if isinstance(model, FSDPModule) and root_is_frozen(model):
+        model.set_unshard_in_backward(False)
+
+
 def is_nf4(parameter: torch.Tensor) -> bool:
     """Whether a frozen weight is held in 4 bits (QLoRA)."""
     return isinstance(parameter.data, NF4Tensor) or isinstance(parameter, NF4Tensor)

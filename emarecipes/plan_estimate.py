@@ -16,7 +16,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from emarecipes._torchtune import build_rope_on_meta, final_norm_and_cap, is_nf4, model_on_meta
+from emarecipes._torchtune import build_rope_on_meta, is_nf4, model_on_meta, root_is_frozen
 from emarecipes.components import build
 from emarecipes.config import Origin
 from emarecipes.defenses import Defense, ModelSource, SafeLoRA
@@ -101,8 +101,16 @@ def estimate(cfg: DictConfig, origin: Origin, load: Load) -> Estimate:
     recomputed = layer.kept if cfg.enable_activation_checkpointing else 0
     each = stream if cfg.enable_activation_checkpointing else layer.kept
     activations = stream + len(model.layers) * each
-    in_head = {"activations": activations, "loss head": head.kept + head.peak}
+    root, layers = _in_flight(cfg, model, load)
+    in_head = {
+        "weights in flight": root + layers,
+        "activations": activations,
+        "loss head": head.kept + head.peak,
+    }
+    if cfg.fsdp_reshard_after_forward and root_is_frozen(model):
+        root = 0.0
     in_backward = {
+        "weights in flight": root + layers,
         "activations": activations + recomputed + layer.backward_peak - layer.kept,
         "loss head": head.kept + states + distances,
     }
@@ -140,16 +148,20 @@ def _fixed(cfg: DictConfig, origin: Origin, model: Any, load: Load) -> dict[str,
     parts = {"weights": frozen, "adapter": adapter, "gradients": adapter, "optimizer": state}
     parts = {name: size / load.gpus for name, size in parts.items()}
     parts["weights"] += buffers
-    if load.gpus > 1:
-        layers = [sum(map(_num_bytes, layer.parameters())) for layer in model.layers]
-        root = frozen + adapter - sum(layers)
-        if cfg.fsdp_cpu_offload:
-            parts = {name: 0.0 for name in parts}
-        in_flight = root + _LAYERS_IN_FLIGHT * max(layers)
-        if not cfg.fsdp_reshard_after_forward:
-            in_flight = frozen + adapter
-        parts["weights in flight"] = in_flight
+    if load.gpus > 1 and cfg.fsdp_cpu_offload:
+        parts = {name: 0.0 for name in parts}
     return parts
+
+
+def _in_flight(cfg: DictConfig, model: Any, load: Load) -> tuple[float, float]:
+    """Bytes that FSDP2 holds whole: of the root (embedding, output layer), and of layers."""
+    if load.gpus == 1:
+        return 0.0, 0.0
+    layers = [float(sum(map(_num_bytes, layer.parameters()))) for layer in model.layers]
+    root = sum(map(_num_bytes, model.parameters())) - sum(layers)
+    if cfg.fsdp_reshard_after_forward:
+        return root, _LAYERS_IN_FLIGHT * max(layers)
+    return root, sum(layers)
 
 
 def _num_bytes(parameter: nn.Parameter) -> float:
@@ -177,10 +189,10 @@ def _share_of_tokens(defense: Defense, load: Load) -> float:
 
 
 class _HeadTrace:
-    """The final norm over the positions of terms on logits, then one chunk of the loss head.
+    """One chunk of the loss head.
 
     Attributes:
-        kept: Bytes from the norm to the backward: states, their gradient, what the norm keeps.
+        kept: Bytes from the head to the backward: selected states and their gradient.
         peak: Bytes of a chunk at its peak.
         flops: Operations of all chunks, the reference's logits as often as a term reads them.
     """
@@ -194,11 +206,9 @@ class _HeadTrace:
         dtype: torch.dtype,
     ) -> None:
         head = LossHead(model)
-        norm, _ = final_norm_and_cap(model)
         width = model.tok_embeddings.embedding_dim
         selected = _positions(cfg, defenses.values(), "logit_term", load)
         size = min(selected, head.chunk_size(torch.device(cfg.device or "cuda")))
-        states_TD = torch.empty(selected, width, dtype=dtype, device="meta")
         states_CD = torch.empty(size, width, dtype=dtype, device="meta")
         targets_C = torch.zeros(size, dtype=torch.long, device="meta")
         on_logits = [d for d in defenses.values() if d.has("logit_term")]
@@ -213,16 +223,15 @@ class _HeadTrace:
 
         def loss() -> Tensor:
             values = term_values(
-                head.logits(states_CD.requires_grad_()),
+                head.policy_logits(states_CD.requires_grad_()),
                 head.reference_logits(states_CD) if read else None,
                 targets_C,
                 terms,
             )
             return torch.stack([v.sum() for v in values]).sum()
 
-        normed = trace(lambda: norm(states_TD.requires_grad_()))
         chunk = trace(loss)
-        self.kept = 2 * states_TD.nbytes + normed.kept
+        self.kept = 2 * selected * width * dtype.itemsize
         self.peak = max(chunk.forward_peak, chunk.backward_peak)
         reference = trace(lambda: head.logits(states_CD)).forward_flops if read else 0
         absent = (1.0 - _share_of_steps(on_logits)) * reference

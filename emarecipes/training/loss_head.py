@@ -102,10 +102,10 @@ class LossHead:
         """The model's last step: (B, S, D) to logits (B, S, V), or as in `computing`."""
         self.last_hidden_BSD = hidden_BSD
         if self._request is None:
-            return self.logits(self._norm(hidden_BSD)).float()
-        hidden_TD = self._norm(hidden_BSD[self._request.selected_BS])
+            return self.policy_logits(hidden_BSD).float()
+        hidden_TD = hidden_BSD[self._request.selected_BS]
         if self._reference_only:
-            return hidden_TD
+            return self._norm(hidden_TD)
         trained = [p for p in _parameters(self.model.output) if p.requires_grad]
         return _ChunkedLoss.apply(hidden_TD, self, self._request, *trained)
 
@@ -114,8 +114,12 @@ class LossHead:
         budget = self._chunk_elements or CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS["cuda"])
         return max(1, budget // int(self.model.tok_embeddings.num_embeddings))
 
+    def policy_logits(self, hidden_TD: Tensor) -> Tensor:
+        """Capped logits of states before the final norm, (T, V)."""
+        return self.logits(self._norm(hidden_TD))
+
     def logits(self, hidden_TD: Tensor) -> Tensor:
-        """Capped logits, (T, V)."""
+        """Capped logits of normed states, (T, V)."""
         output: Any = self.model.output
         # An nn.Module's own forward: FSDP2's hooks on a separately sharded output layer would
         # gather its weights again for every chunk.
@@ -246,7 +250,10 @@ class _Chunk:
         computes = [(t.compute, t.needs_reference, r) for t, r in zip(terms, rows, strict=True)]
         total = self.hidden_CD.new_zeros((), dtype=torch.float32)
         found = head.term_values(
-            head.logits(self.hidden_CD), self._reference_logits(terms), self.targets_C, computes
+            head.policy_logits(self.hidden_CD),
+            self._reference_logits(terms),
+            self.targets_C,
+            computes,
         )
         for k, term, values in zip(acting, terms, found, strict=True):
             expected = (int(rows_KC[k].sum()),)

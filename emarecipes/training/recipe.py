@@ -19,7 +19,7 @@ from torchtune import training, utils
 from torchtune.config import instantiate
 from tqdm import tqdm
 
-from emarecipes._torchtune import stock_recipe
+from emarecipes._torchtune import gather_root_in_forward_alone, stock_recipe
 from emarecipes._torchtune_convert import fix_dora_bias, fix_loaded_state
 from emarecipes.datasets.rows import micro_batch_rows
 from emarecipes.defenses import TrainingContext
@@ -93,6 +93,7 @@ class LoRATraining:
             seed=self.seed,
             compiled=self.cfg.compile,
         )
+        gather_root_in_forward_alone(self._model)
         self._gradients = Gradients(self._model, self.loss, self.world_size)
         context = TrainingContext(
             self._device,
