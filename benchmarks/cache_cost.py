@@ -12,7 +12,7 @@ import logging
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ from emarecipes.training.row_store import Layout, open_store
 
 PLAIN, NAIVE = "no defense", "PEFT, naive KL"
 ALL = "KL + FeatureL2 + PersonaSteering"
-Batches = tuple[Batch, Batch]
+Batches = Sequence[Batch]
 PROMISES = [  # Figure, arm, over which arm, at most.
     ("seconds", "KL", PLAIN, 1.45),
     ("seconds", "KL, cached", PLAIN, 1.12),
@@ -60,13 +60,13 @@ PROMISES = [  # Figure, arm, over which arm, at most.
 ]
 
 
-def ours(setting: Setting, batches: Batches, names: str) -> Model:
-    return in_torchtune(setting, "ours", defenses(names))
+def ours(setting: Setting, batches: Batches, names: str, compiled: bool = False) -> Model:
+    return in_torchtune(setting, "ours", defenses(names), compiled=compiled)
 
 
-def cached(setting: Setting, batches: Batches, names: str) -> Model:
-    folder = Path(tempfile.mkdtemp(dir=setting.cfg.output_dir))
-    return in_torchtune(setting, "ours", defenses(names), partial(cache_for, folder, batches))
+def cached(setting: Setting, batches: Batches, names: str, compiled: bool = False) -> Model:
+    cache = partial(cache_for, Path(tempfile.mkdtemp(dir=setting.cfg.output_dir)), batches)
+    return in_torchtune(setting, "ours", defenses(names), cache, compiled)
 
 
 def cache_for(folder: Path, batches: Batches, made: Defenses) -> ReferenceCache:
@@ -87,10 +87,14 @@ ARMS: dict[str, Callable[[Setting, Batches], Model]] = {
     f"{ALL}, cached": partial(cached, names=ALL),
     NAIVE: lambda setting, batches: in_transformers(setting, naive=True),
 }
+COMPILED = {
+    "KL, compile: true": partial(ours, names="KL", compiled=True),
+    "KL, cached, compile: true": partial(cached, names="KL", compiled=True),
+}
 
 
 def build(name: str, setting: Setting, batches: Batches) -> Trainer:
-    model, backward = ARMS[name](setting, batches)
+    model, backward = (ARMS | COMPILED)[name](setting, batches)
     for batch in batches:  # Fills a cache, if there is one.
         backward(batch)
     model.zero_grad(set_to_none=True)
@@ -100,21 +104,26 @@ def build(name: str, setting: Setting, batches: Batches) -> Trainer:
 def report(figures: Any) -> None:
     table = Table("", "KL", "seconds", "IQR", "peak MB", "time ratio", "memory ratio")
     for name, figure in figures.items():
-        cells = (f"{figure['seconds']:.2f}", f"{figure['IQR']:.2f}", f"{figure['peak MB']:.0f}")
-        ratios = (figure[key] / figures[PLAIN][key] for key in ("seconds", "peak MB"))
-        kl = f"{figure['KL']:.4f}" if "KL" in figure else ""
-        table.add_row(name, kl, *cells, *(f"{ratio:.2f}" for ratio in ratios))
+        columns = {"KL": 4, "seconds": 2, "IQR": 2, "peak MB": 0}
+        cells = (f"{figure[key]:.{n}f}" if key in figure else "" for key, n in columns.items())
+        measured = (key for key in ("seconds", "peak MB") if key in figure)
+        ratios = (f"{figure[key] / figures[PLAIN][key]:.2f}" for key in measured)
+        table.add_row(name, *cells, *ratios)
     Console(width=120).print(table)
     for key, name, over, limit in PROMISES:
         ratio = figures[name][key] / figures[over][key]
         verdict = "reached" if ratio <= limit else "not reached"
         print(f"{key}: {name} / {over} = {ratio:.2f}, at most {limit:.2f}: {verdict}")
+    for name in COMPILED.keys() & figures.keys():
+        ratio = figures[name]["seconds"] / figures[NAIVE]["seconds"]
+        print(f"seconds: {name} / {NAIVE} = {ratio:.2f}")
     if figures["KL, cached"]["KL"] != figures["KL"]["KL"]:
         sys.exit("KL from the cache is another than without it")
 
 
 def main() -> None:
     parser = step_options("Time and memory of KL with a reference cache.", ARMS)
+    parser.add_argument("--compiled", action="store_true", help="two compiled arms more, for time")
     options = parser.parse_args()
     logging.disable(logging.INFO)
     warnings.simplefilter("ignore")
@@ -127,7 +136,8 @@ def main() -> None:
             return print(measure_memory(trainer, small, batch))
         machine = describe_machine()
         peaks = {name: peak_of_arm(name) for name in ARMS}
-        trainers = {name: build(name, setting, (small, batch)) for name in ARMS}
+        timed = [*ARMS, *COMPILED] if options.compiled else ARMS
+        trainers = {name: build(name, setting, [batch]) for name in timed}
         figures = measure_time(trainers, batch, 3 if options.quick else options.repetitions, peaks)
     if options.json:
         options.json.write_text(json.dumps({"machine": machine, "arms": figures}, indent=2))

@@ -172,21 +172,31 @@ def end_launcher(
         sys.__excepthook__(kind, error, trace)
 
 
+def is_of_a_users_defense(error: Exception) -> bool:
+    """Whether the code of a defense that a user wrote raised it."""
+    return _place(error) is not None
+
+
 def _place_in_a_defense(error: BaseException | None) -> tuple[str, BaseException] | None:
     """`Class.method (file:line)` of a user's defense that raised, and the exception.
 
-    Read from the traceback, so that no method of a defense needs a wrapper of its own.
+    A `UserError` of a defense says all that is to be said; what lies behind it may not.
     """
+    while error is not None:
+        if not isinstance(error, UserError) and (place := _place(error)) is not None:
+            return place, error
+        error = error.__cause__
+    return None
+
+
+def _place(error: BaseException) -> str | None:
+    """Read from the traceback, so that no method of a defense needs a wrapper of its own."""
     from emarecipes.defenses import Defense  # They import `emarecipes.training`, which imports us.
 
-    while error is not None:
-        if not isinstance(error, UserError):
-            for frame, line in traceback.walk_tb(error.__traceback__):
-                owner, code = frame.f_locals.get("self"), frame.f_code
-                if isinstance(owner, Defense) and not _is_ours(code.co_filename):
-                    file = Path(code.co_filename).name
-                    return f"{type(owner).__name__}.{code.co_name}, {file}:{line}", error
-        error = error.__cause__
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        owner, code = frame.f_locals.get("self"), frame.f_code
+        if isinstance(owner, Defense) and not _is_ours(code.co_filename):
+            return f"{type(owner).__name__}.{code.co_name}, {Path(code.co_filename).name}:{line}"
     return None
 
 

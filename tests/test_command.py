@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from emarecipes.training import run_lora
 DEFENSE = '''
 import torch
 from emarecipes.defenses import Defense
+from emarecipes.errors import UserError
 
 
 class Broken(Defense):
@@ -76,9 +78,13 @@ class Broken(Defense):
 class BrokenOnSecondRank(Defense):
     """Fails in one process alone, while the other waits for it."""
 
+    def __init__(self, kind):
+        super().__init__(weight=1.0)
+        self.kind = {"RuntimeError": RuntimeError, "UserError": UserError}[kind]
+
     def logit_term(self, policy_TV, reference_TV):
         if torch.distributed.get_rank() == 1:
-            raise RuntimeError("this shard is cursed")
+            raise self.kind("this shard is cursed")
         return policy_TV.mean(dim=-1)
 '''
 METHODS = [
@@ -161,17 +167,26 @@ def test_a_term_without_gradient(
     assert code == 0
 
 
-def test_one_process_of_two_fails(toy: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("RuntimeError", r"BrokenOnSecondRank.logit_term, broken_defense.py:\d+: RuntimeError: "),
+        ("UserError", ""),
+    ],
+)
+def test_one_process_of_two_fails(
+    toy: tuple[Path, dict[str, Any]], tmp_path: Path, kind: str, expected: str
+) -> None:
     folder, config = toy
     config = config | {"output_dir": str(tmp_path / "out")}
     config["defenses"] = {"mine": {"_component_": "broken_defense.BrokenOnSecondRank"}}
+    config["defenses"]["mine"]["kind"] = kind
     path = toy_run.write_config(tmp_path / "config.yaml", config)
     done = toy_run.tune_run(path, processes=2, cwd=folder)
     assert done.returncode == 1
     lines = done.stderr.strip().splitlines()
-    expected = "error: rank 1: BrokenOnSecondRank.logit_term, broken_defense.py:"
-    assert lines[-1].startswith(expected), done.stderr[-3000:]
-    assert lines[-1].endswith("RuntimeError: this shard is cursed")
+    expected = f"error: rank 1: {expected}this shard is cursed"
+    assert re.fullmatch(expected, lines[-1]), done.stderr[-3000:]
     assert "FAILED" in done.stderr  # The launcher's summary, above.
     assert "Skipping import of cpp extensions" not in done.stderr
 

@@ -11,7 +11,13 @@ import torch
 import torch.distributed as dist
 from torchtune import training
 
-from emarecipes.command import explain, leave_processes, report, together
+from emarecipes.command import (
+    explain,
+    is_of_a_users_defense,
+    leave_processes,
+    report,
+    together,
+)
 from emarecipes.errors import UserCodeError, UserError
 from emarecipes.training.checks import check_run
 from emarecipes.training.recipe import LoRATraining, recipe_class
@@ -83,7 +89,8 @@ def _end(error: Exception, recipe: LoRATraining | None, argv: Sequence[str]) -> 
     if isinstance(error, OSError) and recipe is not None:
         # Of one process alone, as a full disk is. The others find out that this one has gone.
         return _end_alone(f"{error.filename or 'writing'}: {error.strerror or error}", recipe, argv)
-    if isinstance(ended, UserCodeError):
+    of_a_user = rank is not None and is_of_a_users_defense(error)
+    if isinstance(ended, UserCodeError) or of_a_user:
         # Maybe on this process alone: the launcher ends the others, who wait for it.
         report(ended, rank)
         return 1
