@@ -156,7 +156,7 @@ def findings(outcome: Outcome) -> list[tuple[str, str, str]]:
 
 
 def _p(value: float) -> str:
-    return "< 0.001" if value < 0.001 else f"= {value:.3f}"
+    return "< 0.001" if value < 0.001 else f"= {value:.3g}"
 
 
 def frontier_rows(outcome: Outcome) -> list[dict[str, str]]:
