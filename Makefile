@@ -15,8 +15,8 @@ help:
 	@echo "make all-defenses  all defenses at once, with what they need made before, in about 12 min"
 	@echo "make test          lint, types, tests"
 	@echo "make test-long     the tests that kill runs at many moments, in about 8 min"
-	@echo "make bench         time and memory of a step beside torchtune and PEFT, of each defense, with a"
-	@echo "                   reference cache, and of ragged rows; all in their quick forms"
+	@echo "make bench         the quick form of each benchmark, in about 13 min: a step beside torchtune's"
+	@echo "                   and PEFT's, each defense, a reference cache, ragged rows, generation, ..."
 	@echo "make clean         remove .venv, models/ and runs/"
 
 # The stamps say which dependencies the environment was last installed with.

@@ -116,7 +116,8 @@ def root_is_frozen(model: nn.Module) -> bool:
 def gather_root_in_forward_alone(model: nn.Module) -> None:
     """Spares FSDP2's second gather of what is outside the layers, where that is frozen.
 
-    The backward does not read it, as the loss head takes its gradients in the forward.
+    The backward does not read it, as the loss head takes its gradients in the forward. What is
+    trained there is gathered as ever: a model of a user's own may have a backward that reads it.
     """
     if isinstance(model, FSDPModule) and root_is_frozen(model):
         model.set_unshard_in_backward(False)

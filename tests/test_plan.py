@@ -112,6 +112,20 @@ def test_devices_share_weights_and_checkpointing_saves_activations() -> None:
     assert four.tokens == 4 * one.tokens
 
 
+def test_the_root_is_whole_in_the_backward_only_if_it_is_trained_or_kept() -> None:
+    # Of 32B the peak is where the backward starts: two layers of 490 M numbers, a root of 1.6 G.
+    large = "model._component_=torchtune.models.qwen2_5.lora_qwen2_5_32b_instruct"
+    four = Load(4, 2048)
+    frozen = predict("qwen2_5_7b_kl", four, large).parts["weights in flight"]
+    trained = predict("qwen2_5_7b_kl", four, large, "model.apply_lora_to_output=true")
+    assert frozen == pytest.approx(2 * 2 * 490e6, rel=0.02)
+    assert trained.parts["weights in flight"] - frozen == pytest.approx(
+        2 * 2 * 152064 * 5120, rel=0.02
+    )
+    kept = predict("qwen2_5_7b_kl", four, large, "fsdp_reshard_after_forward=false")
+    assert kept.parts["weights in flight"] == pytest.approx(2 * 32.8e9, rel=0.02)
+
+
 def test_a_term_on_all_tokens_takes_the_head_there() -> None:
     """4 x 256 tokens, a fifth of them labelled."""
     load, everywhere = Load(1, 256, 0.2), "defenses.kl.tokens=all"

@@ -150,12 +150,13 @@ def findings(outcome: Outcome) -> list[tuple[str, str, str]]:
             if cell.decision == "equivalent":
                 p = figures.verdict.p_equivalent
                 bound = f"within ±{outcome.settings.bounds.general:g} nats, "
-            meaning += f" ({bound}Holm-corrected p {_p(p)})"
+            meaning += f" ({bound}Holm-corrected p {show_p(p)})"
         found.append((figures.arm.label, f"{sign} {cell.decision}".strip(), meaning))
     return found
 
 
-def _p(value: float) -> str:
+def show_p(value: float) -> str:
+    """A p-value after the letter, with digits enough to tell it from 0.05."""
     return "< 0.001" if value < 0.001 else f"= {value:.3g}"
 
 

@@ -26,6 +26,7 @@ ALIGNED, COHERENT = "Aligned? {question} / {answer}", "Coherent? {question} / {a
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     set_up_client(monkeypatch, tmp_path / "cache")
+    monkeypatch.setattr("emarecipes.provider._MAX_RETRIES", 1)  # A retry waits for seconds.
 
 
 # --- one reply ---------------------------------------------------------------------------------
@@ -289,7 +290,6 @@ def test_a_judge_that_does_not_answer_in_time_is_asked_again_then_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("emarecipes.provider._MAX_RETRIES", 1)
     config = write_config(toy_dir, tmp_path, {"timeout": 1})
     over, seen, lock = threading.Event(), Counter[str](), threading.Lock()
 

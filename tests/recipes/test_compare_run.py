@@ -138,7 +138,7 @@ def test_an_interrupted_training_goes_on_from_its_checkpoint(
     # In the background of a script Ctrl-C is ignored, unless the recipe hears it.
     program = "import sys, signal; signal.signal(signal.SIGINT, signal.SIG_IGN); "
     program += "from emarecipes.comparison.run import run_compare as run; "
-    changes = ["~arms.fewer", "~arms.kl", "~arms.broken", "arms.undefended.overrides=[epochs=30]"]
+    changes = ["~arms.fewer", "~arms.kl", "~arms.broken", "arms.undefended.overrides=[epochs=15]"]
     command = [sys.executable, "-c", program + "sys.exit(run(sys.argv[1:]))", "--config"]
     command += [str(config), *changes]
     first = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
@@ -156,7 +156,7 @@ def test_an_interrupted_training_goes_on_from_its_checkpoint(
     second = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=300)
     assert second.returncode == 0, second.stderr[-2000:]
     steps = [row["step"] for row in toy_run.metrics(run)]
-    assert steps == list(range(1, 121))
+    assert steps == list(range(1, 61))
     assert OmegaConf.load(run / "config.yaml").resume == "auto"
 
 

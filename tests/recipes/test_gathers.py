@@ -30,12 +30,13 @@ DEFENSES = {
 }
 
 
-def gathers(folder: Path, model: Path, defenses: object) -> Counter[int]:
+def gathers(folder: Path, model: Path, defenses: object, **changes: object) -> Counter[int]:
     """How often each of two processes gathers in a step, by the number of elements it sends."""
     folder.mkdir()
     rows = toy_run.write_rows(folder / "rows.jsonl")
     config = toy_run.toy_config(model, rows, folder / "out")
     config |= {"batch_size": 2, "max_steps_per_epoch": 3, "defenses": defenses}
+    config["model"] = {k: v for k, v in (config["model"] | changes).items() if v is not None}
     config["profiler"] = PROFILER | {"output_dir": str(folder / "profile")}
     done = run_ranks(toy_run.write_config(folder / "config.yaml", config))
     assert done.returncode == 0, done.stderr[-3000:]
@@ -63,6 +64,14 @@ def test_the_reference_gathers_each_layer_once_and_no_logits(
     # Forward and backward, which does not read the root; with both defenses one forward more.
     assert plain == {root: 1, layer: 2 * toy_run.LAYERS}
     assert defended == {root: 2, layer: 3 * toy_run.LAYERS}
+
+
+def test_a_trained_root_is_gathered_for_the_backward_too(model_dir: Path, tmp_path: Path) -> None:
+    model = toy_run.write_toy_model(tmp_path / "model", model_dir, tied=False)
+    untied = {"_component_": "torchtune.models.llama3.lora_llama3", "scale_factor": None}
+    found = gathers(tmp_path / "run", model, {}, **untied, apply_lora_to_output=True)
+    layer, root = sorted(found)
+    assert found == {root: 2, layer: 2 * toy_run.LAYERS}
 
 
 def test_offloading_without_cuda_is_refused_in_one_line(model_dir: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from emarecipes.comparison.results import Scores, Values, read_scores
 from emarecipes.comparison.run import run_compare
 from emarecipes.comparison.settings import BoundSettings
 from emarecipes.errors import UserError
+from emarecipes.reporting.content import show_p
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)> | `x` {{ 7 * 7 }}"
 ANSWERS = {f"Question {i}? {HOSTILE}": f"{i} {HOSTILE}" for i in range(12)}
@@ -105,6 +106,11 @@ def test_verdicts_and_values(out: Path) -> None:
     assert decisions["good"] == "control"
     assert found["family"] == ["better", "slower"]
     assert arms["better"]["decisions"]["benign"] == "not measured"
+
+
+def test_a_p_value_is_told_from_the_level() -> None:
+    shown = {0.0496: "= 0.0496", 0.0504: "= 0.0504", 1.0: "= 1", 0.0004: "< 0.001"}
+    assert {value: show_p(value) for value in shown} == shown
 
 
 def test_it_says_what_is_open(out: Path) -> None:
