@@ -107,6 +107,8 @@ def _advice(recipe: LoRATraining, argv: Sequence[str]) -> str:
     step = recipe.checkpoints.last_step
     if step is None:
         return "There is no checkpoint yet: start it again with overwrite=true"
+    if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
+        return f"Resume from step {step} with the same command on every node and resume=auto"
     workers = os.environ.get("LOCAL_WORLD_SIZE")
     processes = f" --nproc_per_node {workers}" if workers and dist.is_initialized() else ""
     kept = [a for a in argv if not a.startswith(("resume=", "overwrite="))]
