@@ -52,7 +52,11 @@ def test_two_launchers_give_the_losses_of_one_process_over_a_stop(
     advice = "Resume from step 2 with the same command on every node and resume=auto"
     assert printed.count(f"Stopped after step 2. {advice}\n") == 1
     assert not (tmp_path / "two/adapter").exists()
+    before = (tmp_path / "two/metrics.jsonl").read_text()
     run_two_launchers(*two, **mishaps)
+    # Times among them: these steps were not taken again.
+    assert "tokens_per_second" in before
+    assert (tmp_path / "two/metrics.jsonl").read_text().startswith(before)
     one, two_rows = toy_run.metrics(tmp_path / "one"), toy_run.metrics(tmp_path / "two")
     assert [row["step"] for row in one] == [row["step"] for row in two_rows] == [1, 2, 3]
     for expected, found in zip(one, two_rows, strict=True):
