@@ -9,6 +9,7 @@ torchtune's own top-level package `recipes` is found first. A recipe that the re
 by its file path instead. Why not patch torchtune's files: reinstalling it would undo that.
 """
 
+import os
 import sys
 
 _REGISTRY = "torchtune._recipe_registry"
@@ -35,6 +36,8 @@ class _RegistryFinder:
             load_stock(module)
             stock_recipes = module.get_all_recipes
             module.get_all_recipes = lambda: [*stock_recipes(), *_our_recipes(module)]
+            # torchrun gives its workers 1 where there is none; see `emarecipes.machine`.
+            os.environ["EMARECIPES_OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "")
             sys.excepthook = _end
 
         spec.loader.exec_module = load  # type: ignore[method-assign]

@@ -34,6 +34,7 @@ from torchtune.training.checkpointing import _checkpointer
 from emarecipes.components import build
 from emarecipes.config import Origin
 from emarecipes.errors import UserError
+from emarecipes.machine import DTYPES
 
 # Nothing that a user could do about: torchtune's norm computes in float32 with scales in bf16, as
 # meant; and FSDP2's random start of an adapter, which is replaced by one that the seed alone sets.
@@ -42,8 +43,6 @@ warnings.filterwarnings("ignore", message="DTensor random operators may not have
 
 # Elements whose scales torchao quantizes together: a tensor or shard must hold whole ones.
 NF4_BLOCK = 64 * 256
-
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def stock_recipe(name: str) -> ModuleType:
@@ -134,7 +133,7 @@ def model_on_meta(cfg: DictConfig, origin: Origin) -> Any:
     Raises:
         UserError: The builder refuses its arguments.
     """
-    with training.set_default_dtype(_DTYPES[cfg.dtype]), torch.device("meta"):
+    with training.set_default_dtype(DTYPES[cfg.dtype]), torch.device("meta"):
         model = build(cfg, "model", origin)
     if not isinstance(model, TransformerDecoder):
         raise UserError(f"{origin.at('model')}: not a text decoder: {type(model).__name__}")

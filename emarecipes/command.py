@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from emarecipes.errors import UserCodeError, UserError
+from emarecipes.machine import set_threads
 
 _Result = TypeVar("_Result")
 
@@ -101,6 +102,7 @@ def run_alone(name: str, work: Callable[[Sequence[str]], None], argv: Sequence[s
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         return _refuse_processes(name)
+    set_threads()
     try:
         work(argv)
     except Exception as error:

@@ -23,6 +23,18 @@ def digest(*parts: Any) -> str:
     return found.hexdigest()
 
 
+def stored_dtype(path: Path) -> str | None:
+    """What the result was computed in that a file of fingerprints belongs to, if it says so.
+
+    A run that goes on keeps it; a broken file is for whoever compares the fingerprints to tell.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return str(found.get("fingerprint", found)["dtype"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
 def sampled_digest(paths: Iterable[Path]) -> str:
     """The same over names, sizes and both ends of large files."""
     found = hashlib.sha256()

@@ -10,6 +10,7 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 
+import torch
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
@@ -18,6 +19,7 @@ from emarecipes.command import run_alone
 from emarecipes.components import check_components
 from emarecipes.config import Origin, load_config
 from emarecipes.errors import UserError
+from emarecipes.machine import native_precision
 from emarecipes.plan_estimate import Estimate, Load, estimate
 from emarecipes.training.settings import check_settings
 
@@ -49,6 +51,10 @@ def _plan(argv: Sequence[str]) -> bool:
     raw, origin = load_config(["--config", options.config, *options.overrides, *extra])
     cfg = check_settings(raw, origin)
     check_components(cfg, origin)
+    if cfg.dtype == "auto":  # A plan is often made for a GPU that is not here.
+        device = torch.device(cfg.device or "cpu").type
+        here = device == "cpu" or torch.cuda.is_available()
+        cfg.dtype = native_precision(device).dtype if here else "bf16"
     tokens = options.row_tokens or cfg.tokenizer.get("max_seq_len")
     if tokens is None:
         raise UserError(

@@ -9,6 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from emarecipes.comparison.precision import settle_dtypes
 from emarecipes.comparison.settings import ArmSettings, Plan, Role
 from emarecipes.components import check_components
 from emarecipes.config import Origin, load_config
@@ -117,20 +118,33 @@ def _expand(name: str, arm: ArmSettings, all_tasks: list[str]) -> list[Arm]:
 def make_jobs(plan: Plan, arms: list[Arm], origin: Origin) -> list[Job]:
     """Every training run of the arms, its config checked; seed by seed, so that seeds come whole.
 
+    Where `dtype` is left to the machine it is set, to one for all, here and in the plan's tasks.
+
     Raises:
-        UserError: A config that does not fit, with the arm that it is for.
+        UserError: A config that does not fit, with the arm that it is for; two that say different
+            dtypes.
     """
-    return [
-        _job(plan, arm, task, seed, origin)
+    runs = [
+        (arm, task, seed, run_folder(plan, arm, task, seed))
         for seed in plan.settings.seeds
         for arm in arms
         if arm.config is not None
         for task in arm.tasks
     ]
+    loaded = [_config(plan, *run, origin) for run in runs]
+    groups = [arm.group for arm, *_ in runs]
+    settle_dtypes(plan, list(zip(groups, loaded, strict=True)), origin)
+    return [
+        Job(*run, cfg, fingerprint(cfg, run[-1])) for run, cfg in zip(runs, loaded, strict=True)
+    ]
 
 
-def _job(plan: Plan, arm: Arm, task: str, seed: int, origin: Origin) -> Job:
-    folder = Path(plan.settings.output_dir) / "runs" / arm.name / f"{task}_seed{seed}"
+def run_folder(plan: Plan, arm: Arm, task: str, seed: int) -> Path:
+    """Where a training run goes."""
+    return Path(plan.settings.output_dir) / "runs" / arm.name / f"{task}_seed{seed}"
+
+
+def _config(plan: Plan, arm: Arm, task: str, seed: int, folder: Path, origin: Origin) -> DictConfig:
     overrides = [
         *plan.tasks[task].overrides,
         *arm.overrides,
@@ -151,7 +165,7 @@ def _job(plan: Plan, arm: Arm, task: str, seed: int, origin: Origin) -> Job:
     except UserError as error:
         reason = str(error).replace("command line: ", "overrides: ")
         raise UserError(f"{origin.at(f'arms.{arm.group}')}: {reason}") from None
-    return Job(arm, task, seed, folder, cfg, fingerprint(cfg, folder))
+    return cfg
 
 
 def fingerprint(cfg: DictConfig, folder: Path, *further: Any) -> str:

@@ -23,6 +23,7 @@ from emarecipes.comparison.criteria import ArmFigures, choose, measure
 from emarecipes.comparison.execute import Runner
 from emarecipes.comparison.opening import OPENING, Opening
 from emarecipes.comparison.outcome import Half, Outcome
+from emarecipes.comparison.precision import keep_dtype
 from emarecipes.comparison.results import Scores
 from emarecipes.comparison.settings import Plan, check_compare_settings
 from emarecipes.comparison.statistics import Estimate
@@ -52,6 +53,7 @@ def _compare(argv: Sequence[str]) -> None:
     arms = expand_arms(plan, origin)
     jobs = make_jobs(plan, arms, origin)
     runner = Runner(plan, places(plan, origin))
+    keep_dtype(plan)
     try:
         with _signals_interrupt():
             outcome = compare(plan, arms, jobs, runner)

@@ -93,11 +93,16 @@ class CompareSettings(BaseModel):
 
 
 class Plan(_Strict):
-    """A checked config: `CompareSettings` with its arms and tasks."""
+    """A checked config: `CompareSettings` with its arms and tasks, and what all of it computes in.
+
+    Attributes:
+        dtype: Set by `make_jobs`; None while, or if, nothing is trained.
+    """
 
     settings: CompareSettings
     arms: dict[str, ArmSettings]
     tasks: dict[str, TaskSettings]
+    dtype: str | None = None
 
 
 def check_compare_settings(cfg: DictConfig, origin: Origin) -> Plan:

@@ -12,6 +12,7 @@ import torch
 from emarecipes.comparison.settings import Plan
 from emarecipes.config import Origin
 from emarecipes.errors import UserError
+from emarecipes.machine import threads_given, usable_cores
 from emarecipes.training.run_folder import write_text
 
 Place = dict[str, str]  # What a run has in its environment besides.
@@ -59,8 +60,9 @@ def places(plan: Plan, origin: Origin) -> list[Place]:
     count, each = plan.settings.runs_at_a_time, plan.settings.nproc_per_node
     if count == 1:
         return [{}]
-    cores = len(os.sched_getaffinity(0))
-    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // (count * each)))
+    share = max(1, usable_cores() // (count * each))
+    # More than its share each, and runs would wait for one another in busy loops.
+    threads = str(min(share, threads_given(os.environ.get("OMP_NUM_THREADS", "")) or share))
     found = [{"OMP_NUM_THREADS": threads} for _ in range(count)]
     gpus = torch.cuda.device_count()
     if gpus and gpus < count * each:

@@ -71,6 +71,11 @@ def ask(questions: Sequence[Question], samples: int | None, system: str | None) 
     }  # fmt: skip
 
 
+def settings_file(output_dir: Path, suite: str) -> Path:
+    """The file that says what a suite's answers depend on."""
+    return output_dir / "answers" / f"{suite}.json"
+
+
 class Suite:
     """A question file's answers in the output folder.
 
@@ -78,7 +83,7 @@ class Suite:
         output_dir: The run's.
         name: The question file's stem.
         asked: All answers that are to be there.
-        fingerprint: What the answers depend on, by name, as a digest each.
+        fingerprint: What the answers depend on, by name, as a digest each; `dtype` as it is.
     """
 
     def __init__(
@@ -88,7 +93,7 @@ class Suite:
         self.asked = asked
         self.path = output_dir / "answers" / f"{name}.jsonl"
         self._fingerprint = fingerprint
-        self._settings = self.path.with_suffix(".json")
+        self._settings = settings_file(output_dir, name)
         self._parts = self.path.parent / _PARTS
         self.records: dict[Key, dict[str, Any]] = {}
 

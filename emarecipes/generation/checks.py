@@ -16,14 +16,14 @@ from emarecipes.config import Origin, find_input, load_config
 from emarecipes.defenses import ModelSource
 from emarecipes.errors import UserError
 from emarecipes.evaluation.suites import spread_out
-from emarecipes.fingerprint import digest, sampled_digest
-from emarecipes.generation.answers import Asked, Key, Suite, ask
+from emarecipes.fingerprint import digest, sampled_digest, stored_dtype
+from emarecipes.generation.answers import Asked, Key, Suite, ask, settings_file
 from emarecipes.generation.prompts import check_prompts
 from emarecipes.generation.questions import load_questions
 from emarecipes.generation.served import base_urls, check_served
 from emarecipes.models.adapter import check_adapter
 from emarecipes.training.model_checks import check_checkpoint_files, check_device, check_model
-from emarecipes.training.settings import Entry, Positive, parse_settings
+from emarecipes.training.settings import Dtype, Entry, Positive, parse_settings
 
 _LOCAL = ("model", "tokenizer", "checkpointer")
 
@@ -53,7 +53,7 @@ class GenerateSettings(BaseModel):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
     device: str | None = None
-    dtype: str = Field(default="bf16", pattern="^(bf16|fp32)$")
+    dtype: Dtype = "auto"
     overwrite: bool = False
 
 
@@ -91,10 +91,12 @@ def check_generation(argv: Sequence[str]) -> CheckedGeneration:
     _check_greedy(cfg, origin, asked)
     _check_output(cfg, origin)
     source, tokenizer = None, None
+    stored = [stored_dtype(settings_file(Path(cfg.output_dir), name)) for name in asked]
+    kept = None if cfg.overwrite else next((found for found in stored if found), None)
     if cfg.served is not None:
         _check_served(cfg, origin)
     else:
-        source, tokenizer = _check_local(cfg, origin, asked)
+        source, tokenizer = _check_local(cfg, origin, asked, kept)
     common = _fingerprint(cfg)
     suites = [
         Suite(Path(cfg.output_dir), name, found, common | {"questions": _digest_questions(found)})
@@ -169,10 +171,10 @@ def _check_served(cfg: DictConfig, origin: Origin) -> None:
 
 
 def _check_local(
-    cfg: DictConfig, origin: Origin, asked: dict[str, dict[Key, Asked]]
+    cfg: DictConfig, origin: Origin, asked: dict[str, dict[Key, Asked]], kept_dtype: str | None
 ) -> tuple[ModelSource, Any]:
     check_components(cfg, origin)
-    check_device(cfg, origin)
+    check_device(cfg, origin, kept_dtype)
     check_checkpoint_files(cfg, origin)
     source = check_model(cfg, origin)
     if cfg.adapter is not None:
@@ -206,9 +208,8 @@ def _fingerprint(cfg: DictConfig) -> dict[str, str]:
         for file in ([path] if path.is_file() else sorted(path.glob("*token*.json")))
     ]
     return found | {
-        "model": digest(
-            model, str(cfg.checkpointer.model_type), cfg.dtype, sampled_digest(weights)
-        ),
+        "dtype": str(cfg.dtype),
+        "model": digest(model, str(cfg.checkpointer.model_type), sampled_digest(weights)),
         "adapter": digest(cfg.adapter is None, *adapter),
         "tokenizer": digest(
             {key: value for key, value in tokenizer.items() if key not in paths},

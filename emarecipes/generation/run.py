@@ -25,6 +25,7 @@ from emarecipes.generation.draw import Sampling, derived_seed
 from emarecipes.generation.prompts import encode_prompt
 from emarecipes.generation.sampler import length_sorted_batches, sample_batch
 from emarecipes.generation.served import answer_served
+from emarecipes.machine import set_threads, share_precision
 from emarecipes.models.adapter import load_adapter
 from emarecipes.models.load import load_model
 from emarecipes.training.loss_head import LossHead
@@ -42,6 +43,8 @@ def run_generate(argv: Sequence[str]) -> int:
     """
     if training.is_distributed():
         dist.init_process_group("gloo", timeout=_PATIENCE)
+        share_precision()
+    set_threads()
     first = not dist.is_initialized() or dist.get_rank() == 0
     try:
         generate(together(lambda: check_generation(argv)))

@@ -5,13 +5,13 @@ from __future__ import annotations
 import tempfile
 from typing import Any
 
-import torch
 from omegaconf import DictConfig
 from torchtune import training
 from torchtune.config import instantiate
 from torchtune.utils import get_device
 
 from emarecipes._torchtune_convert import fix_dora_bias, fix_loaded_state
+from emarecipes.machine import DTYPES
 
 
 def load_model(cfg: DictConfig) -> Any:
@@ -30,7 +30,7 @@ def load_model(cfg: DictConfig) -> Any:
     with tempfile.TemporaryDirectory() as scratch:
         checkpointer = instantiate(cfg.checkpointer, output_dir=scratch)
         state = checkpointer.load_checkpoint()[training.MODEL_KEY]
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[cfg.dtype]
+    dtype = DTYPES[cfg.dtype]
     with training.set_default_dtype(dtype), device:
         model: Any = instantiate(cfg.model)
     model.load_state_dict(fix_loaded_state(state, str(cfg.checkpointer.model_type)), strict=False)

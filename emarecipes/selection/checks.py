@@ -14,10 +14,10 @@ from emarecipes.config import Origin, load_config
 from emarecipes.datasets.rows import Rows
 from emarecipes.defenses import ModelSource
 from emarecipes.errors import UserError
-from emarecipes.fingerprint import digest, sampled_digest
+from emarecipes.fingerprint import digest, sampled_digest, stored_dtype
 from emarecipes.models.adapter import check_adapter
 from emarecipes.selection.candidates import Candidate, read_candidates
-from emarecipes.selection.score_file import ScoreFile
+from emarecipes.selection.score_file import FINGERPRINT, ScoreFile
 from emarecipes.selection.settings import check_select_settings
 from emarecipes.training.model_checks import (
     check_checkpoint_files,
@@ -60,7 +60,8 @@ def check_selection(argv: Sequence[str]) -> CheckedSelection:
     raw, origin = load_config(argv)
     cfg = check_select_settings(raw, origin)
     check_components(cfg, origin)
-    check_device(cfg, origin)
+    kept = None if cfg.overwrite else stored_dtype(Path(cfg.output_dir) / FINGERPRINT)
+    check_device(cfg, origin, kept)
     check_output_dir(cfg, origin)
     inputs = (origin.path, Path(cfg.candidates), *map(Path, cfg.adapters))
     check_outside_output(cfg, origin, inputs)
@@ -114,7 +115,8 @@ def _fingerprint(cfg: DictConfig, rows: Rows) -> dict[str, str]:
         adapter: digest(*sorted(Path(adapter).glob("adapter_*"))) for adapter in cfg.adapters
     }
     return {
-        "model": digest(model, checkpointer, cfg.dtype, sampled_digest(weights)),
+        "dtype": str(cfg.dtype),
+        "model": digest(model, checkpointer, sampled_digest(weights)),
         "adapters": digest(adapters),
         "candidates": digest(Path(cfg.candidates), cfg.conversation_column),
         "tokenization": rows.fingerprint,

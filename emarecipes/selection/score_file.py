@@ -38,7 +38,7 @@ class ScoreFile:
 
     Args:
         folder: The run's `output_dir`.
-        fingerprint: What the scores depend on, by name, as a digest each.
+        fingerprint: What the scores depend on, by name, as a digest each; `dtype` as it is.
     """
 
     def __init__(self, folder: Path, fingerprint: dict[str, str]) -> None:

@@ -103,14 +103,14 @@ def check_run(
     raw, origin = load_config(argv)
     cfg = check_settings(raw, origin)
     check_components(cfg, origin)
-    check_device(cfg, origin)
-    check_offloading(cfg, origin, world_size)
-    check_compiler(cfg, origin)
-    stated = plain_config(cfg)
     resumed = None
     if writes_run:
         check_output_dir(cfg, origin)
         resumed = find_checkpoint(cfg, origin)
+    check_device(cfg, origin, None if resumed is None else resumed.run["config"]["dtype"])
+    check_offloading(cfg, origin, world_size)
+    check_compiler(cfg, origin)
+    stated = plain_config(cfg)
     if resumed is not None:
         check_same_run(cfg, resumed, origin, world_size)
     check_checkpoint_files(cfg, origin)

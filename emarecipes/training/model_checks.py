@@ -19,6 +19,7 @@ from emarecipes.config import Origin
 from emarecipes.datasets.rows import Rows
 from emarecipes.defenses import ModelSource
 from emarecipes.errors import UserError
+from emarecipes.machine import settle_dtype
 from emarecipes.training.agreement import check_agreement
 
 _MAX_LAYERS, _MAX_RANK = 1000, 2**16
@@ -38,8 +39,13 @@ def check_model(cfg: DictConfig, origin: Origin) -> ModelSource:
     return ModelSource(model, folder, model_type)
 
 
-def check_device(cfg: DictConfig, origin: Origin) -> None:
-    """Check that `device` is there and can compute in `dtype`.
+def check_device(cfg: DictConfig, origin: Origin, kept_dtype: str | None = None) -> None:
+    """Check that `device` is there, and settle in which `dtype` it computes.
+
+    Args:
+        cfg: Its `dtype` is set where it is `auto`.
+        origin: Where it was written.
+        kept_dtype: See `settle_dtype`.
 
     Raises:
         UserError: It is not, or cannot.
@@ -60,9 +66,13 @@ def check_device(cfg: DictConfig, origin: Origin) -> None:
         kind = torch.device(device)
         if kind.type != "cpu" and not getattr(torch, kind.type).is_available():
             raise RuntimeError(f"no {kind.type} device here; say device=cpu")
-        training.get_dtype(cfg.dtype, device=kind)
     except (RuntimeError, AttributeError) as error:
         raise UserError(f"{origin.at('device')}: {str(error).splitlines()[0]}") from None
+    settle_dtype(cfg, origin, kept_dtype)
+    try:
+        training.get_dtype(cfg.dtype, device=kind)
+    except RuntimeError as error:
+        raise UserError(f"{origin.at('dtype')}: {str(error).splitlines()[0]}") from None
 
 
 def check_offloading(cfg: DictConfig, origin: Origin, world_size: int) -> None:

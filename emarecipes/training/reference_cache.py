@@ -28,6 +28,7 @@ from emarecipes._torchtune import is_nf4
 from emarecipes.command import on_first_process, together
 from emarecipes.defenses import Defense
 from emarecipes.errors import UserError
+from emarecipes.machine import DTYPES
 from emarecipes.training.batch import Batch, make_batch
 from emarecipes.training.model_checks import base_files
 from emarecipes.training.row_store import Layout, RowStore, open_store
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
 
 log = utils.get_logger("INFO")
 
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _FORMAT = 1  # Of the files, and of what is computed: raise it when either changes.
 _BLOCK = 2**24
 # Keys of `model` that shape the adapter alone, which the reference has off.
@@ -177,7 +177,7 @@ def open_cache(run: CheckedRun, *, quiet: bool) -> ReferenceCache | None:
         return None
     cfg = run.cfg
     key, vectors_N = on_first_process(lambda: _describe(run, defenses, quiet))
-    width, stored_as = run.meta_model.tok_embeddings.embedding_dim, _DTYPES[key["stored_as"]]
+    width, stored_as = run.meta_model.tok_embeddings.embedding_dim, DTYPES[key["stored_as"]]
     layout = Layout(vectors_N, width, stored_as)
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     folder = Path(cfg.reference_cache) / name
@@ -185,7 +185,7 @@ def open_cache(run: CheckedRun, *, quiet: bool) -> ReferenceCache | None:
     store = together(lambda: open_store(folder, key, layout, where))
     if not quiet:
         log.info(f"Reference cache: {folder} holds {store.num_filled()} of {len(vectors_N)} rows")
-    return ReferenceCache(store, defenses, _DTYPES[cfg.dtype])
+    return ReferenceCache(store, defenses, DTYPES[cfg.dtype])
 
 
 def _describe(run: CheckedRun, defenses: list[Defense], quiet: bool) -> tuple[dict[str, Any], Any]:

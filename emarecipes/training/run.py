@@ -19,6 +19,7 @@ from emarecipes.command import (
     together,
 )
 from emarecipes.errors import UserCodeError, UserError
+from emarecipes.machine import set_threads, share_precision
 from emarecipes.training.checks import check_run
 from emarecipes.training.recipe import LoRATraining, recipe_class
 from emarecipes.training.reference_cache import open_cache
@@ -49,6 +50,8 @@ def _run(argv: Sequence[str], *, train: bool) -> int:
     distributed = training.is_distributed()
     if distributed:
         dist.init_process_group("cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo")
+        share_precision()
+    set_threads()
     rank = dist.get_rank() if distributed else 0
     recipe: LoRATraining | None = None
     try:

@@ -16,6 +16,7 @@ from emarecipes.errors import UserError
 
 Positive = Annotated[int, Field(ge=1)]
 Entry = dict[str, Any]
+Dtype = Literal["auto", "bf16", "fp32"]
 
 _LOSSES = ("CEWithChunkedOutputLoss", "CrossEntropyLoss", "LinearCrossEntropyLoss")
 
@@ -40,7 +41,7 @@ class ModelSettings(BaseModel):
     checkpointer: Entry
     seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
     device: str | None = None
-    dtype: Literal["bf16", "fp32"] = "bf16"
+    dtype: Dtype = "auto"
     overwrite: bool = False
 
 
@@ -237,7 +238,8 @@ def _explain(error: ValidationError, origin: Origin, prefix: str) -> str:
         return f"{origin.at(key)}: auto, or the path of a checkpoint, not {value!r}"
     if key == "dtype" and value in ("fp16", "float16"):
         return (
-            f"{origin.at(key)}: fp16 is not supported (its gradients underflow); use bf16 or fp32"
+            f"{origin.at(key)}: fp16 is not supported (its gradients underflow); use auto, bf16 "
+            "or fp32"
         )
     reason = first["msg"][0].lower() + first["msg"][1:]
     return f"{origin.at(key)}: {reason}, not {value!r}"

@@ -11,12 +11,12 @@ from torchtune import training, utils
 from torchtune.modules.peft import disable_adapter
 
 from emarecipes._torchtune import assign_base_weights, full_state
+from emarecipes.machine import DTYPES
 from emarecipes.training.checks import CheckedRun
 from emarecipes.training.export import merge_adapter, rounding_error, save_adapter, save_merged
 
 log = utils.get_logger("INFO")
 
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # Above this share of the update's own norm, rounding changes what the model learned.
 _ROUNDING_WARNING = 0.1
 _PROMPTS, _PROMPT_TOKENS = 4, 64
@@ -59,7 +59,7 @@ def save_weights(
         weights: dict[str, Tensor] = {}
         if first_process:
             weights = merge_adapter(base, adapter, rank=rank, alpha=alpha)
-            dtype = _DTYPES[cfg.merged_dtype]
+            dtype = DTYPES[cfg.merged_dtype]
             save_merged(
                 weights, run.meta_model, model_type, base_dir, folder / "merged", dtype=dtype
             )
@@ -73,7 +73,7 @@ def save_weights(
 def _report_rounding(
     base: dict[str, Tensor], merged: dict[str, Tensor], dtype: str, folder: Path
 ) -> None:
-    lost = rounding_error(base, merged, _DTYPES[dtype])
+    lost = rounding_error(base, merged, DTYPES[dtype])
     log.info(f"Merged weights saved in {folder} as {dtype}; rounding is {lost:.1%} of the update")
     if lost > _ROUNDING_WARNING:
         log.warning(
