@@ -94,7 +94,7 @@ class LoRATraining:
             compiled=self.cfg.compile,
         )
         gather_root_in_forward_alone(self._model)
-        self._gradients = Gradients(self._model, self.loss, self.world_size)
+        self._gradients = Gradients(self._model, self.loss, self.world_size, self._device)
         context = TrainingContext(
             self._device,
             self._dtype,
