@@ -32,6 +32,7 @@ from rich.table import Table
 from step_cost import Trainer, describe_machine, ours, peak_mb
 from torch import nn
 
+from emarecipes._adapter_dtype import DTYPES, hold_adapter_in
 from emarecipes.components import build
 from emarecipes.config import load_config
 from emarecipes.defenses import ModelSource
@@ -87,6 +88,7 @@ def trainer_at(point: dict[str, int]) -> Trainer:
         weight.requires_grad_("lora" in name)
         if weight.dim() > 1:
             nn.init.normal_(weight, std=0.02)
+    hold_adapter_in(model, DTYPES.get(cfg.adapter_dtype))
     defenses = {name: build(cfg, f"defenses.{name}", origin) for name in cfg.defenses}
     source = ModelSource(model, Path(), str(cfg.checkpointer.model_type))
     for defense in defenses.values():

@@ -31,6 +31,7 @@ from torchtune.modules import TransformerDecoder
 from torchtune.modules.peft import get_adapter_params, set_trainable_params
 from torchtune.training.checkpointing import _checkpointer
 
+from emarecipes._adapter_dtype import DTYPES, hold_adapter_in
 from emarecipes.components import build
 from emarecipes.config import Origin
 from emarecipes.errors import UserError
@@ -42,8 +43,6 @@ warnings.filterwarnings("ignore", message="DTensor random operators may not have
 
 # Elements whose scales torchao quantizes together: a tensor or shard must hold whole ones.
 NF4_BLOCK = 64 * 256
-
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def stock_recipe(name: str) -> ModuleType:
@@ -134,7 +133,7 @@ def model_on_meta(cfg: DictConfig, origin: Origin) -> Any:
     Raises:
         UserError: The builder refuses its arguments.
     """
-    with training.set_default_dtype(_DTYPES[cfg.dtype]), torch.device("meta"):
+    with training.set_default_dtype(DTYPES[cfg.dtype]), torch.device("meta"):
         model = build(cfg, "model", origin)
     if not isinstance(model, TransformerDecoder):
         raise UserError(f"{origin.at('model')}: not a text decoder: {type(model).__name__}")
@@ -145,6 +144,7 @@ def model_on_meta(cfg: DictConfig, origin: Origin) -> Any:
             "lora_attn_modules"
         )
     set_trainable_params(model, adapters)
+    hold_adapter_in(model, DTYPES.get(cfg.get("adapter_dtype")))
     return model
 
 

@@ -16,6 +16,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from emarecipes._adapter_dtype import DTYPES
 from emarecipes._torchtune import build_rope_on_meta, is_nf4, model_on_meta, root_is_frozen
 from emarecipes.components import build
 from emarecipes.config import Origin
@@ -25,7 +26,6 @@ from emarecipes.training.loss_head import LogitTerm, LossHead, cross_entropy, te
 from emarecipes.training.reference_cache import reference_layers
 from emarecipes.training.step import without_targets
 
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # NF4: half a byte a weight, a byte for 64 of them, four bytes for 64 x 256.
 _NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 # Layers whose weights FSDP2 holds whole at once: the one that computes, and the next.
@@ -78,7 +78,7 @@ def estimate(cfg: DictConfig, origin: Origin, load: Load) -> Estimate:
     model = model_on_meta(cfg, origin)
     build_rope_on_meta(model)
     defenses = _defenses(cfg, origin, model)
-    dtype = _DTYPES[cfg.dtype]
+    dtype = DTYPES[cfg.dtype]
     fixed = _fixed(cfg, origin, model, load)
     shapes = _adapted_shapes(model)
     projecting = [d for d in defenses.values() if isinstance(d, SafeLoRA)]
@@ -170,7 +170,7 @@ def _num_bytes(parameter: nn.Parameter) -> float:
 
 def _optimizer_bytes(cfg: DictConfig, origin: Origin) -> float:
     """Bytes of state a trained number, found by a step on a few of them."""
-    weight = nn.Parameter(torch.zeros(64, 64, dtype=_DTYPES[cfg.dtype]))
+    weight = nn.Parameter(torch.zeros(64, 64, dtype=DTYPES[cfg.adapter_dtype or cfg.dtype]))
     weight.grad = torch.ones_like(weight)
     optimizer = build(cfg, "optimizer", origin, [weight])
     optimizer.step()

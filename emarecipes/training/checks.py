@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from omegaconf import DictConfig, ListConfig
 from torch import nn
 from torchtune import utils
@@ -40,6 +38,7 @@ from emarecipes.training.model_checks import (
     check_offloading,
     check_rows_fit,
 )
+from emarecipes.training.optimizer_checks import check_optimizer
 from emarecipes.training.reference_cache import ReferenceCache
 from emarecipes.training.run_folder import check_output_dir, check_outside_output
 from emarecipes.training.settings import check_settings
@@ -123,7 +122,8 @@ def check_run(
     source = check_model(cfg, origin)
     model = source.meta_model
     _check_packing(cfg, origin, model)
-    _check_optimizer(cfg, origin)
+    check_optimizer(cfg, origin, world_size)
+    _check_logger(cfg, origin)
     _check_sharding(cfg, origin, model, world_size)
     defenses = _build_defenses(cfg, origin, source)
     tokenizer = build(cfg, "tokenizer", origin)
@@ -148,18 +148,7 @@ def _check_inputs_outlive_outputs(
     check_outside_output(cfg, origin, inputs)
 
 
-def _check_optimizer(cfg: DictConfig, origin: Origin) -> None:
-    """Build optimizer and scheduler for one number; their own checks then come before weights."""
-    optimizer = build(cfg, "optimizer", origin, [nn.Parameter(torch.zeros(1))])
-    closure = inspect.signature(optimizer.step).parameters.get("closure")
-    if closure is not None and closure.default is closure.empty:
-        raise UserError(f"{origin.at('optimizer')}: it needs a closure; use one that does not")
-    rates = [float(group["lr"]) for group in optimizer.param_groups]
-    if not all(0 <= rate < float("inf") for rate in rates):
-        raise UserError(f"{origin.at('optimizer.lr')}: must be a finite number >= 0")
-    if cfg.lr_scheduler is not None:
-        key = "lr_scheduler"
-        build(cfg, key, origin, optimizer, num_training_steps=100, last_epoch=-1)
+def _check_logger(cfg: DictConfig, origin: Origin) -> None:
     if cfg.metric_logger is not None:
         name = str(cfg.metric_logger.get("_component_"))
         component = locate(name, origin.at("metric_logger._component_"))

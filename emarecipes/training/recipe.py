@@ -19,6 +19,7 @@ from torchtune import training, utils
 from torchtune.config import instantiate
 from tqdm import tqdm
 
+from emarecipes._adapter_dtype import DTYPES, hold_adapter_in
 from emarecipes._torchtune import gather_root_in_forward_alone, stock_recipe
 from emarecipes._torchtune_convert import fix_dora_bias, fix_loaded_state
 from emarecipes.datasets.rows import micro_batch_rows
@@ -143,6 +144,7 @@ class LoRATraining:
             arguments["compile_model"] = cfg.compile
         model = self._setup_model(**arguments)  # type: ignore[attr-defined]
         fix_dora_bias(model)
+        hold_adapter_in(model, DTYPES.get(cfg.adapter_dtype))
         return model
 
     # --- train ---------------------------------------------------------------------------------
