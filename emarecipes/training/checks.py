@@ -20,6 +20,7 @@ from emarecipes.datasets.chat_files import check_data_files
 from emarecipes.datasets.rows import Rows, load_rows
 from emarecipes.defenses import Defense, ModelSource
 from emarecipes.errors import UserError
+from emarecipes.models.adapter import LoadedLayer
 from emarecipes.training.batch import Collate, make_batch
 from emarecipes.training.checkpoint import Checkpoint
 from emarecipes.training.checkpoint_resume import (
@@ -30,6 +31,7 @@ from emarecipes.training.checkpoint_resume import (
     find_checkpoint,
     plain_config,
 )
+from emarecipes.training.initialize import read_initial_adapter
 from emarecipes.training.model_checks import (
     check_checkpoint_files,
     check_compiler,
@@ -57,6 +59,7 @@ class CheckedRun:
     Attributes:
         resumed: What it goes on from, if anything.
         stated: Its config before a resumed step's rows were shared out.
+        initial_adapter: What `init_adapter` names, by layer; empty for a resumed run.
         reference_cache: Opened after all checks, by `open_cache`.
     """
 
@@ -71,6 +74,7 @@ class CheckedRun:
     resumed: Checkpoint | None
     stated: dict[str, Any]
     probe: Probe | None
+    initial_adapter: dict[str, LoadedLayer]
     reference_cache: ReferenceCache | None = None
 
     def description(self, world_size: int) -> dict[str, Any]:
@@ -116,10 +120,13 @@ def check_run(
     if resumed is not None:
         check_same_base(cfg, resumed, origin)
     data_files = check_data_files(cfg, origin)
+    if resumed is None and cfg.init_adapter is not None:
+        data_files += sorted(Path(cfg.init_adapter).glob("adapter_*"))
     if resumed is None:
         _check_inputs_outlive_outputs(cfg, origin, data_files)
 
     source = check_model(cfg, origin)
+    initial_adapter = {} if resumed is not None else read_initial_adapter(cfg, origin, source)
     model = source.meta_model
     _check_packing(cfg, origin, model)
     check_optimizer(cfg, origin, world_size)
@@ -134,8 +141,9 @@ def check_run(
     _check_rows(cfg, origin, rows, model, defenses, world_size)
     probe = read_probe(cfg, origin, tokenizer, model)
     return CheckedRun(
-        cfg, origin, tokenizer, defenses, rows, collate, data_files, source, resumed, stated, probe
-    )
+        cfg, origin, tokenizer, defenses, rows, collate, data_files, source, resumed, stated, probe,
+        initial_adapter,
+    )  # fmt: skip
 
 
 def _check_inputs_outlive_outputs(

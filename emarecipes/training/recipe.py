@@ -72,7 +72,8 @@ class LoRATraining:
     def setup(self) -> None:
         """Load the model and build what trains it."""
         self._model = self._build_model()
-        initialize_adapter(self._model, self.seed)
+        scale = float(self.cfg.model.lora_alpha) / float(self.cfg.model.lora_rank)
+        initialize_adapter(self._model, self.seed, self.run.initial_adapter, scale)
         self._optimizer = self._setup_optimizer(self.cfg.optimizer)  # type: ignore[attr-defined]
         self._scheduler = (
             None
