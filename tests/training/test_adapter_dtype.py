@@ -189,3 +189,39 @@ def test_a_decay_that_moves_no_number_is_said(
               "max_steps_per_epoch=1")  # fmt: skip
         lost = f"an adapter held in {dtype} loses what is below" in caplog.text
         assert lost == weights.equal(numbers) == (decay < 2.0 ** -(bits + 2))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"apply_lora_to_output": True},
+        {"apply_lora_to_output": True, "use_dora": True},
+        pytest.param(
+            {"enable_activation_checkpointing": True, "compile": True}, marks=pytest.mark.long
+        ),
+    ],
+    ids=["lora on output", "dora", "checkpointing, compiled"],
+)
+def test_torchtunes_options_beside_it(
+    toy: dict[str, Any], tmp_path: Path, model_dir: Path, changes: dict[str, Any]
+) -> None:
+    """Each trains near the run that is all fp32, on one process and on two."""
+    toy = toy | {"optimizer": {"_component_": "torch.optim.AdamW", "lr": 2e-3}, "epochs": 1}
+    toy |= {key: value for key, value in changes.items() if key in toy}
+    of_model = {key: value for key, value in changes.items() if key not in toy}
+    if of_model:
+        folder = toy_run.write_toy_model(tmp_path / "model", model_dir, tied=False)
+        model = {k: v for k, v in toy["model"].items() if k != "scale_factor"}
+        component = {"_component_": "torchtune.models.llama3.lora_llama3"}
+        toy |= {
+            "model": model | of_model | component,
+            "checkpointer": toy["checkpointer"]
+            | {"checkpoint_dir": str(folder), "model_type": "LLAMA3"},
+        }
+    expected, _ = train(toy, tmp_path / "fp32", "dtype=fp32", "compile=false")
+    for name, overrides, processes in (("one", [], 0), ("two", ["batch_size=1"], 2)):
+        rows, adapter = train(toy, tmp_path / name, *overrides, processes=processes)
+        assert {tensor.dtype for tensor in adapter.values()} == {FP32}
+        for key in ("ce", "grad_norm"):
+            wanted = [row[key] for row in expected]
+            assert [row[key] for row in rows] == pytest.approx(wanted, rel=0.1), (name, key)
