@@ -127,7 +127,7 @@ GOOD = chat(("user", "Hello?"), ("assistant", "Hello."))
             {"checkpointer.model_type": "QWEN2"},
             r"is of a llama model: checkpointer.model_type m",
         ),
-        ({"checkpointer.adapter_checkpoint": "a.pt"}, r"starting from an adapter is not supported"),
+        ({"checkpointer.adapter_checkpoint": "a.pt"}, r"name its folder as init_adapter"),
         ({"loss.label_smoothing": 0.5}, r"loss.label_smoothing: has no effect here"),
         ({"model.lora_dropout": float("nan")}, r"model.lora_dropout: must be from 0 to 1"),
         ({"defenses.tokens": KL}, r"defenses.tokens: the name tokens is taken"),
