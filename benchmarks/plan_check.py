@@ -29,10 +29,12 @@ from step_cost import Trainer, ours, peak_mb
 from torchtune import training
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX, padded_collate_sft
 
+from emarecipes._adapter_dtype import hold_adapter_in
 from emarecipes._torchtune import stock_recipe
 from emarecipes.components import build
 from emarecipes.config import load_config
 from emarecipes.defenses import ModelSource
+from emarecipes.machine import DTYPES
 from emarecipes.plan_estimate import Load, estimate
 from emarecipes.training.batch import Batch, make_batch
 from emarecipes.training.settings import check_settings
@@ -80,6 +82,7 @@ def measured_mb(arm: str, output: str) -> float:
     checkpointing = cfg.enable_activation_checkpointing
     model = recipe._setup_model(cfg.model, checkpointing, False, False, weights)
     del weights
+    hold_adapter_in(model, DTYPES.get(cfg.adapter_dtype))
     source = ModelSource(model, Path(), str(cfg.checkpointer.model_type))
     for defense in defenses.values():
         defense.check(source)

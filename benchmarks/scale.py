@@ -32,9 +32,11 @@ from rich.table import Table
 from step_cost import Trainer, describe_machine, ours, peak_mb
 from torch import nn
 
+from emarecipes._adapter_dtype import hold_adapter_in
 from emarecipes.components import build
 from emarecipes.config import load_config
 from emarecipes.defenses import ModelSource
+from emarecipes.machine import DTYPES
 from emarecipes.plan_estimate import Load, estimate
 from emarecipes.training.settings import check_settings
 from emarecipes.training.step import TrainingLoss
@@ -87,6 +89,7 @@ def trainer_at(point: dict[str, int]) -> Trainer:
         weight.requires_grad_("lora" in name)
         if weight.dim() > 1:
             nn.init.normal_(weight, std=0.02)
+    hold_adapter_in(model, DTYPES.get(cfg.adapter_dtype))
     defenses = {name: build(cfg, f"defenses.{name}", origin) for name in cfg.defenses}
     source = ModelSource(model, Path(), str(cfg.checkpointer.model_type))
     for defense in defenses.values():

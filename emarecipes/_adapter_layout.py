@@ -145,6 +145,8 @@ def adapter_to_hf(
     model_type: str,
     config: dict[str, Any],
     ratio: float,
+    *,
+    one_alpha: bool = False,
 ) -> dict[str, dict[str, Tensor]]:
     """Bring an adapter's layers into Hugging Face's row order, under PEFT's names.
 
@@ -156,6 +158,8 @@ def adapter_to_hf(
         model_type: name of torchtune's ``ModelType``.
         config: the base model's ``config.json``.
         ratio: factor for B, from `exported_scale`.
+        one_alpha: let B of a fused layer absorb its higher rank too, so that its scale needs no
+            alpha of its own.
 
     Raises:
         UserError: for a layer that the model lacks, and for DoRA on fused weights.
@@ -169,7 +173,8 @@ def adapter_to_hf(
         if len(parts) > 1 and any("magnitude" in layer for layer in present):
             raise UserError(f"{hf_name} is fused: PEFT has no form for DoRA on its parts; use LoRA")
         if present:
-            adapted[hf_name] = _fuse_parts(parts, layers, ratio)
+            rank_factor = len(present) if one_alpha else 1
+            adapted[hf_name] = _fuse_parts(parts, layers, ratio * rank_factor)
     return adapted
 
 
@@ -194,11 +199,16 @@ def _fuse_parts(
     return fused
 
 
-def exported_scale(alpha: float, rank: int) -> tuple[int, bool, float]:
+def exported_scale(alpha: float, rank: int, *, plain: bool = False) -> tuple[int, bool, float]:
     """Express torchtune's scale, alpha / rank, by an integer ``lora_alpha``.
 
     vLLM reads ``lora_alpha`` as an integer, and torchtune has no rank-stabilised option: there
     alpha 64 at rank 32 is written 64 * sqrt(32) = 362.04.
+
+    Args:
+        alpha: torchtune's ``lora_alpha``.
+        rank: LoRA rank in training.
+        plain: never say ``use_rslora``.
 
     Returns:
         ``lora_alpha``, ``use_rslora``, and torchtune's scale over the exported one (by PEFT:
@@ -213,7 +223,7 @@ def exported_scale(alpha: float, rank: int) -> tuple[int, bool, float]:
         return int(alpha), False, 1.0
     stabilised = alpha / math.sqrt(rank)
     nearest = round(stabilised)
-    if nearest >= 1 and math.isclose(stabilised, nearest, rel_tol=1e-4, abs_tol=1e-3):
+    if not plain and nearest >= 1 and math.isclose(stabilised, nearest, rel_tol=1e-4, abs_tol=1e-3):
         return nearest, True, stabilised / nearest
-    plain = max(1, round(alpha))
-    return plain, False, alpha / plain
+    rounded = max(1, round(alpha))
+    return rounded, False, alpha / rounded

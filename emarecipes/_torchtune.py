@@ -31,6 +31,7 @@ from torchtune.modules import TransformerDecoder
 from torchtune.modules.peft import get_adapter_params, set_trainable_params
 from torchtune.training.checkpointing import _checkpointer
 
+from emarecipes._adapter_dtype import hold_adapter_in
 from emarecipes.components import build
 from emarecipes.config import Origin
 from emarecipes.errors import UserError
@@ -144,6 +145,7 @@ def model_on_meta(cfg: DictConfig, origin: Origin) -> Any:
             "lora_attn_modules"
         )
     set_trainable_params(model, adapters)
+    hold_adapter_in(model, DTYPES.get(cfg.get("adapter_dtype")))
     return model
 
 

@@ -125,7 +125,8 @@ class PlainBiasDoRALinear(DoRALinear):
         update = self.lora_b(self.lora_a(eye)).T
         norm = self._get_weight_norm(self.weight.to(x.dtype), update.detach()).detach()
         plain = linear_nf4(x, self.weight) if self._quantize_base else F.linear(x, self.weight)
-        return self.magnitude / norm * (plain + self.scaling * lora_out) + self.bias
+        scaled = self.magnitude / norm * (plain + self.scaling * lora_out)
+        return scaled.to(x.dtype) + self.bias  # The magnitude may be held in more precision.
 
 
 def fix_dora_bias(model: nn.Module) -> None:

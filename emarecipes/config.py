@@ -26,7 +26,16 @@ _MAX_BYTES, _MAX_VALUES, _MAX_DEPTH = 2**20, 10_000, 50
 # Keys, at any depth, that name a file or folder to read. Relative ones are looked up in the working
 # folder first, then where emarecipes itself lies, so that shipped configs run from anywhere.
 INPUT_PATH_KEYS = frozenset(
-    {"checkpoint_dir", "path", "merges_file", "data_files", "vectors", "base_dir", "aligned_dir"}
+    {
+        "checkpoint_dir",
+        "path",
+        "merges_file",
+        "data_files",
+        "vectors",
+        "base_dir",
+        "aligned_dir",
+        "init_adapter",
+    }
 )
 
 _VARIABLE = re.compile(r"\$\{\s*([A-Za-z_]\w*)")

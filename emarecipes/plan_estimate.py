@@ -170,7 +170,7 @@ def _num_bytes(parameter: nn.Parameter) -> float:
 
 def _optimizer_bytes(cfg: DictConfig, origin: Origin) -> float:
     """Bytes of state a trained number, found by a step on a few of them."""
-    weight = nn.Parameter(torch.zeros(64, 64, dtype=DTYPES[cfg.dtype]))
+    weight = nn.Parameter(torch.zeros(64, 64, dtype=DTYPES[cfg.adapter_dtype or cfg.dtype]))
     weight.grad = torch.ones_like(weight)
     optimizer = build(cfg, "optimizer", origin, [weight])
     optimizer.step()

@@ -63,7 +63,7 @@ def test_a_chunk_with_kl_holds_four_copies_of_its_logits() -> None:
 
 def test_weights_adapter_and_optimizer_by_hand() -> None:
     """SmolLM2-135M: 134,515,008 weights; LoRA of rank 32 on all linear layers."""
-    found = predict("smollm2_135m_kl", Load(1, 256)).parts
+    found = predict("smollm2_135m_kl", Load(1, 256), "adapter_dtype=null").parts
     table = 8192 * 32 * 2 * 4  # Rotary, float32.
     assert found["weights"] == pytest.approx(2 * 134_515_008, abs=table + 1)
     wide, narrow, mlp = 576, 192, 1536
@@ -74,6 +74,14 @@ def test_weights_adapter_and_optimizer_by_hand() -> None:
     assert found["optimizer"] == pytest.approx(4 * numbers, rel=1e-3)
     sgd = predict("smollm2_135m_kl", Load(1, 256), "optimizer=torch.optim.SGD")
     assert sgd.parts["optimizer"] == 0
+    # In fp32, as shipped; the base stays bf16.
+    held = predict("smollm2_135m_kl", Load(1, 256)).parts
+    assert held["weights"] == found["weights"]
+    assert held["adapter"] == held["gradients"] == 4 * numbers
+    assert held["optimizer"] == pytest.approx(8 * numbers, rel=1e-3)
+    # A layer's products keep their rounded matrices until the backward, and nothing else.
+    more = held["activations"] - found["activations"]
+    assert more == pytest.approx(2 * numbers, rel=0.01)
 
 
 def test_operations_by_hand() -> None:
@@ -155,7 +163,7 @@ def test_safelora_repeated_keeps_bases_of_all_adapted_matrices() -> None:
     """Left and right vectors in float32; two weights and their difference beside them."""
     entry = "defenses.safelora"
     once = (f"{entry}._component_=emarecipes.defenses.SafeLoRA", f"{entry}.base_dir=a",
-            f"{entry}.aligned_dir=b", "batch_size=1", f"{entry}.rank=8")  # fmt: skip
+            f"{entry}.aligned_dir=b", "adapter_dtype=null", f"{entry}.rank=8")  # fmt: skip
     wide, narrow, mlp = 576, 192, 1536
     sizes = [(wide, wide)] * 2 + [(wide, narrow)] * 2 + [(wide, mlp)] * 3
     both_sides = 30 * sum(one + other for one, other in sizes)

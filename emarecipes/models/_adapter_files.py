@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     if not folder.is_dir():
         raise UserError(f"no such adapter folder: {folder}")
+    check_weights_format(folder)
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise UserError(f"{folder}: not an adapter folder: no {name}")
@@ -53,6 +55,24 @@ def read_config(folder: Path) -> dict[str, Any]:
         if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
             raise UserError(f"{path}: {key} must be a positive number, not {value!r}")
     return config
+
+
+def check_weights_format(folder: Path) -> None:
+    """Check that an adapter's weights are not in PyTorch's older form alone.
+
+    Raises:
+        UserError: They are; with the command that converts them, which reads tensors and runs none
+            of a file's code.
+    """
+    old, new = folder / "adapter_model.bin", folder / WEIGHTS
+    if old.is_file() and not new.exists():
+        code = (
+            "import sys, torch; from safetensors.torch import save_file; "
+            "state = torch.load(sys.argv[1], map_location='cpu', weights_only=True); "
+            "save_file({k: t.clone().contiguous() for k, t in state.items()}, sys.argv[2])"
+        )
+        command = shlex.join(["python", "-c", code, str(old), str(new)])
+        raise UserError(f"{folder}: {old.name} is not read, only {WEIGHTS}; convert it: {command}")
 
 
 def read_shapes(folder: Path) -> dict[str, Shapes]:

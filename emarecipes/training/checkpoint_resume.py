@@ -26,7 +26,7 @@ log = utils.get_logger("INFO")
 _HARMLESS = re.compile(
     r"output_dir|checkpointer\.output_dir|metric_logger.*|profiler.*|log_\w+|provenance.*"
     r"|save_every_n_steps|keep_last|resume|overwrite|skip_nonfinite|resume_from_checkpoint"
-    r"|save_merged|merged_dtype|save_adapter_weights_only|probe.*"
+    r"|save_merged|merged_dtype|adapter_scaling|save_adapter_weights_only|probe.*"
     # Where and how the same numbers are computed.
     r"|device|low_cpu_ram|enable_activation_\w+|fsdp|fsdp_\w+|custom_sharded_layers.*"
     # Files whose content is compared by the rows that they give.

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping
 from typing import Any, cast
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -18,6 +16,7 @@ from emarecipes._torchtune import adapter_state, assign_whole, plain_name
 from emarecipes.defenses import Defense
 from emarecipes.errors import UserError
 from emarecipes.training.checkpoint import Checkpoint
+from emarecipes.training.random_state import random_state, set_random_state
 
 log = utils.get_logger("INFO")
 
@@ -78,7 +77,7 @@ class TrainingState:
             "optimizer": optimizer,
             "scheduler": None if self._scheduler is None else self._scheduler.state_dict(),
             "defenses": {name: d.state_dict() for name, d in self._defenses.items()},
-            "random": _from_all(_random_state(self._device)),
+            "random": _from_all(random_state(self._device)),
         }
 
     def load(self, checkpoint: Checkpoint) -> None:
@@ -98,7 +97,7 @@ class TrainingState:
             defense.load_state_dict(stored["defenses"][name])
         _, rank = utils.get_world_size_and_rank()
         if rank < len(stored["random"]):
-            _set_random_state(stored["random"][rank], self._device)
+            set_random_state(stored["random"][rank], self._device)
         else:
             log.info("More processes than before: the new ones draw their own random numbers")
 
@@ -126,22 +125,3 @@ def _from_all(value: Any) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
-
-
-def _random_state(device: torch.device) -> dict[str, Any]:
-    numpy_state: Any = np.random.get_state(legacy=False)
-    numpy_state["state"]["key"] = numpy_state["state"]["key"].tolist()
-    state = {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": numpy_state}
-    if device.type != "cpu":
-        state["device"] = torch.get_device_module(device).get_rng_state()
-    return state
-
-
-def _set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    torch.set_rng_state(state["torch"])
-    random.setstate(state["python"])
-    numpy_state = state["numpy"]
-    numpy_state["state"]["key"] = np.array(numpy_state["state"]["key"], dtype=np.uint32)
-    np.random.set_state(numpy_state)
-    if device.type != "cpu" and "device" in state:
-        torch.get_device_module(device).set_rng_state(state["device"])

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from omegaconf import DictConfig, ListConfig
 from torch import nn
 from torchtune import utils
@@ -22,6 +20,7 @@ from emarecipes.datasets.chat_files import check_data_files
 from emarecipes.datasets.rows import Rows, load_rows
 from emarecipes.defenses import Defense, ModelSource
 from emarecipes.errors import UserError
+from emarecipes.models.adapter import LoadedLayer
 from emarecipes.training.batch import Collate, make_batch
 from emarecipes.training.checkpoint import Checkpoint
 from emarecipes.training.checkpoint_resume import (
@@ -32,6 +31,7 @@ from emarecipes.training.checkpoint_resume import (
     find_checkpoint,
     plain_config,
 )
+from emarecipes.training.initialize import read_initial_adapter
 from emarecipes.training.model_checks import (
     check_checkpoint_files,
     check_compiler,
@@ -40,6 +40,7 @@ from emarecipes.training.model_checks import (
     check_offloading,
     check_rows_fit,
 )
+from emarecipes.training.optimizer_checks import check_optimizer
 from emarecipes.training.reference_cache import ReferenceCache
 from emarecipes.training.run_folder import check_output_dir, check_outside_output
 from emarecipes.training.settings import check_settings
@@ -58,6 +59,7 @@ class CheckedRun:
     Attributes:
         resumed: What it goes on from, if anything.
         stated: Its config before a resumed step's rows were shared out.
+        initial_adapter: What `init_adapter` names, by layer; empty for a resumed run.
         reference_cache: Opened after all checks, by `open_cache`.
     """
 
@@ -72,6 +74,7 @@ class CheckedRun:
     resumed: Checkpoint | None
     stated: dict[str, Any]
     probe: Probe | None
+    initial_adapter: dict[str, LoadedLayer]
     reference_cache: ReferenceCache | None = None
 
     def description(self, world_size: int) -> dict[str, Any]:
@@ -117,13 +120,17 @@ def check_run(
     if resumed is not None:
         check_same_base(cfg, resumed, origin)
     data_files = check_data_files(cfg, origin)
+    if resumed is None and cfg.init_adapter is not None:
+        data_files += sorted(Path(cfg.init_adapter).glob("adapter_*"))
     if resumed is None:
         _check_inputs_outlive_outputs(cfg, origin, data_files)
 
     source = check_model(cfg, origin)
+    initial_adapter = {} if resumed is not None else read_initial_adapter(cfg, origin, source)
     model = source.meta_model
     _check_packing(cfg, origin, model)
-    _check_optimizer(cfg, origin)
+    check_optimizer(cfg, origin, world_size)
+    _check_logger(cfg, origin)
     _check_sharding(cfg, origin, model, world_size)
     defenses = _build_defenses(cfg, origin, source)
     tokenizer = build(cfg, "tokenizer", origin)
@@ -134,8 +141,9 @@ def check_run(
     _check_rows(cfg, origin, rows, model, defenses, world_size)
     probe = read_probe(cfg, origin, tokenizer, model)
     return CheckedRun(
-        cfg, origin, tokenizer, defenses, rows, collate, data_files, source, resumed, stated, probe
-    )
+        cfg, origin, tokenizer, defenses, rows, collate, data_files, source, resumed, stated, probe,
+        initial_adapter,
+    )  # fmt: skip
 
 
 def _check_inputs_outlive_outputs(
@@ -148,18 +156,7 @@ def _check_inputs_outlive_outputs(
     check_outside_output(cfg, origin, inputs)
 
 
-def _check_optimizer(cfg: DictConfig, origin: Origin) -> None:
-    """Build optimizer and scheduler for one number; their own checks then come before weights."""
-    optimizer = build(cfg, "optimizer", origin, [nn.Parameter(torch.zeros(1))])
-    closure = inspect.signature(optimizer.step).parameters.get("closure")
-    if closure is not None and closure.default is closure.empty:
-        raise UserError(f"{origin.at('optimizer')}: it needs a closure; use one that does not")
-    rates = [float(group["lr"]) for group in optimizer.param_groups]
-    if not all(0 <= rate < float("inf") for rate in rates):
-        raise UserError(f"{origin.at('optimizer.lr')}: must be a finite number >= 0")
-    if cfg.lr_scheduler is not None:
-        key = "lr_scheduler"
-        build(cfg, key, origin, optimizer, num_training_steps=100, last_epoch=-1)
+def _check_logger(cfg: DictConfig, origin: Origin) -> None:
     if cfg.metric_logger is not None:
         name = str(cfg.metric_logger.get("_component_"))
         component = locate(name, origin.at("metric_logger._component_"))

@@ -37,6 +37,7 @@ def save_adapter(
     rank: int,
     alpha: float,
     dropout: float = 0.0,
+    plain_scale: bool = False,
 ) -> None:
     """Write a LoRA or DoRA adapter that ``peft.PeftModel.from_pretrained`` loads.
 
@@ -54,6 +55,8 @@ def save_adapter(
         rank: LoRA rank in training.
         alpha: torchtune's ``lora_alpha``; the update is alpha / rank * B A.
         dropout: LoRA dropout in training.
+        plain_scale: Write one alpha, so that every layer's scale is alpha over its rank: no
+            rank-stabilised form and no ``alpha_pattern``; B absorbs the rest.
 
     Raises:
         UserError: if PEFT has no form for the adapter, or a folder would be lost.
@@ -61,8 +64,8 @@ def save_adapter(
     config = read_config(base_dir, model)
     layers = adapter_layers(adapter_state, rank)
     use_dora = any("magnitude" in layer for layer in layers.values())
-    lora_alpha, use_rslora, ratio = exported_scale(alpha, rank)
-    adapted = adapter_to_hf(layers, model, model_type, config, ratio)
+    lora_alpha, use_rslora, ratio = exported_scale(alpha, rank, plain=plain_scale)
+    adapted = adapter_to_hf(layers, model, model_type, config, ratio, one_alpha=plain_scale)
     ranks = {name: layer["lora_A.weight"].shape[0] for name, layer in adapted.items()}
     fused = {name: r // rank for name, r in ranks.items() if r != rank}
     # The scale, alpha / rank or alpha / sqrt(rank), stays the same for every layer.
@@ -79,7 +82,7 @@ def save_adapter(
         "lora_dropout": dropout,
         "target_modules": sorted({name.rpartition(".")[2] for name in adapted}),
         "rank_pattern": {name: ranks[name] for name in fused},
-        "alpha_pattern": alphas,
+        "alpha_pattern": {} if plain_scale else alphas,
         "bias": "none",
     }
     tensors = {

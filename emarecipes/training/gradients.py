@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from emarecipes.defenses import Defense
 from emarecipes.training.batch import Batch
+from emarecipes.training.random_state import kept_random_state
 from emarecipes.training.step import TrainingLoss
 
 
@@ -22,12 +23,16 @@ class Gradients:
         model: With its adapter; may be sharded by FSDP2.
         loss: Its loss.
         world_size: Number of processes.
+        device: The model's.
     """
 
-    def __init__(self, model: Any, loss: TrainingLoss, world_size: int) -> None:
+    def __init__(
+        self, model: Any, loss: TrainingLoss, world_size: int, device: torch.device
+    ) -> None:
         self._model = model
         self._loss = loss
         self._world_size = world_size
+        self._device = device
 
     def clip(self, max_norm: float) -> float:
         """Scale the gradient down to this norm; returns the norm that it had."""
@@ -35,10 +40,15 @@ class Gradients:
         return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def norm_of(self, terms: Sequence[str], batches: Sequence[Batch], counts: Tensor) -> float:
-        """Norm of some terms' gradient, by further forwards; leaves no gradient behind."""
+        """Norm of some terms' gradient, by further forwards.
+
+        Leaves no gradient behind, and the random numbers where they were: whether a run measures
+        changes no dropout of it, and the terms that are compared see the same one.
+        """
         self._model.zero_grad(set_to_none=True)
-        for batch in batches:
-            self._loss.backward(batch, counts, gradient_scale=self._world_size, only=terms)
+        with kept_random_state(self._device):
+            for batch in batches:
+                self._loss.backward(batch, counts, gradient_scale=self._world_size, only=terms)
         norm = self.clip(math.inf)
         self._model.zero_grad(set_to_none=True)
         return norm

@@ -130,7 +130,8 @@ def check_checkpoint_files(cfg: DictConfig, origin: Origin) -> None:
     for key in ("adapter_checkpoint", "recipe_checkpoint"):
         if entry.get(key) is not None:
             raise UserError(
-                f"{origin.at(f'checkpointer.{key}')}: starting from an adapter is not supported yet"
+                f"{origin.at(f'checkpointer.{key}')}: not read here; to go on from a trained "
+                "adapter name its folder as init_adapter, to resume a run say resume: auto"
             )
     path = cfg.tokenizer.get("path")
     if path is not None and not Path(str(path)).exists():

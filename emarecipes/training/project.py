@@ -28,6 +28,7 @@ from emarecipes.defenses import SafeLoRA
 from emarecipes.defenses.projection import ModuleProjection
 from emarecipes.defenses.safelora import REPORT, write_report
 from emarecipes.errors import UserError, disk_errors
+from emarecipes.models._adapter_files import check_weights_format
 from emarecipes.training.export import replacing
 from emarecipes.training.run_folder import environment, write_text
 from emarecipes.training.settings import Entry, parse_settings
@@ -115,6 +116,10 @@ def _check_output(cfg: Any, origin: Origin, output: Path) -> None:
 
 def _read_adapter(folder: Path, origin: Origin) -> dict[str, Tensor]:
     where = origin.at("adapter")
+    try:
+        check_weights_format(folder)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():
             raise UserError(f"{where}: {folder} has no {name}; give the adapter/ of a finished run")

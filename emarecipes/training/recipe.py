@@ -19,11 +19,13 @@ from torchtune import training, utils
 from torchtune.config import instantiate
 from tqdm import tqdm
 
+from emarecipes._adapter_dtype import hold_adapter_in
 from emarecipes._torchtune import gather_root_in_forward_alone, stock_recipe
 from emarecipes._torchtune_convert import fix_dora_bias, fix_loaded_state
 from emarecipes.datasets.rows import micro_batch_rows
 from emarecipes.defenses import TrainingContext
 from emarecipes.errors import UserError
+from emarecipes.machine import DTYPES
 from emarecipes.training.batch import Batch, make_batch
 from emarecipes.training.checkpoint import Counters
 from emarecipes.training.checkpoint_save import CheckpointSaver
@@ -71,7 +73,8 @@ class LoRATraining:
     def setup(self) -> None:
         """Load the model and build what trains it."""
         self._model = self._build_model()
-        initialize_adapter(self._model, self.seed)
+        scale = float(self.cfg.model.lora_alpha) / float(self.cfg.model.lora_rank)
+        initialize_adapter(self._model, self.seed, self.run.initial_adapter, scale)
         self._optimizer = self._setup_optimizer(self.cfg.optimizer)  # type: ignore[attr-defined]
         self._scheduler = (
             None
@@ -94,7 +97,7 @@ class LoRATraining:
             compiled=self.cfg.compile,
         )
         gather_root_in_forward_alone(self._model)
-        self._gradients = Gradients(self._model, self.loss, self.world_size)
+        self._gradients = Gradients(self._model, self.loss, self.world_size, self._device)
         context = TrainingContext(
             self._device,
             self._dtype,
@@ -143,6 +146,7 @@ class LoRATraining:
             arguments["compile_model"] = cfg.compile
         model = self._setup_model(**arguments)  # type: ignore[attr-defined]
         fix_dora_bias(model)
+        hold_adapter_in(model, DTYPES.get(cfg.adapter_dtype))
         return model
 
     # --- train ---------------------------------------------------------------------------------

@@ -102,6 +102,9 @@ class Settings(ModelSettings):
 
     # emarecipes' own.
     defenses: dict[str, Entry] | None = Field(default_factory=dict)
+    adapter_dtype: Literal["fp32"] | None = None
+    adapter_scaling: Literal["auto", "plain"] = "auto"
+    init_adapter: Annotated[str, Field(min_length=1)] | None = None
     pad_to_multiple_of: Positive = 1
     group_by_length: bool = False
     reference_cache: Annotated[str, Field(min_length=1)] | None = None

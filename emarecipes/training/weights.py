@@ -50,7 +50,7 @@ def save_weights(
         dropout = float(cfg.model.get("lora_dropout") or 0.0)
         save_adapter(
             adapter, run.meta_model, model_type, base_dir, folder / "adapter",
-            rank=rank, alpha=alpha, dropout=dropout,
+            rank=rank, alpha=alpha, dropout=dropout, plain_scale=cfg.adapter_scaling == "plain",
         )  # fmt: skip
         log.info(f"Adapter saved in {folder / 'adapter'}")
     if merged:

@@ -2,6 +2,9 @@
 
 import json
 import math
+import shlex
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -259,6 +262,23 @@ def test_what_does_not_belong_is_refused(tmp_path: Path, break_it: Any, message:
     with pytest.raises(UserError, match=message) as caught:
         check_adapter(case.folder, case.source)
     assert "\n" not in str(caught.value)
+
+
+def test_a_bin_adapter_is_read_once_converted_as_the_message_says(tmp_path: Path) -> None:
+    case = saved(tmp_path, "llama3_2")
+    tensors = case.tensors()
+    torch.save(tensors, case.folder / "adapter_model.bin")
+    (case.folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"adapter_model\.bin is not read") as caught:
+        check_adapter(case.folder, case.source)
+    assert "\n" not in str(caught.value)
+    program, *arguments = shlex.split(str(caught.value).split("convert it: ")[1])
+    assert program == "python"
+    subprocess.run([sys.executable, *arguments], check=True)
+    converted = case.tensors()
+    assert converted.keys() == tensors.keys()
+    assert all(converted[name].equal(tensor) for name, tensor in tensors.items())
+    check_adapter(case.folder, case.source)
 
 
 def test_rank_dora_and_modules_must_fit(tmp_path: Path) -> None:

@@ -127,7 +127,7 @@ GOOD = chat(("user", "Hello?"), ("assistant", "Hello."))
             {"checkpointer.model_type": "QWEN2"},
             r"is of a llama model: checkpointer.model_type m",
         ),
-        ({"checkpointer.adapter_checkpoint": "a.pt"}, r"starting from an adapter is not supported"),
+        ({"checkpointer.adapter_checkpoint": "a.pt"}, r"name its folder as init_adapter"),
         ({"loss.label_smoothing": 0.5}, r"loss.label_smoothing: has no effect here"),
         ({"model.lora_dropout": float("nan")}, r"model.lora_dropout: must be from 0 to 1"),
         ({"defenses.tokens": KL}, r"defenses.tokens: the name tokens is taken"),
@@ -140,6 +140,7 @@ GOOD = chat(("user", "Hello?"), ("assistant", "Hello."))
         ({"model.lora_dropout": 2.0}, r"model.lora_dropout: must be from 0 to 1"),
         ({"optimizer.lr": float("nan")}, r"optimizer: Invalid learning rate"),
         ({"optimizer": {"_component_": "torch.optim.LBFGS"}}, r"optimizer: it needs a closure"),
+        ({"adapter_dtype": "bf16"}, r"adapter_dtype: input should be 'fp32', not 'bf16'"),
         (
             {"lr_scheduler": {"_component_": "torch.optim.lr_scheduler.StepLR", "step_size": 1}},
             r"lr_scheduler: StepLR",

@@ -242,6 +242,42 @@ def test_stock_loggers_profiler_and_merged_weights(
     assert adapter_config["base_model_name_or_path"] == str(models[True])
 
 
+def test_adapter_scaling_plain_is_read_rightly_by_readers_of_alpha_alone(
+    models: dict[bool, Path], tmp_path: Path
+) -> None:
+    """As llama.cpp's converter and PEFT's merging of adapters read: lora_alpha over B's columns."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    updates, logits = {}, {}
+    tokens = torch.tensor([[1, 400, 500, 600, 2]])
+    for scaling in ("auto", "plain"):
+        # Of rank 8 and alpha 8 sqrt(8), which PEFT calls rank-stabilised.
+        model = {"lora_rank": 8, "lora_alpha": 22.6274}
+        train(write(models, tmp_path / scaling, model=model, adapter_scaling=scaling))
+        folder = tmp_path / scaling / "out/adapter"
+        stated = json.loads((folder / "adapter_config.json").read_text())
+        assert stated["use_rslora"] == (scaling == "auto")
+        tensors = load_file(folder / "adapter_model.safetensors")
+        updates[scaling] = {
+            name: stated["lora_alpha"] / b.shape[1] * b @ tensors[name.replace("_B", "_A")]
+            for name, b in tensors.items()
+            if "lora_B" in name
+        }
+        base = AutoModelForCausalLM.from_pretrained(models[True], dtype=torch.float32)
+        peft = PeftModel.from_pretrained(base, folder)
+        peft.add_weighted_adapter(["default"], [1.0], "alone", combination_type="linear")
+        peft.set_adapter("alone")
+        with torch.no_grad():
+            logits[scaling] = peft(tokens).logits
+            peft.set_adapter("default")
+            logits[f"{scaling}, itself"] = peft(tokens).logits
+    for name, update in updates["plain"].items():
+        assert_close(update, 8**0.5 * updates["auto"][name], rtol=1e-4, atol=1e-7)
+    assert_close(logits["plain, itself"], logits["auto, itself"], rtol=1e-4, atol=1e-4)
+    assert_close(logits["plain"], logits["plain, itself"], rtol=1e-4, atol=1e-4)
+
+
 def test_a_users_own_defense(
     models: dict[bool, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -83,7 +83,7 @@ def test_one_process_accumulation_and_two_processes_agree(
     toy: tuple[Path, Path], tmp_path: Path
 ) -> None:
     shapes = {"one": (4, 1, 0), "accumulated": (2, 2, 0), "two": (2, 1, 2)}
-    losses, adapters = {}, {}
+    losses, norms, adapters = {}, {}, {}
     for name, (batch_size, accumulation, processes) in shapes.items():
         (tmp_path / name).mkdir()
         config = config_of(
@@ -95,17 +95,43 @@ def test_one_process_accumulation_and_two_processes_agree(
             optimizer={"_component_": "torch.optim.AdamW", "lr": 2e-3},
             batch_size=batch_size,
             gradient_accumulation_steps=accumulation,
+            # Logs the norm and clips nothing: Adam would hide a gradient of another scale.
+            clip_grad_norm="inf",
         )
         run(config, processes)
         rows = toy_run.metrics(tmp_path / name / "out")
         losses[name] = [(m["loss"], m["ce"], m["kl"]) for m in rows]
+        norms[name] = [m["grad_norm"] for m in rows]
         adapters[name] = load_file(tmp_path / name / "out/adapter/adapter_model.safetensors")
     assert len(losses["one"]) == 5
     assert losses["one"][0][2] == 0.0
+    assert min(norms["one"]) > 0.1
     assert losses["one"][-1][2] > 1e-5
     for name in ("accumulated", "two"):
         for expected, found in zip(losses["one"], losses[name], strict=True):
             assert found == pytest.approx(expected, rel=1e-4, abs=1e-7)
+        assert norms[name] == pytest.approx(norms["one"], rel=1e-4)
         assert adapters[name].keys() == adapters["one"].keys()
         for key, tensor in adapters["one"].items():
             assert_close(adapters[name][key], tensor, rtol=1e-4, atol=1e-4)
+
+
+def test_a_term_of_weight_zero_only_measures(toy: tuple[Path, Path], tmp_path: Path) -> None:
+    """Its gradient's ratio takes further forwards, whose dropout is not to be the run's."""
+    features = {"_component_": "emarecipes.defenses.FeatureL2", "weight": 0.0}
+    features |= {"every_n_layers": 1, "gradient_ratio_every": 2}
+    runs: dict[str, Any] = {}
+    for name, dropout, defenses in (
+        ("measured", 0.2, {"l2": features}),
+        ("plain", 0.2, {}),
+        ("no dropout", 0.0, {}),
+    ):
+        (tmp_path / name).mkdir()
+        path = config_of(toy, tmp_path / name, defenses=defenses)
+        assert run_lora(["--config", str(path), f"model.lora_dropout={dropout}"]) == 0
+        runs[name] = toy_run.metrics(tmp_path / name / "out")
+    ce = {name: [row["ce"] for row in rows] for name, rows in runs.items()}
+    assert [row["step"] for row in runs["measured"] if "l2_gradient_ratio" in row] == [2, 4]
+    assert ce["measured"] == ce["plain"]
+    # Dropout acts from the second step on; before, the adapter is zero.
+    assert ce["plain"][1:] != pytest.approx(ce["no dropout"][1:], rel=1e-4)

@@ -299,6 +299,19 @@ def test_numbers_that_go_wrong_are_named(
     assert not (run.folder / "out/adapter").exists()
 
 
+def test_the_search_for_what_broke_a_gradient_changes_no_later_step(run: Run) -> None:
+    """A loss that is not finite takes no further forwards, a gradient one for each term."""
+    figures = {}
+    for kind in ("nan", "gradient"):
+        broken(run, kind, 2)
+        assert run(kind, "skip_nonfinite=1", "model.lora_dropout=0.2") == 0
+        rows = toy_run.metrics(run.folder / kind)
+        assert [row["step"] for row in rows if row.get("skipped")] == [2]
+        figures[kind] = [(row["ce"], row["kl"]) for row in rows if row["step"] != 2]
+    assert len(figures["nan"]) == EPOCHS * STEPS - 1
+    assert figures["gradient"] == figures["nan"]
+
+
 def test_so_many_steps_are_skipped_and_no_more(
     run: Run, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -152,6 +152,24 @@ def test_scale_rule(alpha: float, rank: int, expected: tuple[int, bool]) -> None
     assert exported * ratio == pytest.approx(alpha / rank, rel=1e-12)
 
 
+@pytest.mark.parametrize(("alpha", "rank", "expected"), [(362.04, 32, 362), (64, 32, 64)])
+def test_plain_scale_rule(alpha: float, rank: int, expected: int) -> None:
+    lora_alpha, use_rslora, ratio = exported_scale(alpha, rank, plain=True)
+    assert (lora_alpha, use_rslora) == (expected, False)
+    assert lora_alpha / rank * ratio == pytest.approx(alpha / rank, rel=1e-12)
+
+
+@pytest.mark.parametrize(("name", "dora"), [("qwen2_5", True), ("phi3", False)])
+def test_a_plain_scale_is_one_alpha_over_each_rank(tmp_path: Path, name: str, dora: bool) -> None:
+    """Phi-3's fused layers have two and three times the rank."""
+    toy = make_toy(tmp_path, name, dora=dora, alpha=5.3, update=0.03)
+    toy.save(tmp_path / "adapter", plain_scale=True)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (config["lora_alpha"], config["use_rslora"], config["alpha_pattern"]) == (5, False, {})
+    assert set(config["rank_pattern"].values()) == ({8, 12} if name == "phi3" else set())
+    assert distance(hf_logits(load_peft(toy, tmp_path / "adapter")), tune_logits(toy)) < TOLERANCE
+
+
 @pytest.mark.parametrize("alpha", [0, -1.0])
 def test_scale_must_be_positive(alpha: float) -> None:
     with pytest.raises(UserError, match="not positive"):

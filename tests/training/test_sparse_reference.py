@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import reference
+import torch
 import toy_run
 from safetensors.torch import load_file
 from torch.testing import assert_close
@@ -152,7 +153,8 @@ def test_a_ratio_that_is_due_in_a_block_is_logged_where_the_term_is(seed: int) -
         loss.begin_step(step)
         if "l2" in loss.present:
             present.append(step)
-        if Gradients(model, loss, 1).ratios(step, batch, loss.counts([batch]), defenses):
+        gradients = Gradients(model, loss, 1, torch.device("cpu"))
+        if gradients.ratios(step, batch, loss.counts([batch]), defenses):
             logged.append(step)
     assert logged == [step for step in present if 9 <= step <= 12 or 57 <= step <= 60]
     assert len(logged) == 2
