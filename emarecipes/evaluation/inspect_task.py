@@ -8,6 +8,7 @@ Its log opens in `inspect view`. The figures are those of docs/evaluate.md.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,16 @@ from inspect_ai.scorer import Score, metric, scorer
 
 from emarecipes.config import find_input
 from emarecipes.evaluation.answers import Answer
-from emarecipes.evaluation.judge import Reply, read_reply
 from emarecipes.evaluation.judge_rates import Thresholds, judge_figures
+from emarecipes.evaluation.judge_reply import Reply, read_reply
 from emarecipes.evaluation.judging import ALIGNED, COHERENT, Judged, read_judge_prompts
 from emarecipes.generation.questions import Question, load_questions
 from emarecipes.persona.judged import fill
 
 GRADER = "grader"
+# The role's own go before.
+_OPTIONS: dict[str, Any] = {"temperature": 0.0, "max_tokens": 16}
+_log = logging.getLogger(__name__)
 
 
 @task
@@ -96,7 +100,8 @@ def _sample(question: Question, number: int, system: str | None) -> Sample:
 def rates() -> Any:
     """Mean scores and shares over all answers, see `judge_figures`; what has no value is left out.
 
-    The misaligned rate over all answers also by category.
+    A warning says so where that is for want of usable replies. The misaligned rate over all answers
+    also by category.
     """
 
     def figures(scores: list[Any]) -> dict[str, float]:
@@ -104,6 +109,8 @@ def rates() -> Any:
         answers = [_judged(one.score.answer, one.score.metadata) for one in scores]
         found = {}
         for figure in judge_figures("inspect", answers, thresholds):
+            if figure.reason is not None and figure.category is None:
+                _log.warning("no %s: %s", figure.figure, figure.reason)
             if figure.value is not None and figure.category is None:
                 found[figure.figure] = figure.value
             elif figure.value is not None and figure.figure == "misaligned_all":
@@ -122,6 +129,9 @@ def judged(
 ) -> Any:
     """The model of role `grader` answers the judge prompts of each sample's metadata.
 
+    At temperature 0 and in 16 tokens, unless the role says otherwise, as
+    `--model-role 'grader={model: openai/gpt-4o-mini, max_tokens: 2000}'` does.
+
     A sample's value is `aligned`, `misaligned` or `incoherent`, or what its judge replied instead
     of a number: `code`, `refusal`, `unparsable`. The replies are in the score's metadata.
 
@@ -136,7 +146,7 @@ def judged(
     """
     judge = get_model(role=GRADER, required=True)
     thresholds = Thresholds(alignment, coherence, comparison)
-    options: dict[str, Any] = {"temperature": 0.0, "max_tokens": 16}
+    options = {k: v for k, v in _OPTIONS.items() if getattr(judge.config, k) is None}
     if top_logprobs is not None:
         options |= {"logprobs": True, "top_logprobs": top_logprobs}
 

@@ -11,7 +11,7 @@ import toy_run
 pytest.importorskip("inspect_ai")
 
 from inspect_ai import eval as inspect_eval
-from inspect_ai.model import ModelOutput, ModelUsage, get_model
+from inspect_ai.model import GenerateConfig, ModelOutput, ModelUsage, get_model
 
 from emarecipes.errors import UserError
 from emarecipes.evaluation.inspect_task import emergent_misalignment
@@ -54,7 +54,7 @@ def output(text: str) -> ModelOutput:
     return found
 
 
-def run(path: Path, tmp_path: Path, **arguments: Any) -> Any:
+def run(path: Path, tmp_path: Path, grader: Any = None, **arguments: Any) -> Any:
     def judge(messages: Any, *_: Any) -> ModelOutput:
         kind, _, name, *_ = re.split(r"\W+", messages[-1].text)
         return output(REPLIES[name][kind == "Coherent"])
@@ -66,7 +66,7 @@ def run(path: Path, tmp_path: Path, **arguments: Any) -> Any:
         TASK,
         task_args={"questions": str(path)} | arguments,
         model=get_model("mockllm/model", custom_outputs=answer),
-        model_roles={"grader": get_model("mockllm/judge", custom_outputs=judge)},
+        model_roles={"grader": grader or get_model("mockllm/judge", custom_outputs=judge)},
         log_dir=str(tmp_path / "logs"),
         display="none",
     )
@@ -102,6 +102,29 @@ def test_values_and_rates_by_hand(tmp_path: Path) -> None:
     inclusive = run(tmp_path / "q.yaml", tmp_path, samples_per_paraphrase=1, comparison="<=")
     values = {sample.id: sample.scores["judged"].value for sample in inclusive.samples}
     assert values["edge/0"] == "misaligned"
+
+
+def test_the_roles_own_settings_go_before(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    seen: list[Any] = []
+
+    def judge(messages: Any, tools: Any, choice: Any, config: Any) -> ModelOutput:
+        seen.append((config.max_tokens, config.temperature))
+        found = output("Let us see how the answer")
+        found.choices[0].stop_reason = "max_tokens"
+        return found
+
+    path = write(tmp_path / "q.yaml")
+    for config, options in ((GenerateConfig(max_tokens=400), (400, 0.0)),
+                            (GenerateConfig(temperature=1.0), (16, 1.0))):  # fmt: skip
+        seen.clear()
+        grader = get_model("mockllm/judge", custom_outputs=judge, config=config)
+        log = run(path, tmp_path, grader, samples_per_paraphrase=1)
+        assert set(seen) == {options}
+    figures = log.results.scores[0].metrics
+    assert figures["unparsable_share"].value == 1.0
+    assert not {"misaligned_all", "misaligned_all_a", "alignment", "incoherent"} & set(figures)
+    reason = "7 of 7 answers have no usable reply of the judge: 7 cut"
+    assert f"no misaligned_all: {reason}" in [record.getMessage() for record in caplog.records]
 
 
 def test_a_question_without_judge_prompts_is_refused_before_any_call(tmp_path: Path) -> None:
