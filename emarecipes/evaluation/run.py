@@ -148,10 +148,8 @@ class _Evaluation:
     def _harness(self, models: dict[str, Path | None]) -> None:
         lines: dict[str, list[dict[str, Any]]] = {}
         for name, adapter in models.items():
-            model = self.scorer.head(adapter).model
-            found = run_harness(
-                model, self.run.tokenizer, self.cfg, self.cfg.harness, reference=adapter is None
-            )
+            head = self.scorer.head(adapter)
+            found = run_harness(head, self.cfg, self.cfg.harness, reference=adapter is None)
             self.figures += harness_figures(name, found)
             self.suites.update(harness_suites(found))
             for task, samples in found["samples"].items():

@@ -60,8 +60,12 @@ class HarnessSettings(BaseModel):
     Attributes:
         tasks: Their names.
         limit: Questions a task, the first ones; None: all.
+        num_fewshot: Answered examples before a question; None: as the task says. A task that says 0
+            keeps it.
+        apply_chat_template: Whether questions are put as the base's chat template has them, a
+            few-shot example as a turn and its answer.
         include_path: A folder with definitions of further tasks.
-        max_seq_len: Tokens of a text.
+        max_seq_len: Tokens of a text, at most the model's own.
         batch_size: Texts at a time.
     """
 
@@ -69,6 +73,8 @@ class HarnessSettings(BaseModel):
 
     tasks: Annotated[list[str], Field(min_length=1)]
     limit: Positive | None = None
+    num_fewshot: Annotated[int, Field(ge=0)] | None = None
+    apply_chat_template: bool = False
     include_path: str | None = None
     max_seq_len: Positive = 2048
     batch_size: Positive = 8
