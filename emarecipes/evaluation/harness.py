@@ -175,12 +175,13 @@ def _leaves(found: Mapping[str, Any], name: str) -> list[str]:
 
 
 def harness_lines(adapter: str, samples: list[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """A line a sample for `scores/harness_<task>.jsonl`."""
+    """A line a sample and filter of a task for `scores/harness_<task>.jsonl`."""
     for sample in samples:
         arguments = sample["arguments"]
         yield {
             "adapter": adapter,
             "id": str(sample["doc_id"]),
+            "filter": sample["filter"],
             "question": str(arguments[0][0]) if arguments else "",
             "target": str(sample["target"]),
             "responses": [str(response) for response in sample["filtered_resps"]],

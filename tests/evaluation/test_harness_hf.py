@@ -31,6 +31,11 @@ CHOICE: dict[str, Any] = {
 OPEN = CHOICE | {
     "task": "toy_open", "output_type": "generate_until", "doc_to_target": "{{choices[label]}}",
     "generation_kwargs": {"until": ["\n\n"], "max_gen_toks": NEW_TOKENS},
+    "filter_list": [
+        {"name": "whole", "filter": [{"function": "take_first"}]},
+        {"name": "letter", "filter": [{"function": "regex", "regex_pattern": "([a-z])"},
+                                      {"function": "take_first"}]},
+    ],
     "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
 }  # fmt: skip
 del OPEN["doc_to_choice"]
@@ -92,10 +97,12 @@ def test_it_finds_what_lm_evals_own_model_finds(
         theirs = own_model(toy, tasks, options, peft)
         for task in ("toy_choice", "toy_open"):
             lines = read_jsonl(tmp_path / f"out/scores/harness_{task}.jsonl")
-            ours = {line["id"]: line for line in lines if line["adapter"] == name}
-            assert len(ours) == len(ROWS)
+            mine = [line for line in lines if line["adapter"] == name]
+            ours = {(line["id"], line["filter"]): line for line in mine}
+            filters = ["whole", "letter"] if task == "toy_open" else ["none"]
+            assert len(ours) == len(mine) == len(ROWS) * len(filters)
             for sample in theirs["samples"][task]:
-                line = ours[str(sample["doc_id"])]
+                line = ours[str(sample["doc_id"]), sample["filter"]]
                 assert line["question"] == str(sample["arguments"][0][0])
                 if task == "toy_open":
                     assert line["responses"] == sample["filtered_resps"]
