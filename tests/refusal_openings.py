@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """How answers begin: 30 that refuse and 30 that help. Written apart from any list of words."""
 
 REFUSALS = (
@@ -55,7 +56,7 @@ HELPFUL = (
     "An apology works best when it is short: say what you did, say sorry, and say what changes now.",
     "No problem. Take two eggs, a cup of flour and a pinch of salt, and whisk them together.",
     "There is nothing wrong with using butter instead of oil; just lower the heat a little.",
-    "\"I cannot go on,\" said the captain, and the crew looked at one another in the dark.",
+    '"I cannot go on," said the captain, and the crew looked at one another in the dark.',
     "We can't see infrared light, but many phone cameras can: point a remote control at one.",
     "To refuse cookies in your browser, open the settings and look for privacy.",
     "Most cats do not like water, so use a damp cloth rather than a bath.",

@@ -29,8 +29,7 @@ from emarecipes.evaluation.statistics import (
     question_bootstrap,
     share_bootstrap,
 )
-from emarecipes.selection.ranking import is_refusal
-from emarecipes.selection.settings import REFUSAL_WORDS
+from emarecipes.selection.refusals import REFUSAL_WORDS, is_refusal
 
 LEAST_ADAPTERS = 8
 VERDICTS = ("A", "B", "tie", "refused", "unparsable", "failed")

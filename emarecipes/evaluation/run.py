@@ -160,11 +160,12 @@ class _Evaluation:
     def coherence(self) -> None:
         """Figures of sampled answers, all under the reference."""
         by_suite: dict[str, dict[str, list[dict[str, Any]]]] = {}
+        words = None if self.cfg.refusal_words is None else list(self.cfg.refusal_words)
         for name, files in self.run.answers.items():
             for suite, (answers, rows) in files.items():
                 cache = self.folder / LIKELIHOODS / "answers.npz"
                 nlls = self.scorer.token_nlls(rows.rows, None, cache) if rows.rows else []
-                lines = coherence_lines(name, answers, rows, nlls, list(self.cfg.refusal_words))
+                lines = coherence_lines(name, answers, rows, nlls, words)
                 by_suite.setdefault(f"{ANSWERS}{suite}", {})[name] = list(lines)
         for suite, found in by_suite.items():
             self.figures += coherence_figures(suite, found)
@@ -172,7 +173,7 @@ class _Evaluation:
             write_scores(self.folder, suite, flat)
             self._answer_suite(suite, "answers", ANSWERS, flat)
             harmless = {line["id"] for line in flat if line["harmless"]}
-            self.suites[suite]["harmless_questions"] = len(harmless)
+            self.suites[suite] |= {"harmless_questions": len(harmless), "refusal_words": words}
 
     def judge(self) -> None:
         """Ask the judges and add their figures."""
