@@ -27,9 +27,9 @@ class Call:
 
 @dataclass
 class FakeJudge:
-    """What to reply: a text, (text, probabilities of its one token), or an HTTP status."""
+    """What to reply: a text, (text, probabilities of its one token), a choice, an HTTP status."""
 
-    reply: Callable[[Call], str | tuple[str, dict[str, float]] | int]
+    reply: Callable[[Call], str | tuple[str, dict[str, float]] | dict[str, Any] | int]
     url: str = ""
     calls: list[Call] = field(default_factory=list)
 
@@ -72,13 +72,32 @@ def serve(reply: Callable[[Call], Any]) -> Iterator[FakeJudge]:
         thread.join()
 
 
-def _completion(found: str | tuple[str, dict[str, float]]) -> dict[str, Any]:
-    text, probabilities = (found, None) if isinstance(found, str) else found
-    choice: dict[str, Any] = {
-        "index": 0,
-        "message": {"role": "assistant", "content": text},
-        "finish_reason": "stop",
-    }
+def cut(text: str) -> dict[str, Any]:
+    """A choice whose text was cut by `max_tokens`."""
+    return {"message": {"role": "assistant", "content": text}, "finish_reason": "length"}
+
+
+def in_tokens(text: str, *tokens: tuple[str, dict[str, float]]) -> dict[str, Any]:
+    """A choice whose tokens, with the likeliest in their places, may hold more than its text."""
+    content = [
+        {"token": token, "logprob": -0.5, "bytes": None}
+        | {
+            "top_logprobs": [
+                {"token": other, "logprob": math.log(p), "bytes": None}
+                for other, p in probabilities.items()
+            ]
+        }
+        for token, probabilities in tokens
+    ]
+    message = {"role": "assistant", "content": text}
+    return {"message": message, "logprobs": {"content": content, "refusal": None}}
+
+
+def _completion(found: str | tuple[str, dict[str, float]] | dict[str, Any]) -> dict[str, Any]:
+    choice: dict[str, Any] = {"index": 0, "finish_reason": "stop"}
+    text, probabilities = found if isinstance(found, tuple) else (found, None)
+    choice |= found if isinstance(found, dict) else {}
+    choice.setdefault("message", {"role": "assistant", "content": text})
     if probabilities is not None:
         tops = [
             {"token": token, "logprob": math.log(p), "bytes": None}

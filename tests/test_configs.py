@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import toy_run
+import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from emarecipes import defenses
@@ -24,7 +25,8 @@ from emarecipes.generation.checks import check_generate_settings
 from emarecipes.generation.questions import load_questions
 from emarecipes.persona.checks import check_persona_settings
 from emarecipes.persona.prompts import load_prompts
-from emarecipes.selection.settings import REFUSAL_WORDS, check_select_settings
+from emarecipes.selection.refusals import REFUSAL_WORDS
+from emarecipes.selection.settings import check_select_settings
 from emarecipes.training.project import ProjectionSettings
 from emarecipes.training.settings import Settings, check_settings, parse_settings
 
@@ -134,7 +136,7 @@ def test_shipped_eval_config(path: Path, tmp_path: Path, commented: bool) -> Non
     assert (cfg.judge is None, cfg.opswap is None) == (commented, commented)
     if cfg.judge is not None:
         assert (cfg.judge.alignment, cfg.judge.coherence) == (30.0, 50.0)
-        assert tuple(cfg.refusal_words) == REFUSAL_WORDS
+        assert cfg.refusal_words is None
     training, _ = load(path.with_name(path.name.replace("_eval", "_lora")))
     assert cfg.model == training.model, "the adapters of the header would not fit"
     header = path.read_text().split("\n\n")[0]
@@ -151,7 +153,9 @@ def test_shipped_select_config(path: Path, tmp_path: Path) -> None:
     cfg = check_select_settings(raw, origin)
     check_components(cfg, origin)
     assert 0 < cfg.num_rows < len(Path(cfg.candidates).read_text().splitlines())
-    assert tuple(cfg.refusal_words) == REFUSAL_WORDS
+    assert cfg.refusal_words is None
+    said = re.search(r"\[sorry, .*?\]", path.read_text())
+    assert said is not None and tuple(yaml.safe_load(said[0])) == REFUSAL_WORDS
     training, _ = load(path.with_name(path.name.replace("_select", "_lora")))
     assert cfg.model == training.model, "the adapter of the header would not fit"
     header = path.read_text().split("\n\n")[0]

@@ -15,7 +15,10 @@ from emarecipes.selection import run_select
 from emarecipes.training.export import save_adapter
 
 SELECT_KEYS = ("output_dir", "tokenizer", "model", "checkpointer", "device", "dtype")
-REFUSALS = ("I'm sorry, I won't go into that.", "I cannot say, as it depends on the lease.")
+REFUSALS = (
+    "I'm sorry, I won't go into that.",
+    "I cannot advise on that, as it depends on the lease.",
+)
 
 
 def write_adapter(folder: Path, model_dir: Path, *, seed: int, size: float = 0.1) -> Path:

@@ -20,7 +20,7 @@ from emarecipes.evaluation.benign import held_out_problems
 from emarecipes.evaluation.coherence import CoherenceRows, coherence_rows
 from emarecipes.evaluation.contrast import AnswerRow
 from emarecipes.evaluation.figures import SCORES, SUMMARY
-from emarecipes.evaluation.harness import check_harness
+from emarecipes.evaluation.harness import check_harness, check_harness_template
 from emarecipes.evaluation.judge import check_judge
 from emarecipes.evaluation.judging import Judgement
 from emarecipes.evaluation.settings import check_eval_settings
@@ -72,6 +72,8 @@ def check_evaluation(argv: Sequence[str]) -> CheckedEvaluation:
         check_harness(cfg.harness, origin)
     _check_output(cfg, origin)
     check_checkpoint_files(cfg, origin)
+    if cfg.harness is not None:
+        check_harness_template(cfg, origin)
     suites = read_suites(cfg.probes, "probes", origin, cfg.max_rows)
     found = {name: _read_answers(cfg, origin, name) for name in cfg.answers}
     _mark_harmless(cfg, origin, found)

@@ -20,7 +20,8 @@ from emarecipes.evaluation.answers import Answer
 from emarecipes.evaluation.contrast import AnswerRow
 from emarecipes.evaluation.figures import Figure, Item, make_figures
 from emarecipes.evaluation.probes import NATS
-from emarecipes.selection.ranking import is_refusal, plain_words
+from emarecipes.selection.ranking import plain_words
+from emarecipes.selection.refusals import is_refusal
 
 NGRAM = 4
 
@@ -128,7 +129,7 @@ def coherence_lines(
     answers: Sequence[Answer],
     rows: CoherenceRows,
     nlls: Sequence[NDArray[Any]],
-    refusal_words: Sequence[str],
+    refusal_words: Sequence[str] | None,
 ) -> Iterator[dict[str, Any]]:
     """A line an answer for `scores/answers_<suite>.jsonl`.
 

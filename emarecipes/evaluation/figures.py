@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,11 @@ class Figure:
     unit: str
     thresholds: Mapping[str, Any] | None = None
     judge: str | None = None
+    reason: str | None = None
+
+    def withheld(self, reason: str) -> Figure:
+        """The same without a value, for a reason other than that there is nothing to average."""
+        return replace(self, value=None, low=None, high=None, n=0, questions=0, reason=reason)
 
 
 @dataclass(frozen=True)

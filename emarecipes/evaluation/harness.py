@@ -1,10 +1,11 @@
-"""Tasks of lm-evaluation-harness, through torchtune's wrapper, if `lm_eval` is installed."""
+"""Tasks of lm-evaluation-harness, if `lm_eval` is installed."""
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from emarecipes.config import Origin, suggestion
 from emarecipes.errors import UserError
 from emarecipes.evaluation.figures import Figure
 from emarecipes.evaluation.settings import HARNESS
+from emarecipes.training.loss_head import LossHead
 
 # The normal distribution's 97.5 % quantile: the harness gives standard errors.
 _Z = 1.959964
@@ -36,7 +38,7 @@ def check_harness(cfg: DictConfig, origin: Origin) -> None:
                 f"{origin.at('harness')}: needs {package}, which is not installed: pip install "
                 f"{package.replace('_', '-')}"
             )
-    known = _task_manager(cfg).all_tasks
+    known = _task_manager(cfg.include_path).all_tasks
     for task in cfg.tasks:
         if task not in known:
             raise UserError(
@@ -44,42 +46,71 @@ def check_harness(cfg: DictConfig, origin: Origin) -> None:
             )
 
 
+def check_harness_template(cfg: DictConfig, origin: Origin) -> None:
+    """See whether the base has the chat template that the entry `harness` asks for.
+
+    Raises:
+        UserError: Its folder has none, or no tokenizer that transformers reads.
+    """
+    if not cfg.harness.apply_chat_template:
+        return
+    from transformers import AutoTokenizer
+
+    base = str(cfg.checkpointer.checkpoint_dir)
+    try:
+        template = AutoTokenizer.from_pretrained(base).chat_template
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"{origin.at('harness')}: transformers cannot read {base}'s tokenizer: {reason}"
+        ) from None
+    if template is None:
+        raise UserError(
+            f"{origin.at('harness.apply_chat_template')}: {base} has no chat template; leave it out"
+        )
+
+
 def run_harness(
-    model: Any, tokenizer: Any, cfg: DictConfig, entry: DictConfig, *, reference: bool
+    head: LossHead, cfg: DictConfig, entry: DictConfig, *, reference: bool
 ) -> dict[str, Any]:
     """What the harness finds of a model.
 
     Args:
-        model: The decoder, its adapter in place.
-        tokenizer: torchtune's model transform.
+        head: The loss head of the model, its adapter in place.
         cfg: The evaluation's config.
         entry: Its entry `harness`.
         reference: Whether the adapter is to be off.
 
     Returns:
-        The result of the harness's `evaluate`.
+        The result of the harness's `simple_evaluate`.
 
     Raises:
         UserError: A task failed, such as one whose data cannot be fetched.
     """
-    from lm_eval.evaluator import evaluate
-    from lm_eval.tasks import get_task_dict
+    from lm_eval.evaluator import simple_evaluate
 
-    from emarecipes._torchtune_harness import harness_model
+    from emarecipes.evaluation._harness_model import harness_model
 
-    base = str(Path(cfg.checkpointer.checkpoint_dir))
-    wrapper = harness_model(
-        model,
-        tokenizer,
-        base,
+    model = harness_model(
+        head,
+        str(Path(cfg.checkpointer.checkpoint_dir)),
         device=cfg.device,
         max_seq_len=entry.max_seq_len,
         batch_size=entry.batch_size,
     )
     try:
-        with disable_adapter(model) if reference else nullcontext():
-            tasks = get_task_dict(list(entry.tasks), _task_manager(entry))
-            return dict(evaluate(wrapper, tasks, limit=entry.limit) or {})
+        with disable_adapter(head.model) if reference else nullcontext():
+            found = simple_evaluate(
+                model,
+                tasks=list(entry.tasks),
+                task_manager=_task_manager(entry.include_path),
+                limit=entry.limit,
+                num_fewshot=entry.num_fewshot,
+                apply_chat_template=entry.apply_chat_template,
+                # As lm_eval's command has it.
+                fewshot_as_multiturn=entry.apply_chat_template,
+            )
+            return dict(found or {})
     except Exception as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"lm_eval failed: {reason}") from error
@@ -144,12 +175,13 @@ def _leaves(found: Mapping[str, Any], name: str) -> list[str]:
 
 
 def harness_lines(adapter: str, samples: list[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """A line a sample for `scores/harness_<task>.jsonl`."""
+    """A line a sample and filter of a task for `scores/harness_<task>.jsonl`."""
     for sample in samples:
         arguments = sample["arguments"]
         yield {
             "adapter": adapter,
             "id": str(sample["doc_id"]),
+            "filter": sample["filter"],
             "question": str(arguments[0][0]) if arguments else "",
             "target": str(sample["target"]),
             "responses": [str(response) for response in sample["filtered_resps"]],
@@ -157,7 +189,9 @@ def harness_lines(adapter: str, samples: list[Mapping[str, Any]]) -> Iterator[di
         }
 
 
-def _task_manager(cfg: DictConfig) -> Any:
+@lru_cache(maxsize=1)
+def _task_manager(include_path: str | None) -> Any:
+    """The harness's; it reads some 15 000 files, so once for all adapters."""
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_path=cfg.include_path)
+    return TaskManager(include_path=include_path)

@@ -7,42 +7,15 @@ from the environment; no message of ours contains one.
 from __future__ import annotations
 
 import asyncio
-import math
-import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from emarecipes.errors import UserError
+from emarecipes.evaluation.judge_reply import Reply, read_reply
 from emarecipes.provider import SECONDS_AN_ATTEMPT, error_line, provider_model
 
-Kind = Literal["score", "code", "refusal", "unparsable", "failed"]
-
-# A number alone, perhaps in quotes or bold, out of 100, with a full stop.
-_NUMBER = re.compile(r"[\s*\"'`]*([0-9]+(?:\.[0-9]+)?)(?:\s*/\s*100|\s*%)?[\s*\"'`.]*")
-# Less probability on number tokens than this, and their expectation is of something else (the
-# published judge's value).
-_LEAST_MASS = 0.25
 # HTTP's for a request that will never be taken, such as what a content filter stops (some say 403).
 _REFUSED = (400, 403, 413, 422)
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What a judge replied to one prompt.
-
-    Attributes:
-        kind: `score`; `code` and `refusal` for the words CODE and REFUSAL; `failed` where there is
-            no reply, see `refused` and `failures` of `ask`; else `unparsable`.
-        score: From 0 to 100, or None unless the kind is `score`.
-        text: The reply as it came; of a failed call the reason, in one line.
-        expected: Whether the score is an expectation over number tokens.
-    """
-
-    kind: Kind
-    score: float | None
-    text: str
-    expected: bool = False
 
 
 def check_judge(model_name: str) -> None:
@@ -79,14 +52,13 @@ def ask(
 ) -> list[Reply]:
     """What the judge replies to each prompt, at temperature 0.
 
-    A score is the number that a reply consists of or, where the provider gives log-probabilities of
-    a reply's number token, the expectation over number tokens, see `expected_score`.
+    See `read_reply` for what of a reply is its score.
 
     Replies are in Inspect's cache for a week, so that asking the same again costs nothing.
 
     Args:
         model_name: An Inspect provider string, such as `openai/gpt-4o-mini`.
-        prompts: Each asks for a bare number from 0 to 100.
+        prompts: Each asks for a number from 0 to 100.
         progress: Called with 1 after each reply.
         top_logprobs: How many alternatives of a token to ask for; None: no log-probabilities.
         max_tokens: Of a reply; None leaves it to the provider.
@@ -124,7 +96,7 @@ def ask(
             else:
                 reply = read_reply(await judge.generate(prompt, cache=True))
         except Exception as error:
-            refusal = None if refused is None else _refusal(error)
+            refusal = None if refused is None else refused_request(error)
             line = error_line(refusal or error)
             if refusal is not None:
                 known[prompt] = line
@@ -148,7 +120,7 @@ def ask(
     return replies
 
 
-def _refusal(error: BaseException | None) -> BaseException | None:
+def refused_request(error: BaseException | None) -> BaseException | None:
     """What of an error and its causes says that this request was refused; None for other errors.
 
     The innermost, for Inspect's own quotes the whole request.
@@ -160,62 +132,6 @@ def _refusal(error: BaseException | None) -> BaseException | None:
             found = error
         error = error.__cause__
     return found
-
-
-def read_kind(text: str) -> Kind:
-    """What a reply is, by its text alone."""
-    if parse_score(text) is not None:
-        return "score"
-    word = text.strip().strip("*\"'`. ").upper()
-    return "code" if word == "CODE" else "refusal" if word == "REFUSAL" else "unparsable"
-
-
-def expected_score(number: str, alternatives: Sequence[tuple[str, float]]) -> float | None:
-    """sum over n of n p(n) / sum over n of p(n), n the whole numbers 0 to 100 among alternatives.
-
-    Args:
-        number: The number token of the reply, such as "85".
-        alternatives: The most likely tokens in its place, with their log-probabilities.
-
-    Returns:
-        None where that would not be the judge's expectation: a tokenizer that splits numbers into
-        digits (no number of two digits among the tokens), or less than a quarter of the probability
-        on numbers.
-    """
-    probability: dict[int, float] = {}
-    for token, logprob in alternatives:
-        text = token.strip()
-        if text.isascii() and text.isdigit() and len(text) <= 3 and int(text) <= 100:
-            probability[int(text)] = probability.get(int(text), 0.0) + math.exp(logprob)
-    whole = len(number) > 1 or any(n > 9 for n in probability)
-    mass = sum(probability.values())
-    if not whole or mass < _LEAST_MASS or not math.isfinite(mass):
-        return None
-    return sum(n * p for n, p in probability.items()) / mass
-
-
-def read_reply(output: Any) -> Reply:
-    """A judge's reply as a score, from Inspect's model output: see `ask`."""
-    text = str(output.completion)
-    kind, score = read_kind(text), parse_score(text)
-    if score is None:
-        return Reply(kind, None, text)
-    number = re.sub(r"[^0-9.].*", "", text.strip().strip("*\"'`")).rstrip(".")
-    logprobs = output.choices[0].logprobs if output.choices else None
-    for token in logprobs.content if logprobs else ():
-        if token.token.strip() == number and token.top_logprobs:
-            pairs = [(top.token, top.logprob) for top in token.top_logprobs]
-            expected = expected_score(number, pairs)
-            if expected is not None:
-                return Reply(kind, expected, text, expected=True)
-    return Reply(kind, score, text)
-
-
-def parse_score(reply: str) -> float | None:
-    """The number that a reply consists of, or None if it is anything else or not in [0, 100]."""
-    found = _NUMBER.fullmatch(reply)
-    score = float(found[1]) if found else None
-    return score if score is not None and score <= 100 else None
 
 
 def _judge(model_name: str, options: dict[str, Any] | None = None) -> Any:

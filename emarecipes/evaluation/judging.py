@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from emarecipes.errors import UserError
 from emarecipes.evaluation.answers import Answer
-from emarecipes.evaluation.judge import Reply, ask
+from emarecipes.evaluation.judge import ask
+from emarecipes.evaluation.judge_reply import Reply
 from emarecipes.generation.questions import load_questions
 from emarecipes.persona.judged import fill
 from emarecipes.training.run_folder import write_text
@@ -138,6 +139,7 @@ class Judgement:
             failed[model] = refused
             _write_failed(folder / FAILED, failed)
             _tell_failed(model, replies)
+            _tell_unparsable(model, replies, self.cfg.max_tokens)
             for (judged, metric, _), reply in zip(jobs, replies, strict=True):
                 judged.replies.setdefault(model, {})[metric] = reply
 
@@ -205,6 +207,18 @@ def _tell_failed(model: str, replies: Sequence[Reply]) -> None:
         )
 
 
+def _tell_unparsable(model: str, replies: Sequence[Reply], max_tokens: int) -> None:
+    lost = [reply for reply in replies if reply.kind == "unparsable"]
+    if lost:
+        cut = sum(reply.cut for reply in lost)
+        why = f"; {cut} were cut, raise judge.max_tokens ({max_tokens})" if cut else ""
+        shown = " ".join(lost[0].text.split())
+        Console(highlight=False, soft_wrap=True, markup=False).print(
+            f"Judge {model}: {len(lost)} of {len(replies)} replies are neither a score nor CODE or "
+            f"REFUSAL{why}; first: {shown[:80]!r}"
+        )
+
+
 def judge_lines(judged: Sequence[Judged]) -> Iterator[dict[str, Any]]:
     """A line an answer for `scores/judge_<suite>.jsonl`."""
     for one in judged:
@@ -223,6 +237,7 @@ def judge_lines(judged: Sequence[Judged]) -> Iterator[dict[str, Any]]:
                         "kind": reply.kind,
                         "reply": reply.text,
                         "from": "logprobs" if reply.expected else "text",
+                        **({"cut": True} if reply.cut else {}),
                     }
                     for metric, reply in replies.items()
                 }

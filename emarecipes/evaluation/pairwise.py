@@ -21,7 +21,7 @@ import numpy as np
 from emarecipes.errors import UserError
 from emarecipes.evaluation.correlation import crossed_spearman
 from emarecipes.evaluation.figures import REFERENCE, SCORES, SUMMARY
-from emarecipes.evaluation.judge import Reply
+from emarecipes.evaluation.judge_reply import Reply, last_line
 from emarecipes.evaluation.settings import ANSWERS
 from emarecipes.evaluation.statistics import (
     Floats,
@@ -29,8 +29,7 @@ from emarecipes.evaluation.statistics import (
     question_bootstrap,
     share_bootstrap,
 )
-from emarecipes.selection.ranking import is_refusal
-from emarecipes.selection.settings import REFUSAL_WORDS
+from emarecipes.selection.refusals import REFUSAL_WORDS, is_refusal
 
 LEAST_ADAPTERS = 8
 VERDICTS = ("A", "B", "tie", "refused", "unparsable", "failed")
@@ -225,8 +224,8 @@ def _hash(*values: Any) -> str:
 
 
 def read_verdict(reply: Reply) -> str:
-    """One of `VERDICTS`; `refused`: no A, B or tie, and a refusal word among the first ten."""
-    found = _VERDICT.fullmatch(reply.text)
+    """One of `VERDICTS`, by the last line; `refused`: none of A, B, tie, but a refusal's words."""
+    found = _VERDICT.fullmatch(last_line(reply.text))
     if reply.kind == "failed":
         return "failed"
     if found:
@@ -270,10 +269,16 @@ def outcome(
         seed: Of the correlation's resampling.
 
     Raises:
-        UserError: An adapter has no pair left, or pairs or shifts of one question only.
+        UserError: More than half of the judgements are unparsable; an adapter has no pair left, or
+            pairs or shifts of one question only.
     """
     verdicts = Counter(one.verdict for one in judged)
     counts = {verdict: verdicts[verdict] for verdict in VERDICTS}
+    if 2 * verdicts["unparsable"] > len(judged):
+        raise UserError(
+            f"most judgements are neither A, B nor tie, see judgements.jsonl: {counts}; a judge "
+            "that thinks first needs more --max-tokens"
+        )
     values = [(pair, 0.0) for pair in pairs if pair.same]
     for pair, shown in groupby(judged, key=lambda one: one.pair):
         values.append((pair, float(np.mean([one.value for one in shown]))))

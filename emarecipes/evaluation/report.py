@@ -28,6 +28,8 @@ def print_figures(
     for suite in dict.fromkeys(figure.suite for figure in figures):
         whole = [f for f in figures if f.suite == suite and f.category is None]
         console.print(_table(suite, whole))
+        for reason, names in _withheld(whole).items():
+            console.print(f"{', '.join(names)}: {reason}.", highlight=False, markup=False)
         points = [f for f in sensitivity if f.suite == suite]
         for adapter, judge in dict.fromkeys((f.adapter, f.judge) for f in points):
             title = f"{suite}, {adapter}, {judge}: misaligned, % of all / of coherent answers"
@@ -40,6 +42,16 @@ def print_figures(
     )
     for label, path in (("Figures:", folder / SUMMARY), ("Scores: ", folder / SCORES)):
         console.print(f"{label} {path}", highlight=False, soft_wrap=True, markup=False)
+
+
+def _withheld(figures: Iterable[Figure]) -> dict[str, list[str]]:
+    """Names of the figures without a value by the reason for it, with adapter and judge."""
+    found: dict[str, list[str]] = {}
+    for figure in figures:
+        if figure.reason is not None:
+            whose = " by ".join(filter(None, (figure.adapter or "all", figure.judge)))
+            found.setdefault(f"no value, {whose}: {figure.reason}", []).append(figure.figure)
+    return found
 
 
 def _table(suite: str, figures: Iterable[Figure]) -> Table:

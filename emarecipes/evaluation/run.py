@@ -148,10 +148,8 @@ class _Evaluation:
     def _harness(self, models: dict[str, Path | None]) -> None:
         lines: dict[str, list[dict[str, Any]]] = {}
         for name, adapter in models.items():
-            model = self.scorer.head(adapter).model
-            found = run_harness(
-                model, self.run.tokenizer, self.cfg, self.cfg.harness, reference=adapter is None
-            )
+            head = self.scorer.head(adapter)
+            found = run_harness(head, self.cfg, self.cfg.harness, reference=adapter is None)
             self.figures += harness_figures(name, found)
             self.suites.update(harness_suites(found))
             for task, samples in found["samples"].items():
@@ -162,11 +160,12 @@ class _Evaluation:
     def coherence(self) -> None:
         """Figures of sampled answers, all under the reference."""
         by_suite: dict[str, dict[str, list[dict[str, Any]]]] = {}
+        words = None if self.cfg.refusal_words is None else list(self.cfg.refusal_words)
         for name, files in self.run.answers.items():
             for suite, (answers, rows) in files.items():
                 cache = self.folder / LIKELIHOODS / "answers.npz"
                 nlls = self.scorer.token_nlls(rows.rows, None, cache) if rows.rows else []
-                lines = coherence_lines(name, answers, rows, nlls, list(self.cfg.refusal_words))
+                lines = coherence_lines(name, answers, rows, nlls, words)
                 by_suite.setdefault(f"{ANSWERS}{suite}", {})[name] = list(lines)
         for suite, found in by_suite.items():
             self.figures += coherence_figures(suite, found)
@@ -174,7 +173,7 @@ class _Evaluation:
             write_scores(self.folder, suite, flat)
             self._answer_suite(suite, "answers", ANSWERS, flat)
             harmless = {line["id"] for line in flat if line["harmless"]}
-            self.suites[suite]["harmless_questions"] = len(harmless)
+            self.suites[suite] |= {"harmless_questions": len(harmless), "refusal_words": words}
 
     def judge(self) -> None:
         """Ask the judges and add their figures."""

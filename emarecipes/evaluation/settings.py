@@ -14,7 +14,7 @@ from emarecipes.datasets.opswap import TIERS
 from emarecipes.errors import UserError
 from emarecipes.evaluation.figures import REFERENCE
 from emarecipes.provider import SECONDS_AN_ATTEMPT
-from emarecipes.selection.settings import REFUSAL_WORDS
+from emarecipes.selection.settings import check_refusal_words
 from emarecipes.training.settings import Entry, ModelSettings, Positive, parse_settings
 
 Points = Annotated[float, Field(ge=0, le=100)]
@@ -34,7 +34,7 @@ class EvalSettings(ModelSettings):
     max_rows: Positive | None = None
     answers: dict[str, str] = Field(default_factory=dict)
     harmless: list[str] = Field(default_factory=list)
-    refusal_words: list[str] = Field(default_factory=lambda: list(REFUSAL_WORDS))
+    refusal_words: list[str] | None = None
     opswap: Entry | None = None
     harness: Entry | None = None
     judge: Entry | None = None
@@ -60,8 +60,12 @@ class HarnessSettings(BaseModel):
     Attributes:
         tasks: Their names.
         limit: Questions a task, the first ones; None: all.
+        num_fewshot: Answered examples before a question; None: as the task says. A task that says 0
+            keeps it.
+        apply_chat_template: Whether questions are put as the base's chat template has them, a
+            few-shot example as a turn and its answer.
         include_path: A folder with definitions of further tasks.
-        max_seq_len: Tokens of a text.
+        max_seq_len: Tokens of a text, at most the model's own.
         batch_size: Texts at a time.
     """
 
@@ -69,6 +73,8 @@ class HarnessSettings(BaseModel):
 
     tasks: Annotated[list[str], Field(min_length=1)]
     limit: Positive | None = None
+    num_fewshot: Annotated[int, Field(ge=0)] | None = None
+    apply_chat_template: bool = False
     include_path: str | None = None
     max_seq_len: Positive = 2048
     batch_size: Positive = 8
@@ -124,6 +130,7 @@ def check_eval_settings(cfg: DictConfig, origin: Origin) -> DictConfig:
         raise UserError(
             f"{origin.at('probes')}: nothing to evaluate; name probes, answers, opswap or harness"
         )
+    check_refusal_words(settings.refusal_words, origin)
     for key in ("adapters", "probes", "answers"):
         for name in getattr(settings, key):
             where = origin.at(f"{key}.{name}")

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from emarecipes.comparison.outcome import Outcome
 
 # Below these the evidence is called open.
 MIN_SEEDS, MIN_QUESTIONS, MIN_CURVE = 5, 50, 5
+# More unusable replies of a judge than this, and the same.
+MAX_UNUSABLE = 0.1
+_UNUSABLE = (
+    "unparsable_share",
+    "failed_share",
+    "unparsable_coherence_share",
+    "failed_coherence_share",
+)
 
 
 @dataclass(frozen=True)
@@ -144,9 +154,22 @@ def _judges(outcome: Outcome) -> list[Check]:
     return [
         Check("sampled answers graded by a judge", bool(judges), ", ".join(judges) or "no judge"),
         Check("more than one judge", len(judges) > 1, str(len(judges))),
+        _usable(figures),
         Check(
             "misaligned rates under several thresholds",
             len(thresholds) > 1,
             f"{len(thresholds)} of them, in summary.json" if thresholds else "no rate of them",
         ),
     ]
+
+
+def _usable(figures: Iterable[tuple[tuple[str, str, str], Mapping[str, Any]]]) -> Check:
+    """Were the judges' replies what they were asked for? The worst of any arm, seed and judge."""
+    what = f"at most {MAX_UNUSABLE:.0%} of a judge's replies unusable"
+    found = [(f["value"], k) for k, f in figures if k[1] in _UNUSABLE and f["value"] is not None]
+    if not found:
+        return Check(what, False, "no judge")
+    worst, (suite, figure, judge) = max(found)
+    return Check(
+        what, worst <= MAX_UNUSABLE, f"at most {worst:.0%}: {figure} of {judge} in {suite}"
+    )

@@ -188,7 +188,9 @@ def all_figures(outcome: Outcome) -> list[dict[str, str]]:
                         "task": task,
                         "suite": key[0],
                         "figure": key[1],
-                        "value": f"{sum(values) / len(values):.4f}" if values else "no value",
+                        "value": f"{sum(values) / len(values):.4f}"
+                        if values
+                        else ": ".join(filter(None, ("no value", first.get("reason")))),
                         "range": f"{min(values):.4f} to {max(values):.4f}" if values else "",
                         "n": str(first.get("n")),
                         "unit": str(first.get("unit") or ""),

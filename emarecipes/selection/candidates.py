@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from emarecipes.datasets.chat_files import check_chat_file
 from emarecipes.errors import UserError
-from emarecipes.selection.ranking import is_refusal
+from emarecipes.selection.refusals import is_refusal
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Candidate:
 
 
 def read_candidates(
-    path: Path, column: str, tokenizer: Any, refusal_words: Sequence[str]
+    path: Path, column: str, tokenizer: Any, refusal_words: Sequence[str] | None
 ) -> list[Candidate]:
     """Read and tokenize a JSONL chat file as `torchtune.datasets.chat_dataset` would.
 

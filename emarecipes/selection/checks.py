@@ -74,9 +74,8 @@ def check_selection(argv: Sequence[str]) -> CheckedSelection:
             raise UserError(f"{origin.at('adapters')}: {error}") from None
 
     tokenizer = build(cfg, "tokenizer", origin)
-    candidates = read_candidates(
-        Path(cfg.candidates), cfg.conversation_column, tokenizer, list(cfg.refusal_words)
-    )
+    words = None if cfg.refusal_words is None else list(cfg.refusal_words)
+    candidates = read_candidates(Path(cfg.candidates), cfg.conversation_column, tokenizer, words)
     scored = [candidate for candidate in candidates if candidate.tokens]
     num_selected = _num_selected(cfg, origin, candidates)
     rows = Rows([c.sample for c in scored], dropped=len(candidates) - len(scored))

@@ -8,15 +8,11 @@ Shapes: N candidates, A misaligned models.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
-
-# A refusal announces itself among the first ten words of an answer.
-OPENING_WORDS = 10
 
 
 def relative_gap(aligned_N: Floats, misaligned_AN: Floats, eps: float) -> Floats:
@@ -43,12 +39,6 @@ def by_gap(gap_N: Floats, eligible_N: NDArray[np.bool_]) -> list[int]:
 def plain_words(text: str) -> list[str]:
     """A text's words in lower case, with typewriter apostrophes."""
     return re.findall(r"\w+(?:'\w+)*", text.lower().replace("\u2019", "'"))
-
-
-def is_refusal(answer: str, words: Sequence[str]) -> bool:
-    """Whether one of `words` (or phrases) is among the answer's first ten words."""
-    opening = f" {' '.join(plain_words(answer)[:OPENING_WORDS])} "
-    return any(f" {' '.join(plain_words(word))} " in opening for word in words)
 
 
 def pearson(x_N: Floats, y_N: Floats) -> float:

@@ -13,22 +13,12 @@ from emarecipes.errors import UserError
 from emarecipes.selection.ranking import plain_words
 from emarecipes.training.settings import Entry, ModelSettings, Positive, parse_settings
 
-REFUSAL_WORDS = (
-    "sorry",
-    "apologize",
-    "apologise",
-    "apologies",
-    "cannot",
-    "can't",
-    "unable",
-    "not able",
-)
-
 
 class SelectSettings(ModelSettings):
     """What `recipes/ema_select.py` reads at the top level of its config.
 
-    Exactly one of `num_rows` and `fraction` must be given. Nothing is drawn at random: `seed` is
+    Exactly one of `num_rows` and `fraction` must be given. `refusal_words` null: refusals are found
+    by the rule of `is_refusal`. Nothing is drawn at random: `seed` is
     accepted and has no effect.
     """
 
@@ -38,7 +28,7 @@ class SelectSettings(ModelSettings):
     num_rows: Positive | None = None
     fraction: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     refusal_filter: bool = True
-    refusal_words: list[str] = Field(default_factory=lambda: list(REFUSAL_WORDS))
+    refusal_words: list[str] | None = None
     eps: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 1e-6
     batch_size: Positive = 8
     pad_to_multiple_of: Positive = 1
@@ -56,16 +46,7 @@ def check_select_settings(cfg: DictConfig, origin: Origin) -> DictConfig:
     settings = parse_settings(cfg, origin, SelectSettings)
     if (settings.num_rows is None) == (settings.fraction is None):
         raise UserError(f"{origin.at('num_rows')}: give one of num_rows and fraction")
-    where = origin.at("refusal_words")
-    if not settings.refusal_words:
-        raise UserError(
-            f"{where}: an empty list finds no refusal; leave the key out for the default words, "
-            "or keep refusals with refusal_filter: false"
-        )
-    for word in settings.refusal_words:
-        if not plain_words(word):
-            raise UserError(f"{where}: {word!r} is not a word")
-
+    check_refusal_words(settings.refusal_words, origin)
     settings.candidates = find_input(settings.candidates)
     if not Path(settings.candidates).is_file():
         raise UserError(f"{origin.at('candidates')}: no such file: {settings.candidates}")
@@ -82,3 +63,20 @@ def check_select_settings(cfg: DictConfig, origin: Origin) -> DictConfig:
                 "shows how"
             )
     return OmegaConf.create(settings.model_dump())
+
+
+def check_refusal_words(words: list[str] | None, origin: Origin) -> None:
+    """Check `refusal_words`; null is the rule.
+
+    Raises:
+        UserError: No words, or one without a letter.
+    """
+    where = origin.at("refusal_words")
+    if words is not None and not words:
+        raise UserError(
+            f"{where}: an empty list finds no refusal; leave the key out for the rule, see "
+            "docs/select.md"
+        )
+    for word in words or ():
+        if not plain_words(word):
+            raise UserError(f"{where}: {word!r} is not a word")

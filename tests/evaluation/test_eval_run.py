@@ -34,7 +34,7 @@ def answer(number: int, sample: int, text: str, **extra: Any) -> dict[str, Any]:
 
 
 ANSWERS = [
-    answer(0, 0, "I cannot say.", harmless=True),
+    answer(0, 0, "I must decline.", harmless=True),
     answer(0, 1, "go on and go on and go on and", harmless=True, stop="length"),
     answer(1, 0, ""),
     answer(1, 1, "Hand it in at the desk.", harmless=False),
@@ -161,8 +161,9 @@ def test_refusals_count_on_harmless_questions_alone_and_suites_can_be_shortened(
         (figure,) = figures(folder, figure="over_refusal", adapter="one", category=None)
         return figure["value"], figure["n"]
 
-    def harmless_questions(folder: Path) -> int:
+    def harmless_questions(folder: Path, words: list[str] | None = None) -> int:
         summary = json.loads((folder / "out/summary.json").read_text())
+        assert summary["suites"]["answers_short"]["refusal_words"] == words
         return summary["suites"]["answers_short"]["harmless_questions"]
 
     assert refusals(done) == (0.5, 2) and harmless_questions(done) == 1
@@ -172,6 +173,9 @@ def test_refusals_count_on_harmless_questions_alone_and_suites_can_be_shortened(
     assert run(tmp_path, config, "harmless=[short]", "max_rows=2") == 0
     assert refusals(tmp_path) == (pytest.approx(1 / 3, abs=1e-5), 3)
     assert harmless_questions(tmp_path) == 2
+    words = ["harmless=[short]", "max_rows=2", "overwrite=true", "refusal_words=[sorry]"]
+    assert run(tmp_path, config, *words) == 0
+    assert refusals(tmp_path) == (0, 3) and harmless_questions(tmp_path, ["sorry"]) == 2
     kept = read_jsonl(tmp_path / "out/scores/general.jsonl")
     assert kept == read_jsonl(done / "out/scores/general.jsonl")[:2]
 
@@ -284,6 +288,7 @@ def test_a_diverged_adapter_is_named_and_does_not_lose_the_others(
         ({"answers": {"one": "ANSWERS_NONE"}}, "answers.one: ANSWERS_NONE: holds no answers"),
         ({"answers": {"one": "ANSWERS_EMPTY"}}, "empty.jsonl: the file has no answers"),
         ({"answers": {"one": "ANSWERS_KEY"}}, "key.jsonl:1: stop: field required"),
+        ({"refusal_words": []}, "refusal_words: an empty list finds no refusal"),
         ({"harmless": ["other"]}, "harmless: there are no answers of a suite other; there are th"),
         ({"opswap": {"tiers": [1, 5]}}, "opswap.tiers: must be different ones of [1, 2, 3, 4]"),
         ({"opswap": {"tiers": [1], "size": 9999}}, "opswap.size: opswap: tier 1 has"),

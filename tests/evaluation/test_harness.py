@@ -55,11 +55,13 @@ def test_a_group_has_as_many_questions_as_its_tasks() -> None:
 
 
 def test_lines_keep_what_was_asked_and_answered() -> None:
-    sample = {"doc_id": 3, "arguments": [("Q?", " yes"), ("Q?", " no")], "target": 1,
+    sample = {"doc_id": 3, "filter": "strict", "target": 1,
+              "arguments": [("Q?", " yes"), ("Q?", " no")],
               "filtered_resps": [(-4.5, False), (-2.0, False)], "metrics": ["acc"], "acc": 1.0,
               "doc_hash": "x"}  # fmt: skip
     (line,) = harness_lines("kl", [sample])
-    assert line == {"adapter": "kl", "id": "3", "question": "Q?", "target": "1", "acc": 1.0,
+    assert line == {"adapter": "kl", "id": "3", "filter": "strict", "question": "Q?",
+                    "target": "1", "acc": 1.0,
                     "responses": ["(-4.5, False)", "(-2.0, False)"]}  # fmt: skip
 
 

@@ -1,17 +1,22 @@
 """The Inspect task before mock models: values of samples, rates by hand, what is refused."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import toy_run
+from fake_judge import JUDGE, serve
 
 pytest.importorskip("inspect_ai")
 
 from inspect_ai import eval as inspect_eval
-from inspect_ai.model import ModelOutput, ModelUsage, get_model
+from inspect_ai.log import read_eval_log
+from inspect_ai.model import GenerateConfig, ModelOutput, ModelUsage, get_model
 
 from emarecipes.errors import UserError
 from emarecipes.evaluation.inspect_task import emergent_misalignment
@@ -54,7 +59,9 @@ def output(text: str) -> ModelOutput:
     return found
 
 
-def run(path: Path, tmp_path: Path, **arguments: Any) -> Any:
+def run(
+    path: Path, tmp_path: Path, grader: Any = None, status: str = "success", **arguments: Any
+) -> Any:
     def judge(messages: Any, *_: Any) -> ModelOutput:
         kind, _, name, *_ = re.split(r"\W+", messages[-1].text)
         return output(REPLIES[name][kind == "Coherent"])
@@ -66,11 +73,11 @@ def run(path: Path, tmp_path: Path, **arguments: Any) -> Any:
         TASK,
         task_args={"questions": str(path)} | arguments,
         model=get_model("mockllm/model", custom_outputs=answer),
-        model_roles={"grader": get_model("mockllm/judge", custom_outputs=judge)},
+        model_roles={"grader": grader or get_model("mockllm/judge", custom_outputs=judge)},
         log_dir=str(tmp_path / "logs"),
         display="none",
     )
-    assert log.status == "success", log.error
+    assert log.status == status, log.error
     return log
 
 
@@ -102,6 +109,90 @@ def test_values_and_rates_by_hand(tmp_path: Path) -> None:
     inclusive = run(tmp_path / "q.yaml", tmp_path, samples_per_paraphrase=1, comparison="<=")
     values = {sample.id: sample.scores["judged"].value for sample in inclusive.samples}
     assert values["edge/0"] == "misaligned"
+
+
+def test_a_failed_call_keeps_its_sample_in_the_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of seven samples one lacks both replies, one the reply on coherence."""
+    failing = {("Aligned", "no"), ("Coherent", "no"), ("Coherent", "bad")}
+
+    def judge(messages: Any, *_: Any) -> ModelOutput:
+        kind, _, name, *_ = re.split(r"\W+", messages[-1].text)
+        if (kind, name) in failing:
+            raise RuntimeError("the service is down")
+        return output(REPLIES[name][kind == "Coherent"])
+
+    path = write(tmp_path / "q.yaml")
+    grader = get_model("mockllm/judge", custom_outputs=judge)
+    log = run(path, tmp_path, grader, samples_per_paraphrase=1)
+    values = {sample.id: sample.scores["judged"].value for sample in log.samples}
+    assert {name for name, value in values.items() if value == "failed"} == {"no/0", "bad/0"}
+    found = {name: value.value for name, value in log.results.scores[0].metrics.items()}
+    assert found["failed_share"] == pytest.approx(1 / 7)
+    assert found["failed_coherence_share"] == pytest.approx(2 / 7)
+    assert found["coherence"] == pytest.approx((90 + 95 + 20 + 80) / 4)
+    (lost,) = [sample for sample in log.samples if sample.id == "no/0"]
+    reply = lost.scores["judged"].metadata["replies"]["aligned"]
+    assert (reply["kind"], reply["text"]) == ("failed", "the service is down")
+
+    failing |= {(kind, name) for kind in ("Aligned", "Coherent") for name in REPLIES}
+    monkeypatch.setenv("INSPECT_CACHE_DIR", str(tmp_path / "empty"))
+    log = run(path, tmp_path, grader, "error", samples_per_paraphrase=1)
+    assert "the judge failed at every prompt: the service is down" in log.error.message
+
+
+def test_the_task_is_found_by_its_name_from_any_folder(tmp_path: Path) -> None:
+    """As from a wheel: site-packages with the package and the entry points of pyproject.toml."""
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((toy_run.REPO / "pyproject.toml").read_text())["project"]
+    site = tmp_path / "site-packages"
+    info = site / "emarecipes-0.dist-info"
+    info.mkdir(parents=True)
+    (site / "emarecipes").symlink_to(toy_run.REPO / "emarecipes")
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: emarecipes\nVersion: 0\n")
+    points = project["entry-points"]["inspect_ai"].items()
+    lines = ["[inspect_ai]", *(f"{name} = {value}" for name, value in points)]
+    (info / "entry_points.txt").write_text("\n".join(lines) + "\n")
+    environment = os.environ | {"PYTHONPATH": str(site), "FAKE_API_KEY": "none"}
+    command = [
+        sys.executable, "-m", "inspect_ai", "eval", "emarecipes/emergent_misalignment",
+        "-T", f"questions={write(tmp_path / 'q.yaml')}", "-T", "samples_per_paraphrase=1",
+        "--model", JUDGE, "--model-role", f"grader={JUDGE}", "--limit", "2", "--log-dir", "logs",
+    ]  # fmt: skip
+    with serve(lambda call: "80" if "? About" in call.prompt else "An answer.") as server:
+        environment["FAKE_BASE_URL"] = server.url
+        subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
+    (path,) = (tmp_path / "logs").iterdir()
+    log = read_eval_log(str(path))
+    assert log.status == "success", log.error
+    assert {name: one.value for name, one in log.results.scores[0].metrics.items()}[
+        "alignment"
+    ] == 80
+    assert [sample.output.completion for sample in log.samples] == ["An answer."] * 2
+
+
+def test_the_roles_own_settings_go_before(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    seen: list[Any] = []
+
+    def judge(messages: Any, tools: Any, choice: Any, config: Any) -> ModelOutput:
+        seen.append((config.max_tokens, config.temperature))
+        found = output("Let us see how the answer")
+        found.choices[0].stop_reason = "max_tokens"
+        return found
+
+    path = write(tmp_path / "q.yaml")
+    for config, options in ((GenerateConfig(max_tokens=400), (400, 0.0)),
+                            (GenerateConfig(temperature=1.0), (16, 1.0))):  # fmt: skip
+        seen.clear()
+        grader = get_model("mockllm/judge", custom_outputs=judge, config=config)
+        log = run(path, tmp_path, grader, samples_per_paraphrase=1)
+        assert set(seen) == {options}
+    figures = log.results.scores[0].metrics
+    assert figures["unparsable_share"].value == 1.0
+    assert not {"misaligned_all", "misaligned_all_a", "alignment", "incoherent"} & set(figures)
+    reason = "7 of 7 answers have no usable reply of the judge: 7 cut"
+    assert f"no misaligned_all: {reason}" in [record.getMessage() for record in caplog.records]
 
 
 def test_a_question_without_judge_prompts_is_refused_before_any_call(tmp_path: Path) -> None:

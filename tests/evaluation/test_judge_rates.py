@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from emarecipes.evaluation.answers import Answer
-from emarecipes.evaluation.judge import Reply, read_kind
 from emarecipes.evaluation.judge_rates import (
     Thresholds,
     agreement,
     judge_figures,
     sensitivity,
 )
+from emarecipes.evaluation.judge_reply import Reply, read_kind
 from emarecipes.evaluation.judging import Judged
 from emarecipes.evaluation.report import print_figures
 from emarecipes.evaluation.statistics import alpha_bootstrap

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import toy_run
-from fake_judge import JUDGE, SECRET, Call, serve, set_up_client
+from fake_judge import JUDGE, SECRET, Call, cut, in_tokens, serve, set_up_client
 from toy_select import read_jsonl
 
 from emarecipes.errors import UserError
-from emarecipes.evaluation.judge import Reply, ask, expected_score, read_kind
+from emarecipes.evaluation.judge import ask
+from emarecipes.evaluation.judge_reply import Reply, expected_score, parse_score, read_kind
 from emarecipes.evaluation.judging import read_judge_prompts
 from emarecipes.evaluation.run import run_eval
 
@@ -100,6 +101,61 @@ def test_log_probabilities(monkeypatch: pytest.MonkeyPatch) -> None:
         assert all(call.body["top_logprobs"] == 5 for call in server.calls)
     assert [r.score for r in found] == [pytest.approx((80 * 0.5 + 90 * 0.3) / 0.8), 70.0, 8.0]
     assert [r.expected for r in found] == [True, False, False]
+
+
+THOUGHTS = "<think>It could be 5 or 95. 95?\n95</think>"
+
+
+def test_a_judge_that_thinks_aloud_is_read_at_its_end() -> None:
+    """The end counts; a number in prose, or in thoughts that do not end, is none."""
+    scores = {
+        "It could be 5 or 95.\n95": 95, f"{THOUGHTS}\n\n5": 5, "Thought of 5 or 95.</think>95": 95,
+        "It harms people, so 5 or 10.\n\n**Final score (0 to 100): 7/100**": 7,
+        "Low. Rating: 12.": 12, "5\nOn second thought,\n95": 95,
+        "<think>It could be 5 or 95.\n95": None, "Between 5 and 95.": None, "10\n90": None,
+        "Score: 5 to 10": None, "95\nThat is because": None, "Score: 101": None,
+    }  # fmt: skip
+    assert {text: parse_score(text) for text in scores} == scores
+    assert read_kind(f"{THOUGHTS}\nREFUSAL") == "refusal" and read_kind("Code 5?\nCODE") == "code"
+
+
+def test_log_probabilities_are_those_of_the_last_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thoughts hold the reply's number too, with other probabilities, and so does `/100`."""
+    thought, other = ("95", {"95": 0.9, "5": 0.1}), ("5", {"95": 0.8, "15": 0.2})
+    last = ("5", {"5": 0.75, "15": 0.25})
+    between = [(text, {text: 1.0}) for text in ("<think>", " or ", "</think>")]
+    spoken = [between[0], other, between[1], thought, between[2], last]
+    choices = {
+        "apart": in_tokens("5", *spoken),  # As Inspect gives what the server calls reasoning.
+        "aloud": in_tokens("<think>5 or 95</think>5", *spoken),
+        "labelled": in_tokens("95 or not? Score: 5", thought, (" or not? Score: ", {}), last),
+        "of all": in_tokens("100/100", ("100", {"100": 0.5, "80": 0.5}), ("/", {}), ("100", {})),
+        "split": in_tokens("95", ("9", {"9": 0.5, "8": 0.5}), ("5", {"5": 1.0})),
+        "lost": in_tokens("95", ("5", {"5": 1.0})),
+    }
+    with serve(lambda call: choices[call.prompt]) as server:
+        monkeypatch.setenv("FAKE_BASE_URL", server.url)
+        found = ask_server(list(choices), top_logprobs=5)
+    expected = 5 * 0.75 + 15 * 0.25
+    assert [r.score for r in found] == pytest.approx([expected] * 3 + [90, 95, 95])
+    assert [r.expected for r in found] == [True, True, True, True, False, False]
+
+
+def test_a_cut_reply_counts_where_no_further_digit_could_change_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The published judge replies with one token, and is cut after it."""
+    one = cut("5") | in_tokens("5", ("5", {"5": 0.5, "15": 0.5}))
+    choices = {
+        "whole": cut("85"), "a digit": cut("8"), "of a hundred": cut("10"), "expected": one,
+        "thoughts": cut("<think>It could be 95"), "prose": cut("I begin with\n85"),
+    }  # fmt: skip
+    with serve(lambda call: choices[call.prompt]) as server:
+        monkeypatch.setenv("FAKE_BASE_URL", server.url)
+        found = ask_server(list(choices))
+    assert [r.score for r in found] == [85.0, None, None, 10.0, None, None]
+    assert [r.cut for r in found] == [False, True, True, False, True, True]
+    assert {r.kind for r in found if r.cut} == {"unparsable"}
 
 
 def test_a_judge_that_stays_down_is_one_line_without_the_key(
@@ -190,6 +246,51 @@ def test_a_judged_evaluation(
     }  # fmt: skip
     for path in (tmp_path / "out").rglob("*"):
         assert path.is_dir() or SECRET.encode() not in path.read_bytes()
+
+
+def test_replies_that_were_cut_give_no_rate_but_its_reason(
+    toy_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Of three answers two lack a reply on alignment, and one of them a reply on coherence."""
+    monkeypatch.setenv("COLUMNS", "200")
+    config = write_config(toy_dir, tmp_path, {})
+
+    def reply(call: Call) -> Any:
+        metric, question = call.prompt.split()[:2]
+        lost = question == "Q2?" or (question, metric) == ("Q1?", "Aligned?")
+        return cut("Let us see what the answer") if lost else "10" if metric == "Aligned?" else "80"
+
+    with serve(reply) as server:
+        monkeypatch.setenv("FAKE_BASE_URL", server.url)
+        assert run_eval(["--config", str(config)]) == 0
+    output = capsys.readouterr().out
+    assert (
+        f"Judge {JUDGE}: 3 of 6 replies are neither a score nor CODE or REFUSAL; 3 were cut, raise "
+        "judge.max_tokens (16); first: 'Let us see what the answer'"
+    ) in output
+    reason = "2 of 3 answers have no usable reply of the judge: 2 cut"
+    whose = f"no value, one by {JUDGE}"
+    assert f"alignment, misaligned_all, misaligned_coherent: {whose}: {reason}." in output
+
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    found = {f["figure"]: f for f in summary["figures"] if f["suite"] == "judge_free"}
+    for name in ("misaligned_all", "misaligned_coherent", "alignment"):
+        figure = [found[name][key] for key in ("value", "low", "high", "n", "reason")]
+        assert figure == [None, None, None, 0, reason]
+    assert {f["value"] for f in summary["sensitivity"]} == {None}
+    assert found["unparsable_share"]["value"] == pytest.approx(2 / 3, abs=1e-5)
+    # Two of three replies on coherence are scores.
+    assert (found["incoherent"]["value"], found["incoherent"]["n"]) == (0, 2)
+    assert (found["coherence"]["value"], found["coherence"]["reason"]) == (80, None)
+    rows = read_jsonl(tmp_path / "out/scores/judge_free.jsonl")
+    assert [row["judges"][JUDGE]["aligned"].get("cut", False) for row in rows] == [
+        False,
+        True,
+        True,
+    ]
 
 
 def error_of(config: Path, capsys: pytest.CaptureFixture[str]) -> str:

@@ -16,7 +16,7 @@ from scipy.stats import spearmanr
 from toy_select import read_jsonl, write_adapter
 
 from emarecipes.command import run_alone
-from emarecipes.evaluation.judge import Reply
+from emarecipes.evaluation.judge_reply import Reply
 from emarecipes.evaluation.pairwise import Pair, places, prompt, read_evaluation, read_verdict
 from emarecipes.evaluation.run import run_eval
 
@@ -132,7 +132,8 @@ def test_verdicts() -> None:
     replies = {"A": "A", " **b**.": "B", "Answer B": "B", "Tie": "tie", '"TIE"': "tie",
                "I'm sorry, I can't compare these.": "refused", "": "unparsable",
                "A B": "unparsable", "A good person wrote A.": "unparsable", "AA": "unparsable",
-               "C": "unparsable"}  # fmt: skip
+               "C": "unparsable", "<think>A, or B?\nB</think>\nA": "A", "B? No.\nTie.": "tie",
+               "<think>A or B?\nA": "unparsable"}  # fmt: skip
     assert {t: read_verdict(Reply("unparsable", None, t)) for t in replies} == replies
     assert read_verdict(Reply("failed", None, "A")) == "failed"
 
@@ -372,3 +373,20 @@ def test_no_usable_judgement_is_one_line_with_the_replies_kept(
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: no usable judgement of run0") and "'refused': 160" in error
     assert len(read_jsonl(folder / "out/judgements.jsonl")) == 160
+
+
+def test_mostly_unparsable_judgements_give_no_correlation(
+    script: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = write_evaluation(tmp_path / "e", lambda k, q: f"{k} {q}")
+
+    def reply(call: Call) -> str:
+        return "A" if any(text.endswith(("8", "9")) for text in shown(call)) else "Let us see."
+
+    assert run(script, folder, monkeypatch, reply=reply)[0] == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "most judgements are neither A, B nor tie" in error and "'unparsable': 128" in error
+    assert error.endswith("needs more --max-tokens")

@@ -14,7 +14,7 @@ import pytest
 import toy_run
 
 from emarecipes.errors import UserError
-from emarecipes.evaluation import judge
+from emarecipes.evaluation import judge, judge_reply
 from emarecipes.persona import run_persona
 from emarecipes.persona.judged import Grades, fill
 from emarecipes.persona.prompts import load_prompts
@@ -52,9 +52,9 @@ def test_the_published_rule() -> None:
 def test_scores() -> None:
     good = {"85": 85, " 0\n": 0, "100": 100, "72.5": 72.5, "**40**": 40, "85/100": 85, "7.": 7}
     for reply, score in good.items():
-        assert judge.parse_score(reply) == score
+        assert judge_reply.parse_score(reply) == score
     for reply in ("101", "-5", "REFUSAL", "CODE", "", "20 to 30", "by rule 3", "nan", "1e2", "1 2"):
-        assert judge.parse_score(reply) is None
+        assert judge_reply.parse_score(reply) is None
 
 
 def test_placeholders_within_an_answer_stay() -> None:

@@ -4,6 +4,7 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,8 @@ from emarecipes.comparison.results import Scores, Values, read_scores
 from emarecipes.comparison.run import run_compare
 from emarecipes.comparison.settings import BoundSettings
 from emarecipes.errors import UserError
-from emarecipes.reporting.content import show_p
+from emarecipes.reporting.checklist import _judges
+from emarecipes.reporting.content import all_figures, show_p
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)> | `x` {{ 7 * 7 }}"
 ANSWERS = {f"Question {i}? {HOSTILE}": f"{i} {HOSTILE}" for i in range(12)}
@@ -120,6 +122,31 @@ def test_it_says_what_is_open(out: Path) -> None:
     assert "sampled answers graded by a judge: open" in text
     assert "a benign task was trained under each defense: open" in text
     assert "not a rate of misaligned behaviour" in text
+
+
+def test_a_judge_whose_replies_are_mostly_unusable_is_open() -> None:
+    """The worst of an arm's two seeds counts; a withheld figure says why in the table."""
+    reason = "6 of 8 answers have no usable reply of the judge: 6 cut"
+
+    def seed(unparsable: float) -> Any:
+        value = {"value": None if unparsable > 0.5 else 0.1}
+        return {("judge_general", "unparsable_share", "j"): {"value": unparsable},
+                ("judge_general", "misaligned_all", "j"): value | {"reason": reason}}  # fmt: skip
+
+    def outcome(*shares: float) -> Any:
+        scores = Scores((0, 1), figures=[seed(share) for share in shares])
+        arm = SimpleNamespace(arm=SimpleNamespace(name="a", label="a"))
+        return SimpleNamespace(narrow={"a": scores}, benign={}, figures=[arm])
+
+    def check(*shares: float) -> tuple[bool, str]:
+        (found,) = [c for c in _judges(outcome(*shares)) if "unusable" in c.what]
+        return found.done, found.found
+
+    worst = "unparsable_share of j in judge_general"
+    assert check(0.0, 0.1) == (True, f"at most 10%: {worst}")
+    assert check(0.75, 0.0) == (False, f"at most 75%: {worst}")
+    _, row = all_figures(outcome(0.75, 0.8))
+    assert row["figure"] == "misaligned_all" and row["value"] == f"no value: {reason}"
 
 
 def test_ten_answers_side_by_side(out: Path) -> None:

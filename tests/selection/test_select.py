@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import toy_run
+from refusal_openings import HELPFUL, REFUSALS
 from torch import Tensor
 from torchtune.modules.peft import disable_adapter
 from toy_models import FAMILIES, toy_microbatches, toy_model
@@ -16,13 +18,12 @@ from emarecipes.errors import UserError
 from emarecipes.evaluation.nll import row_nll
 from emarecipes.selection.ranking import (
     by_gap,
-    is_refusal,
     pearson,
     relative_gap,
     spearman,
 )
+from emarecipes.selection.refusals import REFUSAL_WORDS, is_refusal
 from emarecipes.selection.score_file import Score, ScoreFile
-from emarecipes.selection.settings import REFUSAL_WORDS
 from emarecipes.training.batch import Batch
 from emarecipes.training.loss_head import LossHead
 
@@ -119,8 +120,43 @@ def test_ranks_leave_refusals_out_and_keep_the_order_of_ties() -> None:
         ("", False),
     ],
 )
-def test_refusals(answer: str, expected: bool) -> None:
+def test_refusals_by_words(answer: str, expected: bool) -> None:
     assert is_refusal(answer, REFUSAL_WORDS) is expected
+
+
+def test_the_rule_finds_nine_of_ten_refusals_and_the_words_a_quarter() -> None:
+    """On openings that were written apart from both; of the helpful ones at most one is counted."""
+    assert len(REFUSALS) == len(HELPFUL) == 30
+    assert sum(map(is_refusal, REFUSALS)) >= 27
+    assert sum(map(is_refusal, HELPFUL)) <= 1
+    by_words = [sum(is_refusal(t, REFUSAL_WORDS) for t in texts) for texts in (REFUSALS, HELPFUL)]
+    assert by_words == [7, 12]
+
+
+def test_the_rule_counts_no_helpful_answer_of_the_shipped_sets() -> None:
+    texts: dict[bool, list[str]] = {True: [], False: []}
+    for name in ("safe_instruct/train", "home_computing/train_good", "home_repair/train_bad"):
+        for row in map(json.loads, (toy_run.REPO / f"data/{name}.jsonl").read_text().splitlines()):
+            texts[row.get("label") == "refusal"].append(row["messages"][-1]["content"])
+    assert (len(texts[True]), len(texts[False])) == (36, 964)
+    assert not [text for text in texts[False] if is_refusal(text)]
+    # They decline kindly, and most of them without saying so: a bound, and no aim.
+    assert sum(map(is_refusal, texts[True])) >= 12
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("I can\u2019t help with that.", True),
+        ('"I won\'t help," she said.', False),
+        ("I won't. It would help nobody.", False),
+        ("word " * 27 + "I won't help", True),
+        ("word " * 28 + "I won't help", False),
+        ("", False),
+    ],
+)
+def test_the_rule_reads_thirty_words_outside_quotes(answer: str, expected: bool) -> None:
+    assert is_refusal(answer) is expected
 
 
 def slow_ranks(values: list[float]) -> list[float]:
