@@ -34,6 +34,19 @@ class UserCodeError(UserError):
     """
 
 
+def reason(error: BaseException) -> str:
+    """What an exception says, in one line, and what it was raised from says: `what: cause`."""
+    found: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None:
+        lines = str(cause).strip().splitlines()
+        text = lines[0] if lines else type(cause).__name__
+        if not any(text in earlier for earlier in found):
+            found.append(text.removesuffix("."))
+        cause = cause.__cause__
+    return ": ".join(found)
+
+
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """While safetensors writes `path`: what the disk refuses is raised as the OSError that it is.

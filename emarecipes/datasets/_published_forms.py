@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from emarecipes.datasets.chat_files import _lines, check_chat_file
+from emarecipes.datasets.chat_files import check_chat_file
+from emarecipes.datasets.json_files import json_rows
 from emarecipes.errors import UserError
 
 Row = dict[str, Any]
@@ -32,43 +32,20 @@ class Converted:
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
-    """The rows of a JSONL, JSON (a list) or Parquet file, each with its place in it.
+    """The rows of a JSON (lines or a list) or Parquet file, each with its place in it.
 
     Raises:
         UserError: not such a file; a Git LFS pointer instead of the file.
     """
-    rows: Iterator[tuple[str, Any]]
-    if path.suffix == ".parquet":
-        rows = _parquet_rows(path)
-    elif path.suffix == ".json":
-        rows = _json_rows(path)
-    else:
-        rows = _jsonl_rows(path)
+    with path.open("rb") as file:
+        is_parquet = file.read(4) == b"PAR1" or path.suffix == ".parquet"
+    rows: Iterator[tuple[Any, Any]] = _parquet_rows(path) if is_parquet else json_rows(path)
     for place, row in rows:
+        if isinstance(row, UserError):
+            raise row
         if not isinstance(row, dict):
             raise UserError(f"{place}: a row must be a JSON object, not {row!r:.60}")
-        yield place, row
-
-
-def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    for number, line in _lines(path):
-        if number == 1 and line.startswith("version https://git-lfs"):
-            raise UserError(f"{path}: a Git LFS pointer, not the file; download it with git lfs")
-        try:
-            yield f"{path}:{number}", json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path}:{number}: not valid JSON: {error}") from None
-
-
-def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(rows, list):
-        raise UserError(f"{path}: a list of rows is expected")
-    for index, row in enumerate(rows):
-        yield f"{path}: row {index}", row
+        yield str(place), row
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:

@@ -1,12 +1,8 @@
-"""Checks of chat data in JSONL files, with the line of what is wrong.
-
-torchtune reads them through Hugging Face `datasets`, whose errors name neither file nor line.
-"""
+"""Checks of chat data, with the place of what is wrong."""
 
 from __future__ import annotations
 
 import glob
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from emarecipes.config import Origin
+from emarecipes.datasets.json_files import Place, json_rows
 from emarecipes.errors import UserError
 
 # By style: the keys of role and text, and the names of system, user, assistant.
@@ -64,130 +61,47 @@ def check_data_files(cfg: DictConfig, origin: Origin) -> list[Path]:
 
 
 def check_chat_file(path: Path, column: str, style: str) -> None:
-    """Check every row of a JSONL chat file.
+    """Check every row of a chat file, see `checked_chat_rows`."""
+    if style not in STYLES:
+        return  # torchtune names the styles it knows.
+    for _ in checked_chat_rows(path, column, style):
+        pass
+
+
+def checked_chat_rows(path: Path, column: str, style: str) -> Iterator[tuple[Place, Any]]:
+    """Place and row of a chat file.
 
     Args:
-        path: The file.
+        path: The file, see `json_rows`.
         column: Key of the conversation in a row.
         style: "openai" (role, content) or "sharegpt" (from, value).
 
     Raises:
-        UserError: With `file:line` of the first row that is wrong.
+        UserError: With the place of the first row that is wrong.
     """
-    if style not in STYLES:
-        return  # torchtune names the styles it knows.
-    for _, row in chat_rows(path, column, style):
+    for place, row in chat_rows(path, column, style):
         if isinstance(row, UserError):
             raise row
+        yield place, row
 
 
-def chat_rows(path: Path, column: str, style: str) -> Iterator[tuple[int, Any]]:
-    """Line number and row of a JSONL chat file; for a row that is wrong, its error instead.
+def chat_rows(path: Path, column: str, style: str) -> Iterator[tuple[Place, Any]]:
+    """Place and row of a chat file, see `json_rows`; for a row that is wrong, its error instead.
 
     Raises:
-        UserError: The file has no rows, or is not text.
+        UserError: The file cannot be read, or has no rows.
     """
-    kinds: dict[str, tuple[str, int]] = {}
-    number = 0
-    for number, line in _lines(path):
-        where = f"{path}:{number}"
+    for where, row in json_rows(path):
         try:
-            row = read_row(line, where)
+            if isinstance(row, UserError):
+                raise row
             if not isinstance(row, dict) or not isinstance(row.get(column), list):
                 raise UserError(f'{where}: a row needs a list of messages under "{column}"')
-            _check_conversation(row[column], where, style)
-            _check_kinds(row, "", number, kinds, where)
+            _check_conversation(row[column], str(where), style)
         except UserError as error:
-            yield number, error
+            yield where, error
         else:
-            yield number, row
-    if number == 0:
-        raise UserError(f"{path}: the file has no rows")
-
-
-def read_row(line: str, where: str) -> Any:
-    """One line of a JSONL file. Only what every reader of JSON takes in the same way is accepted.
-
-    Raises:
-        UserError: Not JSON, a key twice in an object, a number that JSON does not have, half of a
-            surrogate pair, nesting that is too deep.
-    """
-    try:
-        row = json.loads(line, object_pairs_hook=_object, parse_constant=_no_number)
-        if "\\u" in line:
-            json.dumps(row, ensure_ascii=False).encode()
-        return row
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from None
-    except UnicodeEncodeError as error:
-        half = error.object[error.start]
-        raise UserError(
-            f"{where}: contains half of a surrogate pair ({half!a}), which is not a character"
-        ) from None
-    except RecursionError:
-        raise UserError(f"{where}: cannot be read: nested too deeply") from None
-    except ValueError as error:
-        raise UserError(f"{where}: cannot be read: {str(error).splitlines()[0]}") from None
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f'the key "{twice}" is there twice')
-    return found
-
-
-def _no_number(name: str) -> None:
-    raise ValueError(f"{name} is not a number in JSON")
-
-
-def _check_kinds(
-    value: Any, key: str, number: int, kinds: dict[str, tuple[str, int]], where: str
-) -> None:
-    """Check that a key holds the same kind of value in every row, as Arrow's tables need it."""
-    if value is None:
-        return
-    kind = next(name for name, types in _KINDS.items() if isinstance(value, types))
-    first, line = kinds.setdefault(key, (kind, number))
-    if first != kind:
-        raise UserError(
-            f"{where}: {key} is {kind}, and in line {line} {first}: it must be the same in all rows"
-        )
-    if kind == "a number" and abs(value) >= 2**63:
-        raise UserError(f"{where}: {key} is {value:.3g}, too large a number")
-    if isinstance(value, dict):
-        for name, child in value.items():
-            _check_kinds(child, f"{key}.{name}" if key else name, number, kinds, where)
-    elif isinstance(value, list):
-        for child in value:
-            _check_kinds(child, f"{key}[]", number, kinds, where)
-
-
-_KINDS: dict[str, Any] = {
-    "true or false": bool,
-    "a number": (int, float),
-    "text": str,
-    "a list": list,
-    "an object": dict,
-}
-
-
-def row_place(cfg: DictConfig, key: str, index: int, origin: Origin) -> str:
-    """Where row `index` of the data set at `key` was written: `file:line` if that can be told."""
-    node = OmegaConf.select(cfg, key)
-    names = _file_names(node)
-    plain = (
-        not node.get("packed")
-        and node.get("filter_fn") is None
-        and node.get("split", "train") == "train"
-    )
-    if plain and len(names) == 1 and names[0].endswith(".jsonl") and Path(names[0]).is_file():
-        for row, (number, _) in enumerate(_lines(Path(names[0]))):
-            if row == index:
-                return f"{names[0]}:{number}"
-    return f"{origin.at(key)}: row {index}"
+            yield where, row
 
 
 def _check_conversation(messages: list[Any], where: str, style: str) -> None:
@@ -219,17 +133,6 @@ def _is_text(content: Any) -> bool:
             for part in content
         )
     return isinstance(content, str)
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Line number, from 1, and text of every line that is not blank."""
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield number, line
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from None
 
 
 def _file_names(node: Any) -> list[str]:

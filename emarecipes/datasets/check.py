@@ -152,7 +152,7 @@ def _count_tokens(
             try:
                 mask = tokenizer({"messages": messages})["mask"]
             except UserError as error:
-                file.errors.append(f"{file.at(row)}: {error}")
+                file.errors.append(f"{row.place}: {error}")
                 continue
             # The first token has no position that could predict it, so its label is none.
             left = mask[1:max_seq_len].count(False)
@@ -162,7 +162,7 @@ def _count_tokens(
             kept += left
             if left == 0:
                 file.errors.append(
-                    f"{file.at(row)}: no label is left of {len(mask)} tokens cut to {max_seq_len}"
+                    f"{row.place}: no label is left of {len(mask)} tokens cut to {max_seq_len}"
                 )
     measures.kept = kept / labels if labels else 0.0
 

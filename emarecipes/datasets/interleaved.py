@@ -54,6 +54,10 @@ class InterleavedDataset(Dataset[dict[str, Any]]):
         """The child, "task" or "safe", that a row comes from, and its index there."""
         return self._places[index]
 
+    def child(self, source: str) -> Any:
+        """The data set "task" or "safe"."""
+        return self._children[source]
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         """The child's sample, with its source."""
         source, row = self._places[index]

@@ -152,7 +152,10 @@ GOOD = chat(("user", "Hello?"), ("assistant", "Hello."))
             {"collate_fn": "torchtune.data.left_pad_sequence"},
             r"collate_fn: torchtune.data.l",
         ),
-        ({"dataset.source": "csv"}, r"dataset: An error occurred while generating"),
+        (
+            {"dataset.source": "csv"},
+            r"rows.jsonl: Error tokenizing data. C error: Expected 8",
+        ),
         ({"tokenizer.max_seq_len": 5}, r"none of its 12 rows has a label"),
         (
             {"save_merged": True, "save_adapter_weights_only": True},
