@@ -194,14 +194,21 @@ def _quiet_logging() -> Iterator[None]:
 
 
 @contextmanager
-def data_sets_read_with(load_dataset: Callable[..., Any]) -> Iterator[None]:
-    """While torchtune's data sets are built: gives them their rows, instead of `datasets`."""
-    stock = _sft.load_dataset
-    _sft.load_dataset = _text_completion.load_dataset = load_dataset
+def data_sets_read_with(load_dataset: Callable[..., Any], transform: type) -> Iterator[None]:
+    """While torchtune's data sets are built: two parts in place of theirs.
+
+    Args:
+        load_dataset: Gives them their rows, instead of `datasets`.
+        transform: A subclass of `SFTTransform`.
+    """
+    stock = _sft.load_dataset, _sft.SFTTransform
+    _text_completion.load_dataset = load_dataset
+    _sft.load_dataset, _sft.SFTTransform = load_dataset, transform
     try:
         yield
     finally:
-        _sft.load_dataset = _text_completion.load_dataset = stock
+        _text_completion.load_dataset = stock[0]
+        _sft.load_dataset, _sft.SFTTransform = stock
 
 
 def adapter_state(model: Any, device: torch.device) -> dict[str, torch.Tensor]:

@@ -138,3 +138,54 @@ def test_an_error_keeps_its_cause(run: Run) -> None:
     (run.folder / "a.parquet").write_text("no table")
     with pytest.raises(ValueError, match=r"dataset: .*Parquet magic bytes not found"):
         run.rows(source="parquet", data_files=str(run.folder / "a.parquet"))
+
+
+# Rows are checked whatever they come from.
+
+
+def weighted(weight: Any) -> dict[str, Any]:
+    row = chat("Why?", "So.")
+    row["messages"][1]["weight"] = weight
+    return row
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("a.jsonl", "a.jsonl:3: "),
+        ("a.ndjson", "a.ndjson:3: "),
+        ("a.txt", "a.txt:3: "),
+        ("a.json", "a.json: row 2: "),
+        ("a.jsonl.gz", ":3: "),
+        ("a.parquet", "dataset: "),
+        ("folder/train.parquet", "dataset: "),
+    ],
+)
+def test_a_wrong_row_is_refused_at_every_source(
+    run: Run, name: str, place: str, packed: bool
+) -> None:
+    (run.folder / "folder").mkdir()
+    path = write(run.folder / name, [weighted(1), weighted(None), weighted(0.5), weighted(1)])
+    source: dict[str, Any] = {"source": "json", "data_files": str(path)}
+    if path.suffix == ".parquet":
+        source["source"] = "parquet"
+    if "folder" in name:
+        source = {"source": str(path.parent), "data_files": None}
+    with pytest.raises(ValueError, match="message 1: a weight of ") as error:
+        run.rows(**source, packed=packed)
+    assert place in str(error.value)
+
+
+def test_content_of_another_type_is_refused(run: Run) -> None:
+    """torchtune takes the text of the message before."""
+    from datetime import datetime
+
+    path = write(run.folder / "a.parquet", [chat(datetime(2024, 2, 3), datetime(2024, 2, 4))] * 2)
+    with pytest.raises(ValueError, match=r"dataset: row 0: message 0: content must be text, not d"):
+        run.rows(source="parquet", data_files=str(path))
+    row = {"question": "Why?", "answer": 7}
+    entry = {"_component_": "torchtune.datasets.instruct_dataset", "source": "json"}
+    entry["column_map"] = {"input": "question", "output": "answer"}
+    with pytest.raises(ValueError, match=r"a.jsonl:1: answer must be text, not 7"):
+        run.rows(**entry, data_files=str(write(run.folder / "a.jsonl", [row])))

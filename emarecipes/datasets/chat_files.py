@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,13 @@ _LOCAL_SOURCES = ("json", "csv", "text", "parquet", "arrow")
 
 
 def check_data_files(cfg: DictConfig, origin: Origin) -> list[Path]:
-    """Check that every local file below `cfg.dataset` exists, and the rows of chat files.
+    """Check that every local file below `cfg.dataset` exists. Rows are checked as they are read.
 
     Returns:
         The local data files, in the order of the config.
 
     Raises:
-        UserError: A missing or empty file; in a chat file, a line that is not JSON, a row without
-            the conversation column, a message without role or text, a wrong role, no assistant
-            message.
+        UserError: A missing or empty file; a source that is not supported.
     """
     files: list[Path] = []
     for key, node in _dataset_nodes(cfg.dataset, "dataset"):
@@ -50,12 +48,6 @@ def check_data_files(cfg: DictConfig, origin: Origin) -> list[Path]:
         for path in [path for name in _file_names(node) for path in _local_files(name, where)]:
             if path.stat().st_size == 0:
                 raise UserError(f"{where}: the file is empty: {path}")
-            if path.suffix == ".jsonl" and node.get("conversation_column"):
-                check_chat_file(
-                    path,
-                    str(node.conversation_column),
-                    str(node.get("conversation_style", "openai")),
-                )
             files.append(path)
     return files
 
@@ -91,23 +83,30 @@ def chat_rows(path: Path, column: str, style: str) -> Iterator[tuple[Place, Any]
     Raises:
         UserError: The file cannot be read, or has no rows.
     """
-    for where, row in json_rows(path):
+    for place, row in json_rows(path):
+        if isinstance(row, UserError):
+            yield place, row
+            continue
         try:
-            if isinstance(row, UserError):
-                raise row
-            if not isinstance(row, dict) or not isinstance(row.get(column), list):
-                raise UserError(f'{where}: a row needs a list of messages under "{column}"')
-            _check_conversation(row[column], str(where), style)
+            check_conversation(row, column, style)
         except UserError as error:
-            yield where, error
+            yield place, UserError(f"{place}: {error}")
         else:
-            yield where, row
+            yield place, row
 
 
-def _check_conversation(messages: list[Any], where: str, style: str) -> None:
+def check_conversation(row: Any, column: str, style: str) -> None:
+    """Check one row.
+
+    Raises:
+        UserError: What is wrong, without the row's place.
+    """
+    if not isinstance(row, Mapping) or not isinstance(row.get(column), list):
+        raise UserError(f'a row needs a list of messages under "{column}"')
+    messages = row[column]
     role_key, text_key, roles = STYLES[style]
     for position, message in enumerate(messages):
-        at = f"{where}: message {position}"
+        at = f"message {position}"
         if not isinstance(message, dict) or role_key not in message or text_key not in message:
             raise UserError(f'{at}: a message is {{"{role_key}": ..., "{text_key}": ...}}')
         if message[role_key] not in roles:
@@ -116,11 +115,11 @@ def _check_conversation(messages: list[Any], where: str, style: str) -> None:
             )
         if not _is_text(message[text_key]):
             raise UserError(f"{at}: {text_key} must be text, not {message[text_key]!r:.60}")
-        if message.get("weight", 1) != 1:
+        if message.get("weight") not in (None, 1):
             raise UserError(f"{at}: a weight of its own is not supported")
     assistant = "assistant" if style == "openai" else "gpt"
     if not any(message[role_key] == assistant for message in messages):
-        raise UserError(f"{where}: the conversation has no {assistant} message to learn from")
+        raise UserError(f"the conversation has no {assistant} message to learn from")
 
 
 def _is_text(content: Any) -> bool:

@@ -21,6 +21,7 @@ from emarecipes.datasets.chat_files import check_data_files
 from emarecipes.datasets.interleaved import InterleavedDataset, Placement, evenly
 from emarecipes.datasets.length_groups import group_by_length
 from emarecipes.datasets.loading import FileRows, load_dataset
+from emarecipes.datasets.row_messages import ROW_ERRORS, CheckedTransform, RowError
 from emarecipes.defenses import Defense
 from emarecipes.errors import UserError, reason
 
@@ -177,7 +178,7 @@ def load_rows(
         else ["dataset"]
     )
     check_data_files(cfg, origin)
-    with data_sets_read_with(load_dataset):
+    with data_sets_read_with(load_dataset, CheckedTransform):
         children = [build(cfg, key, origin, transform) for key in entries]
     if len(children) > 1:
         # As torchtune's recipes do: packed and unpacked data sets cannot be mixed.
@@ -252,7 +253,9 @@ def _tokenize(dataset: Dataset[Any], where: str, quiet: bool) -> tuple[list[dict
     for index in tqdm(range(size), desc="Tokenizing", unit="row", disable=quiet, leave=False):
         try:
             sample = dataset[index]
-        except (ValueError, TypeError, KeyError, AttributeError, UnboundLocalError) as error:
+        except RowError:
+            raise
+        except ROW_ERRORS as error:
             raise UserError(f"{_row_place(dataset, index, where)}: {reason(error)}") from error
         kept = {k: sample[k] for k in _KEPT if k in sample}
         # A label on a row's first token has no position that could predict it.

@@ -28,6 +28,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from emarecipes.config import suggestion
+from emarecipes.datasets.json_files import json_rows
 from emarecipes.errors import UserError
 
 
@@ -85,7 +86,7 @@ class _Entry(BaseModel):
 
 
 def load_questions(path: Path) -> list[Question]:
-    """Read and check a question file; a name that ends in `.jsonl` makes it JSONL.
+    """Read and check a question file: YAML, or JSON (a question a line, or a list).
 
     Raises:
         UserError: With `file:line`: it cannot be read, is broken or empty; an entry lacks a key,
@@ -97,7 +98,7 @@ def load_questions(path: Path) -> list[Question]:
         raise UserError(f"{path}: cannot read the questions: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: the questions are not UTF-8 text: {error.reason}") from None
-    rows = _jsonl_rows(path, text) if path.suffix == ".jsonl" else _yaml_rows(path, text)
+    rows = _json_rows(path) if _is_json(path, text) else _yaml_rows(path, text)
     found: dict[str, Question] = {}
     for where, row in rows:
         question = _question(where, row)
@@ -124,15 +125,21 @@ def _yaml_rows(path: Path, text: str) -> Iterator[tuple[str, Any]]:
         yield f"{path}:{entry.start_mark.line + 1}", row
 
 
-def _jsonl_rows(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{where}: not valid JSON: {error}") from None
+def _is_json(path: Path, text: str) -> bool:
+    """YAML would take JSON's text too, and split characters that JSON writes as two."""
+    if path.suffix == ".jsonl" or text.lstrip().startswith("{"):
+        return True
+    try:
+        return text.lstrip().startswith("[") and bool(json.loads(text))
+    except (ValueError, RecursionError):
+        return False
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    for place, row in json_rows(path):
+        where = str(place)
+        if isinstance(row, UserError):
+            raise row
         if isinstance(row, dict):
             if "messages" in row:
                 row |= _asked(where, row["messages"])

@@ -12,6 +12,7 @@ from torchtune.data import CROSS_ENTROPY_IGNORE_IDX, OpenAIToMessages, validate_
 from tqdm import tqdm
 
 from emarecipes.datasets.chat_files import checked_chat_rows
+from emarecipes.datasets.row_messages import ROW_ERRORS, row_messages
 from emarecipes.errors import UserError, reason
 from emarecipes.selection.ranking import is_refusal
 
@@ -56,10 +57,10 @@ def read_candidates(
     rows = list(checked_chat_rows(path, column, "openai"))
     for place, row in tqdm(rows, desc="Tokenizing", unit="row", leave=False):
         try:
-            messages = to_messages(row)["messages"]
+            messages = row_messages(row, to_messages)["messages"]
             validate_messages(messages)
             tokenized = tokenizer({"messages": messages})
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except ROW_ERRORS as error:
             raise UserError(f"{place}: {reason(error)}") from error
         tokens = np.asarray(tokenized["tokens"], dtype=np.int32)
         labels = np.where(tokenized["mask"], CROSS_ENTROPY_IGNORE_IDX, tokens).astype(np.int32)

@@ -202,7 +202,7 @@ def test_line_of_the_key_is_named(case: Case) -> None:
         ("[" * 5000, "rows.jsonl:2: "),
         ({"messages": "hello"}, "rows.jsonl:2: a row needs a list of messages"),
         ({"text": "hello"}, "rows.jsonl:2: a row needs a list of messages"),
-        ([1, 2], "rows.jsonl:2: a row needs a list of messages"),
+        ([1, 2], "rows.jsonl:2: a row must be a JSON object, not [1, 2]"),
         ('{"messages": [', "rows.jsonl:2: not valid JSON"),
         (chat(("user", "a"), ("user", "b"), ("assistant", "c")), "rows.jsonl:2: Two consecutive"),
         (chat(("assistant", "b"), ("user", "a")), "rows.jsonl:2: Assistant message before"),

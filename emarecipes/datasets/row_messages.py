@@ -1,0 +1,65 @@
+"""From a row to messages: torchtune's own step, with the row checked first, whatever its source."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torchtune.data import InputOutputToMessages, OpenAIToMessages, ShareGPTToMessages
+from torchtune.datasets._sft import SFTTransform
+
+from emarecipes.datasets.chat_files import check_conversation
+from emarecipes.errors import UserError, reason
+
+# What a row that is not as expected raises in torchtune's transforms and in tokenizers.
+ROW_ERRORS = (ValueError, TypeError, KeyError, AttributeError, UnboundLocalError)
+
+
+class RowError(UserError):
+    """A row is wrong; the message begins with its place."""
+
+
+class CheckedTransform(SFTTransform):
+    """torchtune's transform of a row, whose messages are made by `row_messages`.
+
+    Raises:
+        UserError: A row is wrong. `RowError`, if the row knows its place.
+    """
+
+    def __init__(self, message_transform: Any = None, model_transform: Any = None) -> None:
+        def checked(row: Mapping[str, Any]) -> Mapping[str, Any]:
+            return row_messages(row, message_transform)
+
+        super().__init__(message_transform and checked, model_transform)
+
+    def __call__(self, sample: Mapping[str, Any]) -> dict[str, Any]:
+        """The row's tokens and labels."""
+        try:
+            return dict(super().__call__(sample))
+        except ROW_ERRORS as error:
+            place = getattr(sample, "place", None)
+            if place is None:
+                raise
+            raise RowError(f"{place}: {reason(error)}") from error
+
+
+def row_messages(
+    row: Mapping[str, Any], transform: Callable[[Any], Mapping[str, Any]]
+) -> Mapping[str, Any]:
+    """What torchtune's transform makes of a row that passed the checks.
+
+    The transform itself takes the text of the message before for one whose content is of another
+    type, and drops what it does not know.
+
+    Raises:
+        UserError: Without the row's place.
+    """
+    if isinstance(transform, OpenAIToMessages):
+        check_conversation(row, transform._column_map["messages"], "openai")
+    elif isinstance(transform, ShareGPTToMessages):
+        check_conversation(row, transform._column_map["conversations"], "sharegpt")
+    elif isinstance(transform, InputOutputToMessages):
+        for column in (transform.column_map["input"], transform.column_map["output"]):
+            if not isinstance(row.get(column), str):
+                raise UserError(f"{column} must be text, not {row.get(column)!r:.60}")
+    return transform(row)
