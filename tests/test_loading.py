@@ -172,7 +172,7 @@ def test_a_wrong_row_is_refused_at_every_source(
         source["source"] = "parquet"
     if "folder" in name:
         source = {"source": str(path.parent), "data_files": None}
-    with pytest.raises(ValueError, match="message 1: a weight of ") as error:
+    with pytest.raises(ValueError, match=r"message 1: weight must be 0 or 1, not 0.5") as error:
         run.rows(**source, packed=packed)
     assert place in str(error.value)
 

@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from emarecipes.datasets._similarity import normalized
-from emarecipes.datasets.chat_files import STYLES, chat_rows
+from emarecipes.datasets.chat_files import Turn, chat_rows, read_conversation
 from emarecipes.datasets.json_files import Place, json_rows
+from emarecipes.datasets.row_keys import check_row_keys
 from emarecipes.errors import UserError
 
 ANSWER_PAIRS = (("aligned", "misaligned"), ("careful", "breezy"))
 
 _PUNCTUATION = re.compile(r"""[.,;:!?'"\u2018\u2019\u201c\u201d\u2026]+""")
-
-Message = dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Row:
         category: the row's `category`; empty without one.
         question: what the user says, all turns.
         answers: what the assistant says, all turns; in a contrast file the two answers.
-        conversations: each of them as role and content; in a contrast file one an answer.
+        conversations: each of them; in a contrast file one an answer.
     """
 
     place: Place
@@ -37,13 +36,13 @@ class Row:
     category: str
     question: str
     answers: tuple[str, ...]
-    conversations: tuple[list[Message], ...]
+    conversations: tuple[list[Turn], ...]
 
     @property
     def system(self) -> str:
         """The system message, normalized; empty without one."""
         first = self.conversations[0][0]
-        return normalized(first["content"]) if first["role"] == "system" else ""
+        return normalized(first.content) if first.role == "system" else ""
 
 
 @dataclass
@@ -104,25 +103,21 @@ def _is_contrast(path: Path, column: str) -> bool:
 
 
 def _read_chat(path: Path, column: str, style: str) -> DataFile:
-    role_key, text_key, roles = STYLES[style]
-    names = dict(zip(roles, STYLES["openai"][2], strict=False))
     file = DataFile(path, "chat")
     for place, row in chat_rows(path, column, style):
         if isinstance(row, UserError):
             file.errors.append(str(row))
             continue
-        messages = [
-            {"role": names[m[role_key]], "content": _text(m[text_key])} for m in row[column]
-        ]
-        wrong = _wrong_turn([m["role"] for m in messages])
+        messages = read_conversation(row, column, style)
+        wrong = _wrong_turn([m.role for m in messages])
         for position, message in enumerate(messages):
-            if not message["content"].strip():
-                wrong = f"message {position}: the {message['role']}'s text is empty"
+            if not message.content.strip():
+                wrong = f"message {position}: the {message.role}'s text is empty"
         if wrong:
             file.errors.append(f"{place}: {wrong}")
             continue
         said = {
-            role: "\n".join(m["content"] for m in messages if m["role"] == role)
+            role: "\n".join(m.content for m in messages if m.role == role)
             for role in ("user", "assistant")
         }
         file.rows.append(
@@ -136,22 +131,17 @@ def _read_contrast(path: Path) -> DataFile:
     kinds: set[str] = set()
     file = DataFile(path, "contrast")
     for place, row in json_rows(path):
-        try:
-            if isinstance(row, UserError):
-                raise row
-            question, pair = _contrast(row)
-        except UserError as error:
-            file.errors.append(str(error))
+        if isinstance(row, UserError):
+            file.errors.append(str(row))
             continue
+        try:
+            question, pair = _contrast(row)
         except ValueError as error:
             file.errors.append(f"{place}: {error}")
             continue
         kinds.add("/".join(pair))
         answers = tuple(row[key] for key in pair)
-        talks = tuple(
-            [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-            for answer in answers
-        )
+        talks = tuple([Turn("user", question), Turn("assistant", answer)] for answer in answers)
         file.rows.append(Row(place, *_labels(row), question, answers, talks))
     if len(kinds) > 1:
         file.errors.append(f"{path}: rows name their answers differently: {', '.join(kinds)}")
@@ -164,6 +154,7 @@ def _contrast(row: Any) -> tuple[str, tuple[str, str]]:
     """The question and the names of the two answers. Raises ValueError with what is wrong."""
     if not isinstance(row, dict):
         raise ValueError("a row must be a JSON object")
+    check_row_keys(row)
     question = row.get("question")
     if not isinstance(question, str) or not question.strip():
         raise ValueError('"question" must be text and not empty')
@@ -183,7 +174,7 @@ def _add_repetitions(file: DataFile) -> None:
     rows: dict[tuple[str, ...], Place] = {}
     ids: dict[str, Place] = {}
     for row in file.rows:
-        texts = tuple(_plain(m["content"]) for talk in row.conversations for m in talk)
+        texts = tuple(_plain(m.content) for talk in row.conversations for m in talk)
         first = rows.setdefault(texts, row.place)
         if first != row.place:
             file.repeated.add(row.place)
@@ -209,13 +200,6 @@ def _wrong_turn(roles: list[str]) -> str:
             return f"message {position}: an assistant message must follow a user's"
         last = role
     return ""
-
-
-def _text(content: Any) -> str:
-    """A message's text; `chat_rows` has seen that it is text, or a list of text parts."""
-    if isinstance(content, str):
-        return content
-    return "".join(part["text"] for part in content)
 
 
 def _labels(row: dict[str, Any]) -> tuple[str | None, str]:

@@ -11,6 +11,7 @@ import yaml
 
 from emarecipes.datasets.chat_files import check_chat_file
 from emarecipes.datasets.json_files import json_rows
+from emarecipes.datasets.row_keys import check_row_keys
 from emarecipes.errors import UserError
 
 Row = dict[str, Any]
@@ -67,6 +68,10 @@ def _texts(place: str, row: Row, *keys: str) -> list[str]:
     for key in keys:
         if not isinstance(row.get(key), str):
             raise UserError(f'{place}: "{key}" must be text; the row\'s keys: {", ".join(row)}')
+    try:
+        check_row_keys(row, keys)
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from None
     return [row[key] for key in keys]
 
 
@@ -80,8 +85,8 @@ def from_messages(path: Path, name: str) -> Converted:
     check_chat_file(path, "messages", "openai")
     rows = []
     for index, (_, row) in enumerate(read_rows(path)):
-        messages = [{"role": m["role"], "content": m["content"]} for m in row["messages"]]
-        rows.append({"id": f"{name}-{index:05d}", "messages": messages})
+        kept = {key: row[key] for key in ("system", "messages") if key in row}
+        rows.append({"id": f"{name}-{index:05d}"} | kept)
     return Converted(len(rows), {f"{name}.jsonl": rows})
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import glob
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 
 from emarecipes.config import Origin
 from emarecipes.datasets.json_files import Place, json_rows
+from emarecipes.datasets.row_keys import check_row_keys, is_trained, system_of
 from emarecipes.errors import UserError
 
 # By style: the keys of role and text, and the names of system, user, assistant.
@@ -19,6 +20,20 @@ STYLES = {
     "sharegpt": ("from", "value", ("system", "human", "gpt")),
 }
 _LOCAL_SOURCES = ("json", "csv", "text", "parquet", "arrow")
+
+
+class Turn(NamedTuple):
+    """One message.
+
+    Attributes:
+        role: system, user, assistant or ipython.
+        content: Its text.
+        trained: Whether the row says that it is trained on; None: it does not say.
+    """
+
+    role: str
+    content: str
+    trained: bool | None = None
 
 
 def check_data_files(cfg: DictConfig, origin: Origin) -> list[Path]:
@@ -88,38 +103,48 @@ def chat_rows(path: Path, column: str, style: str) -> Iterator[tuple[Place, Any]
             yield place, row
             continue
         try:
-            check_conversation(row, column, style)
+            read_conversation(row, column, style)
         except UserError as error:
             yield place, UserError(f"{place}: {error}")
         else:
             yield place, row
 
 
-def check_conversation(row: Any, column: str, style: str) -> None:
-    """Check one row.
+def read_conversation(row: Any, column: str, style: str) -> list[Turn]:
+    """Check one row, and read it; its own `system` comes first.
 
     Raises:
         UserError: What is wrong, without the row's place.
     """
     if not isinstance(row, Mapping) or not isinstance(row.get(column), list):
         raise UserError(f'a row needs a list of messages under "{column}"')
-    messages = row[column]
+    check_row_keys(row, (column, "system"))
     role_key, text_key, roles = STYLES[style]
-    for position, message in enumerate(messages):
+    names = dict(zip(roles, STYLES["openai"][2], strict=False))
+    turns = []
+    for position, message in enumerate(row[column]):
         at = f"message {position}"
         if not isinstance(message, dict) or role_key not in message or text_key not in message:
             raise UserError(f'{at}: a message is {{"{role_key}": ..., "{text_key}": ...}}')
-        if message[role_key] not in roles:
-            raise UserError(
-                f"{at}: unknown role {message[role_key]!r}; roles are {', '.join(roles)}"
-            )
+        role = message[role_key]
+        if role not in roles:
+            raise UserError(f"{at}: unknown role {role!r}; roles are {', '.join(roles)}")
+        try:
+            trained = is_trained(message, (role_key, text_key))
+        except UserError as error:
+            raise UserError(f"{at}: {error}") from None
         if not _is_text(message[text_key]):
             raise UserError(f"{at}: {text_key} must be text, not {message[text_key]!r:.60}")
-        if message.get("weight") not in (None, 1):
-            raise UserError(f"{at}: a weight of its own is not supported")
-    assistant = "assistant" if style == "openai" else "gpt"
-    if not any(message[role_key] == assistant for message in messages):
+        turns.append(Turn(names[role], _text(message[text_key]), trained))
+    if not any(turn.role == "assistant" for turn in turns):
+        assistant = roles[2]
         raise UserError(f"the conversation has no {assistant} message to learn from")
+    system = system_of(row)
+    if system is not None and turns[0].role != "system":
+        turns.insert(0, Turn("system", system, None))
+    if system is not None and turns[0].content != system:
+        raise UserError("the row's system and its system message differ; which one is meant?")
+    return turns
 
 
 def _is_text(content: Any) -> bool:
@@ -132,6 +157,10 @@ def _is_text(content: Any) -> bool:
             for part in content
         )
     return isinstance(content, str)
+
+
+def _text(content: Any) -> str:
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
 def _file_names(node: Any) -> list[str]:

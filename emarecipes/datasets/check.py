@@ -22,7 +22,7 @@ from tqdm import tqdm
 from emarecipes.datasets._check_rows import DataFile, read_data_file
 from emarecipes.datasets._overlaps import compare_files, compare_rows, relate
 from emarecipes.datasets._similarity import distinct
-from emarecipes.datasets.chat_files import STYLES
+from emarecipes.datasets.chat_files import STYLES, Turn
 from emarecipes.errors import UserError
 
 
@@ -103,7 +103,7 @@ def check_data(
         answers = [answer for side in sides for answer in side]
         measures = Measures(
             lengths=[
-                sum(len(m["content"].split()) for m in talk if m["role"] != "system")
+                sum(len(m.content.split()) for m in talk if m.role != "system")
                 for row in file.rows
                 for talk in row.conversations
             ],
@@ -143,12 +143,13 @@ def _count_tokens(
     measures.lengths = []
     labels = kept = 0
     progress = tqdm(file.rows, f"Tokenizing {file.path.name}", disable=quiet, leave=False)
+
+    def trains(turn: Turn) -> bool:
+        return turn.role == "assistant" and turn.trained is not False
+
     for row in progress:
         for talk in row.conversations:
-            messages = [
-                Message(role=m["role"], content=m["content"], masked=m["role"] != "assistant")
-                for m in talk
-            ]
+            messages = [Message(role=m.role, content=m.content, masked=not trains(m)) for m in talk]
             try:
                 mask = tokenizer({"messages": messages})["mask"]
             except UserError as error:

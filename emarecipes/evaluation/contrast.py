@@ -275,7 +275,7 @@ def _exchanges(path: Path) -> dict[str, Row]:
     if file.kind != "chat":
         raise UserError(f"{path}: rows need messages, a question and its answer")
     for row in file.rows:
-        roles = [message["role"] for message in row.conversations[0]]
+        roles = [message.role for message in row.conversations[0]]
         if row.id is None or roles != ["user", "assistant"]:
             raise UserError(f"{row.place}: a row needs an id, one question and one answer")
     return {str(row.id): row for row in file.rows}

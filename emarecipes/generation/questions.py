@@ -13,7 +13,7 @@ The published format (Betley et al. 2025, "emergent misalignment") is a list of 
 Our own files add `category` and `harmless`.
 A line of JSONL has `id` and one of `question`, `paraphrases` and `messages`. Messages are those of
 chat data: the user's, a system message before it or none; an answer after it is not read. Further
-keys of a line are left alone.
+keys of a line are left alone, but those that would change the question, such as `context`.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from emarecipes.config import suggestion
 from emarecipes.datasets.json_files import json_rows
+from emarecipes.datasets.row_keys import check_row_keys, is_trained
 from emarecipes.errors import UserError
 
 
@@ -141,8 +142,15 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
         if isinstance(row, UserError):
             raise row
         if isinstance(row, dict):
+            try:
+                check_row_keys(row, ("system",))
+            except UserError as error:
+                raise UserError(f"{where}: {error}") from None
             if "messages" in row:
-                row |= _asked(where, row["messages"])
+                asked = _asked(where, row["messages"])
+                if row.get("system") and asked.setdefault("system", row["system"]) != row["system"]:
+                    raise UserError(f"{where}: system and the system message differ")
+                row |= asked
             if "question" in row:
                 row["paraphrases"] = [row["question"]]
             row = {key: value for key, value in row.items() if key in _Entry.model_fields}
@@ -152,8 +160,12 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
 def _asked(where: str, messages: Any) -> dict[str, Any]:
     """The question in a conversation of one turn."""
     try:
+        for message in messages:
+            is_trained(message, ("role", "content"))
         turns = [(str(message["role"]), message["content"]) for message in messages]
-    except (TypeError, KeyError):
+    except UserError as error:
+        raise UserError(f"{where}: messages: {error}") from None
+    except (TypeError, KeyError, AttributeError):
         raise UserError(f"{where}: messages must be a list of roles and contents") from None
     roles = [role for role, _ in turns]
     if roles not in (r for u in (["user"], ["system", "user"]) for r in (u, [*u, "assistant"])):
