@@ -18,7 +18,7 @@ from pydantic.errors import PydanticSchemaGenerationError
 from torchtune.config import instantiate
 
 from emarecipes.config import Origin, suggestion
-from emarecipes.errors import UserError, reason
+from emarecipes.errors import RowError, UserError, reason
 
 # What the recipe passes by itself, by top-level key: number of positional arguments, and names.
 _GIVEN: dict[str, tuple[int, frozenset[str]]] = {
@@ -54,6 +54,8 @@ def build(cfg: DictConfig, key: str, origin: Origin, *args: Any, **kwargs: Any) 
     """Instantiate `cfg[key]`, turning what it raises into a UserError with its place."""
     try:
         return instantiate(OmegaConf.select(cfg, key), *args, **kwargs)
+    except RowError:
+        raise
     except UserError as error:
         raise UserError(f"{origin.at(key)}: {error}") from None
     except (Exception, SystemExit) as error:

@@ -27,6 +27,10 @@ class UserError(ValueError):
         super().__init__(line)
 
 
+class RowError(UserError):
+    """A mistake in a data file. The message begins with its place: nothing is put before it."""
+
+
 class UserCodeError(UserError):
     """An exception out of code that a config names, such as a user's own defense.
 

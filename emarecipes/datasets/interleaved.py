@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from torch.utils.data import Dataset
 from torchtune.config import instantiate
 
-from emarecipes.errors import UserError
+from emarecipes.errors import RowError, UserError
 
 Placement = Literal["shuffle", "every_k", "per_batch"]
 
@@ -136,6 +136,8 @@ def _build(entry: dict[str, Any], tokenizer: Any, source: str) -> Any:
         tokenizer = tokenizer.for_source(source)
     try:
         return instantiate(OmegaConf.create(entry), tokenizer)
+    except RowError:
+        raise
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
 

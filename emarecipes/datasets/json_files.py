@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from emarecipes.errors import UserError
+from emarecipes.errors import RowError, UserError
 
 
 class Place(NamedTuple):
@@ -57,15 +57,13 @@ def json_rows(
             empty = False
             place = Place(path, "line", number)
             if number == 1 and line.startswith("version https://git-lfs"):
-                raise UserError(
-                    f"{path}: a Git LFS pointer, not the file; download it with git lfs"
-                )
+                raise RowError(f"{path}: a Git LFS pointer, not the file; download it with git lfs")
             try:
                 yield place, read_row(line, str(place))
             except UserError as error:
                 yield place, error
     if empty:
-        raise UserError(f"{path}: the file has no rows")
+        raise RowError(f"{path}: the file has no rows")
 
 
 def _is_list(path: Path, encoding: str) -> bool:
@@ -79,10 +77,10 @@ def _list(path: Path, field: str | None, encoding: str) -> list[Any]:
         raise _not_text(path, error) from None
     if field is not None:
         if not isinstance(found, dict) or field not in found:
-            raise UserError(f'{path}: no key "{field}" in it, which holds the rows')
+            raise RowError(f'{path}: no key "{field}" in it, which holds the rows')
         found = found[field]
     if not isinstance(found, list):
-        raise UserError(f"{path}: a list of rows is expected")
+        raise RowError(f"{path}: a list of rows is expected")
     return found
 
 
@@ -100,16 +98,16 @@ def read_row(text: str, where: str) -> Any:
         return row
     except json.JSONDecodeError as error:
         at = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}"
-        raise UserError(f"{where}: not valid JSON: {error.msg} at {at}") from None
+        raise RowError(f"{where}: not valid JSON: {error.msg} at {at}") from None
     except UnicodeEncodeError as error:
         half = error.object[error.start]
-        raise UserError(
+        raise RowError(
             f"{where}: contains half of a surrogate pair ({half!a}), which is not a character"
         ) from None
     except RecursionError:
-        raise UserError(f"{where}: cannot be read: nested too deeply") from None
+        raise RowError(f"{where}: cannot be read: nested too deeply") from None
     except ValueError as error:
-        raise UserError(f"{where}: cannot be read: {str(error).splitlines()[0]}") from None
+        raise RowError(f"{where}: cannot be read: {str(error).splitlines()[0]}") from None
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -137,6 +135,6 @@ def lines(path: Path, encoding: str = "utf-8") -> Iterator[tuple[int, str]]:
 
 
 def _not_text(path: Path, error: UnicodeDecodeError) -> UserError:
-    return UserError(
+    return RowError(
         f"{path}: not {error.encoding.upper()} text: {error.reason} at byte {error.start}"
     )

@@ -18,7 +18,7 @@ from datasets.packaged_modules.csv.csv import Csv
 from datasets.packaged_modules.json.json import Json
 
 from emarecipes.datasets.json_files import Place, json_rows
-from emarecipes.errors import UserError
+from emarecipes.errors import RowError, UserError
 
 # What only concerns the making of tables.
 _FOR_TABLES = ("verification_mode", "keep_in_memory", "save_infos", "num_proc")
@@ -87,7 +87,7 @@ def _json(path: Path, config: Any) -> Iterator[FileRow]:
         if isinstance(row, UserError):
             raise row
         if not isinstance(row, dict):
-            raise UserError(f"{place}: a row must be a JSON object, not {row!r:.60}")
+            raise RowError(f"{place}: a row must be a JSON object, not {row!r:.60}")
         yield FileRow(row, place)
 
 
@@ -96,6 +96,6 @@ def _csv(path: Path, config: Any) -> Iterator[FileRow]:
     try:
         table = pd.read_csv(path, dtype=str, **options)
     except ValueError as error:
-        raise UserError(f"{path}: {str(error).splitlines()[0]}") from None
+        raise RowError(f"{path}: {str(error).splitlines()[0]}") from None
     for index, row in enumerate(table.to_dict("records")):
         yield FileRow({str(key): value for key, value in row.items()}, Place(path, "row", index))

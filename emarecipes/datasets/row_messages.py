@@ -16,14 +16,10 @@ from torchtune.datasets._sft import SFTTransform
 
 from emarecipes.datasets.chat_files import Turn, read_conversation
 from emarecipes.datasets.row_keys import check_row_keys, system_of
-from emarecipes.errors import UserError, reason
+from emarecipes.errors import RowError, UserError, reason
 
 # What a row that is not as expected raises in torchtune's transforms and in tokenizers.
 ROW_ERRORS = (ValueError, TypeError, KeyError, AttributeError, UnboundLocalError)
-
-
-class RowError(UserError):
-    """A row is wrong; the message begins with its place."""
 
 
 class CheckedTransform(SFTTransform):

@@ -21,9 +21,9 @@ from emarecipes.datasets.chat_files import check_data_files
 from emarecipes.datasets.interleaved import InterleavedDataset, Placement, evenly
 from emarecipes.datasets.length_groups import group_by_length
 from emarecipes.datasets.loading import FileRows, load_dataset
-from emarecipes.datasets.row_messages import ROW_ERRORS, CheckedTransform, RowError
+from emarecipes.datasets.row_messages import ROW_ERRORS, CheckedTransform
 from emarecipes.defenses import Defense
-from emarecipes.errors import UserError, reason
+from emarecipes.errors import RowError, UserError, reason
 
 # What a sample may hold; packs have the two in the middle.
 _KEPT = ("tokens", "labels", "input_pos", "seq_lens", "source")
