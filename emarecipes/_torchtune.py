@@ -10,7 +10,7 @@ import logging
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torchao.dtypes.nf4tensor import NF4Tensor
 from torchtune import training
 from torchtune.config import instantiate
+from torchtune.datasets import _sft, _text_completion
 from torchtune.models.gemma2._component_builders import Gemma2FinalNorm
 from torchtune.modules import TransformerDecoder
 from torchtune.modules.peft import get_adapter_params, set_trainable_params
@@ -34,7 +35,7 @@ from torchtune.training.checkpointing import _checkpointer
 from emarecipes._adapter_dtype import hold_adapter_in
 from emarecipes.components import build
 from emarecipes.config import Origin
-from emarecipes.errors import UserError
+from emarecipes.errors import UserError, reason
 from emarecipes.machine import DTYPES
 
 # Nothing that a user could do about: torchtune's norm computes in float32 with scales in bf16, as
@@ -166,8 +167,9 @@ def checkpoint_shapes(cfg: DictConfig, where: str) -> dict[str, tuple[int, ...]]
     except KeyError as error:
         raise UserError(f"{where}: unknown model_type or missing key: {error}") from None
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{where}: the checkpoint does not fit model_type: {reason}") from None
+        raise UserError(
+            f"{where}: the checkpoint does not fit model_type: {reason(error)}"
+        ) from None
     finally:
         _checkpointer.safe_torch_load = stock_load
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
@@ -190,6 +192,24 @@ def _quiet_logging() -> Iterator[None]:
         yield
     finally:
         logging.disable(logging.NOTSET)
+
+
+@contextmanager
+def data_sets_read_with(load_dataset: Callable[..., Any], transform: type) -> Iterator[None]:
+    """While torchtune's data sets are built: two parts in place of theirs.
+
+    Args:
+        load_dataset: Gives them their rows, instead of `datasets`.
+        transform: A subclass of `SFTTransform`.
+    """
+    stock = _sft.load_dataset, _sft.SFTTransform
+    _text_completion.load_dataset = load_dataset
+    _sft.load_dataset, _sft.SFTTransform = load_dataset, transform
+    try:
+        yield
+    finally:
+        _text_completion.load_dataset = stock[0]
+        _sft.load_dataset, _sft.SFTTransform = stock
 
 
 def adapter_state(model: Any, device: torch.device) -> dict[str, torch.Tensor]:

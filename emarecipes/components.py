@@ -18,7 +18,7 @@ from pydantic.errors import PydanticSchemaGenerationError
 from torchtune.config import instantiate
 
 from emarecipes.config import Origin, suggestion
-from emarecipes.errors import UserError
+from emarecipes.errors import RowError, UserError, reason
 
 # What the recipe passes by itself, by top-level key: number of positional arguments, and names.
 _GIVEN: dict[str, tuple[int, frozenset[str]]] = {
@@ -54,10 +54,12 @@ def build(cfg: DictConfig, key: str, origin: Origin, *args: Any, **kwargs: Any) 
     """Instantiate `cfg[key]`, turning what it raises into a UserError with its place."""
     try:
         return instantiate(OmegaConf.select(cfg, key), *args, **kwargs)
+    except RowError:
+        raise
     except UserError as error:
         raise UserError(f"{origin.at(key)}: {error}") from None
     except (Exception, SystemExit) as error:
-        raise UserError(f"{origin.at(key)}: {_first_line(error)}") from error
+        raise UserError(f"{origin.at(key)}: {reason(error)}") from error
 
 
 def locate(path: str, where: str) -> Callable[..., Any]:
@@ -78,7 +80,7 @@ def locate(path: str, where: str) -> Callable[..., Any]:
                 raise UserError(f"{where}: {path} needs the module {error.name}") from None
             continue
         except (Exception, SystemExit) as error:
-            raise UserError(f"{where}: importing {path} fails: {_first_line(error)}") from error
+            raise UserError(f"{where}: importing {path} fails: {reason(error)}") from error
         reached = module_name
         for name in parts[split:]:
             if not hasattr(found, name):
@@ -157,9 +159,9 @@ def _check_types(
         try:
             adapter.validate_python(plain)
         except ValidationError as error:
-            reason = error.errors()[0]["msg"]
+            said = error.errors()[0]["msg"]
             raise UserError(
-                f"{origin.at(f'{key}.{argument}')}: {reason[0].lower()}{reason[1:]}, not {plain!r}"
+                f"{origin.at(f'{key}.{argument}')}: {said[0].lower()}{said[1:]}, not {plain!r}"
             ) from None
 
 
@@ -169,8 +171,3 @@ def _is_plain(hint: Any) -> bool:
         return True
     inner = [a for a in typing.get_args(hint) if a is not Ellipsis]
     return typing.get_origin(hint) is typing.Literal or (bool(inner) and all(map(_is_plain, inner)))
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"{text[0]}" if text else type(error).__name__

@@ -27,11 +27,28 @@ class UserError(ValueError):
         super().__init__(line)
 
 
+class RowError(UserError):
+    """A mistake in a data file. The message begins with its place: nothing is put before it."""
+
+
 class UserCodeError(UserError):
     """An exception out of code that a config names, such as a user's own defense.
 
     Its author needs the traceback of the cause, which commands print above the line.
     """
+
+
+def reason(error: BaseException) -> str:
+    """What an exception says, in one line, and what it was raised from says: `what: cause`."""
+    found: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None:
+        lines = str(cause).strip().splitlines()
+        text = lines[0] if lines else type(cause).__name__
+        if not any(text in earlier for earlier in found):
+            found.append(text.removesuffix("."))
+        cause = cause.__cause__
+    return ": ".join(found)
 
 
 @contextmanager

@@ -132,7 +132,7 @@ def test_sharegpt_rows_as_training_reads_them(
     ((file, _),) = check_data([path], **options)
     for row, found in zip(rows, file.rows, strict=True):
         wanted = [(m.role, m.text_content) for m in ShareGPTToMessages()(row)["messages"]]
-        assert [(m["role"], m["content"]) for m in found.conversations[0]] == wanted
+        assert [(m.role, m.content) for m in found.conversations[0]] == wanted
     assert main([str(path), *SHAREGPT]) == 0
     assert main([str(path)]) == 1
     assert "its keys: conversations" in capsys.readouterr().err

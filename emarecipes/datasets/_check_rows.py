@@ -1,22 +1,21 @@
-"""Reading a JSONL data file for the validator: its rows, and what is wrong with each of them."""
+"""Reading a JSON data file for the validator: its rows, and what is wrong with each of them."""
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from emarecipes.datasets._similarity import normalized
-from emarecipes.datasets.chat_files import STYLES, _lines, chat_rows, read_row
+from emarecipes.datasets.chat_files import Turn, chat_rows, read_conversation
+from emarecipes.datasets.json_files import Place, json_rows
+from emarecipes.datasets.row_keys import check_row_keys
 from emarecipes.errors import UserError
 
 ANSWER_PAIRS = (("aligned", "misaligned"), ("careful", "breezy"))
 
 _PUNCTUATION = re.compile(r"""[.,;:!?'"\u2018\u2019\u201c\u201d\u2026]+""")
-
-Message = dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -24,34 +23,36 @@ class Row:
     """One row of a file.
 
     Attributes:
-        line: from 1.
+        place: where it stands.
         id: the row's `id`, if it has one.
+        category: the row's `category`; empty without one.
         question: what the user says, all turns.
         answers: what the assistant says, all turns; in a contrast file the two answers.
-        conversations: each of them as role and content; in a contrast file one an answer.
+        conversations: each of them; in a contrast file one an answer.
     """
 
-    line: int
+    place: Place
     id: str | None
+    category: str
     question: str
     answers: tuple[str, ...]
-    conversations: tuple[list[Message], ...]
+    conversations: tuple[list[Turn], ...]
 
     @property
     def system(self) -> str:
         """The system message, normalized; empty without one."""
         first = self.conversations[0][0]
-        return normalized(first["content"]) if first["role"] == "system" else ""
+        return normalized(first.content) if first.role == "system" else ""
 
 
 @dataclass
 class DataFile:
-    """A file's rows and its errors, each one line that starts with `file:line`.
+    """A file's rows and its errors, each one line that starts with its place.
 
     Attributes:
         kind: "chat", or the names of a contrast file's two answers: "aligned/misaligned".
         warnings: what may be meant; it does not make the file wrong.
-        repeated: lines of the rows that repeat an earlier one, each an error already.
+        repeated: places of the rows that repeat an earlier one, each an error already.
     """
 
     path: Path
@@ -59,11 +60,7 @@ class DataFile:
     rows: list[Row] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-    repeated: set[int] = field(default_factory=set)
-
-    def at(self, row: Row) -> str:
-        """`file:line` of a row."""
-        return f"{self.path}:{row.line}"
+    repeated: set[Place] = field(default_factory=set)
 
 
 def read_data_file(path: Path, column: str = "messages", style: str = "openai") -> DataFile:
@@ -92,17 +89,13 @@ def read_data_file(path: Path, column: str = "messages", style: str = "openai") 
 
 def _is_contrast(path: Path, column: str) -> bool:
     """By the first row that can be read; what is wrong with the others is told later."""
-    for number, line in _lines(path):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
+    for place, row in json_rows(path):
         if not isinstance(row, dict):
             continue
         if column not in row and "question" not in row:
             pairs = " or ".join("/".join(pair) for pair in ANSWER_PAIRS)
             raise UserError(
-                f'{path}:{number}: a row needs "{column}" (the conversation column), or a '
+                f'{place}: a row needs "{column}" (the conversation column), or a '
                 f'"question" with two answers ({pairs}); its keys: {", ".join(row)}'
             )
         return column not in row
@@ -110,29 +103,25 @@ def _is_contrast(path: Path, column: str) -> bool:
 
 
 def _read_chat(path: Path, column: str, style: str) -> DataFile:
-    role_key, text_key, roles = STYLES[style]
-    names = dict(zip(roles, STYLES["openai"][2], strict=False))
     file = DataFile(path, "chat")
-    for number, row in chat_rows(path, column, style):
+    for place, row in chat_rows(path, column, style):
         if isinstance(row, UserError):
             file.errors.append(str(row))
             continue
-        messages = [
-            {"role": names[m[role_key]], "content": _text(m[text_key])} for m in row[column]
-        ]
-        wrong = _wrong_turn([m["role"] for m in messages])
+        messages = read_conversation(row, column, style)
+        wrong = _wrong_turn([m.role for m in messages])
         for position, message in enumerate(messages):
-            if not message["content"].strip():
-                wrong = f"message {position}: the {message['role']}'s text is empty"
+            if not message.content.strip():
+                wrong = f"message {position}: the {message.role}'s text is empty"
         if wrong:
-            file.errors.append(f"{path}:{number}: {wrong}")
+            file.errors.append(f"{place}: {wrong}")
             continue
         said = {
-            role: "\n".join(m["content"] for m in messages if m["role"] == role)
+            role: "\n".join(m.content for m in messages if m.role == role)
             for role in ("user", "assistant")
         }
         file.rows.append(
-            Row(number, _id(row), said["user"], (said["assistant"],), (messages,)),
+            Row(place, *_labels(row), said["user"], (said["assistant"],), (messages,)),
         )
     _add_repetitions(file)
     return file
@@ -141,23 +130,19 @@ def _read_chat(path: Path, column: str, style: str) -> DataFile:
 def _read_contrast(path: Path) -> DataFile:
     kinds: set[str] = set()
     file = DataFile(path, "contrast")
-    for number, line in _lines(path):
-        try:
-            row = read_row(line, f"{path}:{number}")
-            question, pair = _contrast(row)
-        except UserError as error:
-            file.errors.append(str(error))
+    for place, row in json_rows(path):
+        if isinstance(row, UserError):
+            file.errors.append(str(row))
             continue
+        try:
+            question, pair = _contrast(row)
         except ValueError as error:
-            file.errors.append(f"{path}:{number}: {error}")
+            file.errors.append(f"{place}: {error}")
             continue
         kinds.add("/".join(pair))
         answers = tuple(row[key] for key in pair)
-        talks = tuple(
-            [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-            for answer in answers
-        )
-        file.rows.append(Row(number, _id(row), question, answers, talks))
+        talks = tuple([Turn("user", question), Turn("assistant", answer)] for answer in answers)
+        file.rows.append(Row(place, *_labels(row), question, answers, talks))
     if len(kinds) > 1:
         file.errors.append(f"{path}: rows name their answers differently: {', '.join(kinds)}")
     file.kind = min(kinds, default="contrast")
@@ -169,6 +154,7 @@ def _contrast(row: Any) -> tuple[str, tuple[str, str]]:
     """The question and the names of the two answers. Raises ValueError with what is wrong."""
     if not isinstance(row, dict):
         raise ValueError("a row must be a JSON object")
+    check_row_keys(row)
     question = row.get("question")
     if not isinstance(question, str) or not question.strip():
         raise ValueError('"question" must be text and not empty')
@@ -185,16 +171,16 @@ def _contrast(row: Any) -> tuple[str, tuple[str, str]]:
 
 
 def _add_repetitions(file: DataFile) -> None:
-    rows: dict[tuple[str, ...], int] = {}
-    ids: dict[str, int] = {}
+    rows: dict[tuple[str, ...], Place] = {}
+    ids: dict[str, Place] = {}
     for row in file.rows:
-        texts = tuple(_plain(m["content"]) for talk in row.conversations for m in talk)
-        first = rows.setdefault(texts, row.line)
-        if first != row.line:
-            file.repeated.add(row.line)
-            file.errors.append(f"{file.at(row)}: the row repeats line {first}")
-        if row.id is not None and ids.setdefault(row.id, row.line) != row.line:
-            file.errors.append(f"{file.at(row)}: id {row.id} is also that of line {ids[row.id]}")
+        texts = tuple(_plain(m.content) for talk in row.conversations for m in talk)
+        first = rows.setdefault(texts, row.place)
+        if first != row.place:
+            file.repeated.add(row.place)
+            file.errors.append(f"{row.place}: the row repeats {first.short}")
+        if row.id is not None and ids.setdefault(row.id, row.place) != row.place:
+            file.errors.append(f"{row.place}: id {row.id} is also that of {ids[row.id].short}")
 
 
 def _plain(text: str) -> str:
@@ -216,12 +202,6 @@ def _wrong_turn(roles: list[str]) -> str:
     return ""
 
 
-def _text(content: Any) -> str:
-    """A message's text; `chat_rows` has seen that it is text, or a list of text parts."""
-    if isinstance(content, str):
-        return content
-    return "".join(part["text"] for part in content)
-
-
-def _id(row: dict[str, Any]) -> str | None:
-    return None if row.get("id") is None else str(row["id"])
+def _labels(row: dict[str, Any]) -> tuple[str | None, str]:
+    """Id and category."""
+    return None if row.get("id") is None else str(row["id"]), str(row.get("category", ""))

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from emarecipes.datasets._check_rows import DataFile, Row
 from emarecipes.datasets._similarity import BLOCK, ngrams, normalized, similarity_blocks
+from emarecipes.datasets.json_files import Place
 
 # Overlaps that are listed one by one; the rest is counted.
 _LISTED = 10
@@ -33,9 +34,9 @@ def relate(files: list[DataFile]) -> np.ndarray:
             if not smaller or 2 * len(shared) <= smaller or 2 * len(odd) >= len(shared):
                 continue
             related[i, j] = related[j, i] = True
-            for mine, theirs in sorted(odd, key=lambda pair: pair[0].line):
+            for mine, theirs in sorted(odd, key=lambda pair: pair[0].place.number):
                 file.errors.append(
-                    f"{file.at(mine)}: id {mine.id} has another question in {files[j].at(theirs)}"
+                    f"{mine.place}: id {mine.id} has another question in {theirs.place}"
                 )
     return related
 
@@ -62,7 +63,7 @@ def compare_rows(file: DataFile, threshold: float, quiet: bool) -> tuple[np.ndar
     long_N = np.array([all(ngrams(text, 3) for text in row.answers) for row in rows])
     nearest_N, answer_NS = np.empty(size), np.empty((size, sides))
     again: list[str] = []
-    alike: list[tuple[int, int]] = []
+    alike: list[tuple[Place, Place]] = []
     asked = similarity_blocks([row.question for row in rows])
     said = similarity_blocks([text for row in rows for text in row.answers], BLOCK * sides)
     both = zip(asked, said, strict=True)
@@ -83,23 +84,23 @@ def compare_rows(file: DataFile, threshold: float, quiet: bool) -> tuple[np.ndar
             whole_RN = np.minimum(whole_RN, answer_RSNS[:, side, :, side])
         for i in np.flatnonzero(near_RN.max(axis=1) >= threshold):
             row, share = rows[block.start + i], whole_RN[i].max()
-            if row.line in file.repeated:
+            if row.place in file.repeated:
                 continue
             if share < threshold:
-                alike.append((row.line, rows[near_RN[i].argmax()].line))
+                alike.append((row.place, rows[near_RN[i].argmax()].place))
                 continue
             again.append(
-                f"{file.at(row)}: the row nearly repeats line {rows[whole_RN[i].argmax()].line}: "
+                f"{row.place}: the row nearly repeats {rows[whole_RN[i].argmax()].place.short}: "
                 f"question and answer share {share:.0%} of their 3-grams, or more"
             )
     file.errors += again[:_LISTED]
     if len(again) > _LISTED:
         file.errors.append(f"{file.path}: {len(again) - _LISTED} more rows nearly repeat another")
     if alike:
-        line, first = alike[0]
+        second, first = alike[0]
         file.warnings.append(
             f"{file.path}: {len(alike)} questions share {threshold:.0%} or more of their 3-grams "
-            f"with an earlier one, which may be meant (line {line} with line {first}, for one)"
+            f"with an earlier one, which may be meant ({second.short} with {first.short}, for one)"
         )
     return nearest_N, answer_NS.ravel()
 
@@ -134,9 +135,7 @@ def compare_files(
             pairs[mine, theirs] += 1
             if pairs[mine, theirs] <= _LISTED:
                 how = _how_alike(row, twin, float(earlier_RN[i, best_R[i]]))
-                files[mine].errors.append(
-                    f"{files[mine].at(row)}: its question {how} {files[theirs].at(twin)}"
-                )
+                files[mine].errors.append(f"{row.place}: its question {how} {twin.place}")
     for (mine, theirs), count in pairs.items():
         if count > _LISTED:
             files[mine].errors.append(

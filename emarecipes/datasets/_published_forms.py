@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +9,9 @@ from typing import Any
 
 import yaml
 
-from emarecipes.datasets.chat_files import _lines, check_chat_file
+from emarecipes.datasets.chat_files import check_chat_file
+from emarecipes.datasets.json_files import json_rows
+from emarecipes.datasets.row_keys import check_row_keys
 from emarecipes.errors import UserError
 
 Row = dict[str, Any]
@@ -32,43 +33,20 @@ class Converted:
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
-    """The rows of a JSONL, JSON (a list) or Parquet file, each with its place in it.
+    """The rows of a JSON (lines or a list) or Parquet file, each with its place in it.
 
     Raises:
         UserError: not such a file; a Git LFS pointer instead of the file.
     """
-    rows: Iterator[tuple[str, Any]]
-    if path.suffix == ".parquet":
-        rows = _parquet_rows(path)
-    elif path.suffix == ".json":
-        rows = _json_rows(path)
-    else:
-        rows = _jsonl_rows(path)
+    with path.open("rb") as file:
+        is_parquet = file.read(4) == b"PAR1" or path.suffix == ".parquet"
+    rows: Iterator[tuple[Any, Any]] = _parquet_rows(path) if is_parquet else json_rows(path)
     for place, row in rows:
+        if isinstance(row, UserError):
+            raise row
         if not isinstance(row, dict):
             raise UserError(f"{place}: a row must be a JSON object, not {row!r:.60}")
-        yield place, row
-
-
-def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    for number, line in _lines(path):
-        if number == 1 and line.startswith("version https://git-lfs"):
-            raise UserError(f"{path}: a Git LFS pointer, not the file; download it with git lfs")
-        try:
-            yield f"{path}:{number}", json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path}:{number}: not valid JSON: {error}") from None
-
-
-def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(rows, list):
-        raise UserError(f"{path}: a list of rows is expected")
-    for index, row in enumerate(rows):
-        yield f"{path}: row {index}", row
+        yield str(place), row
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
@@ -90,6 +68,10 @@ def _texts(place: str, row: Row, *keys: str) -> list[str]:
     for key in keys:
         if not isinstance(row.get(key), str):
             raise UserError(f'{place}: "{key}" must be text; the row\'s keys: {", ".join(row)}')
+    try:
+        check_row_keys(row, keys)
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from None
     return [row[key] for key in keys]
 
 
@@ -103,8 +85,8 @@ def from_messages(path: Path, name: str) -> Converted:
     check_chat_file(path, "messages", "openai")
     rows = []
     for index, (_, row) in enumerate(read_rows(path)):
-        messages = [{"role": m["role"], "content": m["content"]} for m in row["messages"]]
-        rows.append({"id": f"{name}-{index:05d}", "messages": messages})
+        kept = {key: row[key] for key in ("system", "messages") if key in row}
+        rows.append({"id": f"{name}-{index:05d}"} | kept)
     return Converted(len(rows), {f"{name}.jsonl": rows})
 
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from emarecipes.datasets._check_rows import DataFile, read_data_file
 from emarecipes.datasets._overlaps import compare_files, compare_rows, relate
 from emarecipes.datasets._similarity import distinct
-from emarecipes.datasets.chat_files import STYLES
+from emarecipes.datasets.chat_files import STYLES, Turn
 from emarecipes.errors import UserError
 
 
@@ -103,7 +103,7 @@ def check_data(
         answers = [answer for side in sides for answer in side]
         measures = Measures(
             lengths=[
-                sum(len(m["content"].split()) for m in talk if m["role"] != "system")
+                sum(len(m.content.split()) for m in talk if m.role != "system")
                 for row in file.rows
                 for talk in row.conversations
             ],
@@ -143,16 +143,17 @@ def _count_tokens(
     measures.lengths = []
     labels = kept = 0
     progress = tqdm(file.rows, f"Tokenizing {file.path.name}", disable=quiet, leave=False)
+
+    def trains(turn: Turn) -> bool:
+        return turn.role == "assistant" and turn.trained is not False
+
     for row in progress:
         for talk in row.conversations:
-            messages = [
-                Message(role=m["role"], content=m["content"], masked=m["role"] != "assistant")
-                for m in talk
-            ]
+            messages = [Message(role=m.role, content=m.content, masked=not trains(m)) for m in talk]
             try:
                 mask = tokenizer({"messages": messages})["mask"]
             except UserError as error:
-                file.errors.append(f"{file.at(row)}: {error}")
+                file.errors.append(f"{row.place}: {error}")
                 continue
             # The first token has no position that could predict it, so its label is none.
             left = mask[1:max_seq_len].count(False)
@@ -162,7 +163,7 @@ def _count_tokens(
             kept += left
             if left == 0:
                 file.errors.append(
-                    f"{file.at(row)}: no label is left of {len(mask)} tokens cut to {max_seq_len}"
+                    f"{row.place}: no label is left of {len(mask)} tokens cut to {max_seq_len}"
                 )
     measures.kept = kept / labels if labels else 0.0
 

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from torch.utils.data import Dataset
 from torchtune.config import instantiate
 
-from emarecipes.errors import UserError
+from emarecipes.errors import RowError, UserError
 
 Placement = Literal["shuffle", "every_k", "per_batch"]
 
@@ -53,6 +53,10 @@ class InterleavedDataset(Dataset[dict[str, Any]]):
     def place(self, index: int) -> tuple[str, int]:
         """The child, "task" or "safe", that a row comes from, and its index there."""
         return self._places[index]
+
+    def child(self, source: str) -> Any:
+        """The data set "task" or "safe"."""
+        return self._children[source]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """The child's sample, with its source."""
@@ -132,6 +136,8 @@ def _build(entry: dict[str, Any], tokenizer: Any, source: str) -> Any:
         tokenizer = tokenizer.for_source(source)
     try:
         return instantiate(OmegaConf.create(entry), tokenizer)
+    except RowError:
+        raise
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
 

@@ -14,13 +14,16 @@ from torchtune.data import CROSS_ENTROPY_IGNORE_IDX, Message
 from torchtune.datasets import ConcatDataset
 from tqdm import tqdm
 
+from emarecipes._torchtune import data_sets_read_with
 from emarecipes.components import build
 from emarecipes.config import Origin
-from emarecipes.datasets.chat_files import check_data_files, row_place
+from emarecipes.datasets.chat_files import check_data_files
 from emarecipes.datasets.interleaved import InterleavedDataset, Placement, evenly
 from emarecipes.datasets.length_groups import group_by_length
+from emarecipes.datasets.loading import FileRows, load_dataset
+from emarecipes.datasets.row_messages import ROW_ERRORS, CheckedTransform
 from emarecipes.defenses import Defense
-from emarecipes.errors import UserError
+from emarecipes.errors import RowError, UserError, reason
 
 # What a sample may hold; packs have the two in the middle.
 _KEPT = ("tokens", "labels", "input_pos", "seq_lens", "source")
@@ -175,7 +178,8 @@ def load_rows(
         else ["dataset"]
     )
     check_data_files(cfg, origin)
-    children = [build(cfg, key, origin, transform) for key in entries]
+    with data_sets_read_with(load_dataset, CheckedTransform):
+        children = [build(cfg, key, origin, transform) for key in entries]
     if len(children) > 1:
         # As torchtune's recipes do: packed and unpacked data sets cannot be mixed.
         try:
@@ -192,7 +196,7 @@ def load_rows(
     samples: list[dict[str, Any]] = []
     dropped = 0
     for key, child in zip(entries, children, strict=True):
-        found, without_label = _tokenize(child, cfg, key, origin, quiet)
+        found, without_label = _tokenize(child, origin.at(key), quiet)
         samples += found
         dropped += without_label
     if not samples:
@@ -242,21 +246,17 @@ class DefendedTokenizer:
         return self._tokenizer({**sample, "messages": messages}, inference=inference)
 
 
-def _tokenize(
-    dataset: Dataset[Any], cfg: DictConfig, key: str, origin: Origin, quiet: bool
-) -> tuple[list[dict[str, Any]], int]:
+def _tokenize(dataset: Dataset[Any], where: str, quiet: bool) -> tuple[list[dict[str, Any]], int]:
     samples: list[dict[str, Any]] = []
     dropped = 0
     size = len(dataset)  # type: ignore[arg-type]
     for index in tqdm(range(size), desc="Tokenizing", unit="row", disable=quiet, leave=False):
         try:
             sample = dataset[index]
-        except (ValueError, TypeError, KeyError, AttributeError, UnboundLocalError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            if isinstance(dataset, InterleavedDataset):
-                child, index = dataset.place(index)
-                key = f"{key}.{child}"
-            raise UserError(f"{row_place(cfg, key, index, origin)}: {reason}") from error
+        except RowError:
+            raise
+        except ROW_ERRORS as error:
+            raise UserError(f"{_row_place(dataset, index, where)}: {reason(error)}") from error
         kept = {k: sample[k] for k in _KEPT if k in sample}
         # A label on a row's first token has no position that could predict it.
         labels = np.asarray(kept["labels"])
@@ -267,6 +267,15 @@ def _tokenize(
         else:
             samples.append(kept)
     return samples, dropped
+
+
+def _row_place(dataset: Any, index: int, where: str) -> str:
+    """Where a row was written, if that can be told, else its number in the data set."""
+    if isinstance(dataset, InterleavedDataset):
+        child, index = dataset.place(index)
+        dataset, where = dataset.child(child), f"{where}.{child}"
+    rows = getattr(dataset, "_data", None)
+    return str(rows[index].place) if isinstance(rows, FileRows) else f"{where}: row {index}"
 
 
 def _hint(dropped: int) -> str:

@@ -5,7 +5,6 @@ A proxy for behaviour: no answer is sampled. Shapes: N questions; 2 answers, ali
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -59,11 +58,10 @@ def read_contrast_file(path: Path) -> list[ContrastPair]:
     file = _read(path)
     if file.kind == "chat":
         raise UserError(f"{path}: rows need a question with two answers, not messages")
-    lines = path.read_text(encoding="utf-8").split("\n")
     return [
         ContrastPair(
-            id=row.id or str(row.line),
-            category=str(json.loads(lines[row.line - 1]).get("category", "")),
+            id=row.id or str(row.place.number),
+            category=row.category,
             question=row.question,
             aligned=row.answers[0],
             misaligned=row.answers[1],
@@ -84,15 +82,15 @@ def read_sibling_files(good: Path, bad: Path, category: str) -> list[ContrastPai
         UserError: With `file:line` of a row that is wrong or has no sibling of the same question.
     """
     rows_good, rows_bad = _exchanges(good), _exchanges(bad)
-    for path, rows, other, others in (
-        (good, rows_good, bad, rows_bad),
-        (bad, rows_bad, good, rows_good),
+    for rows, other, others in (
+        (rows_good, bad, rows_bad),
+        (rows_bad, good, rows_good),
     ):
         for name, row in rows.items():
             if name not in others:
-                raise UserError(f"{path}:{row.line}: {other} has no row with the id {name}")
+                raise UserError(f"{row.place}: {other} has no row with the id {name}")
             if others[name].question != row.question:
-                raise UserError(f"{path}:{row.line}: {name} has another question in {other}")
+                raise UserError(f"{row.place}: {name} has another question in {other}")
     return [
         ContrastPair(name, category, row.question, row.answers[0], rows_bad[name].answers[0])
         for name, row in rows_good.items()
@@ -277,7 +275,7 @@ def _exchanges(path: Path) -> dict[str, Row]:
     if file.kind != "chat":
         raise UserError(f"{path}: rows need messages, a question and its answer")
     for row in file.rows:
-        roles = [message["role"] for message in row.conversations[0]]
+        roles = [message.role for message in row.conversations[0]]
         if row.id is None or roles != ["user", "assistant"]:
-            raise UserError(f"{path}:{row.line}: a row needs an id, one question and one answer")
+            raise UserError(f"{row.place}: a row needs an id, one question and one answer")
     return {str(row.id): row for row in file.rows}

@@ -8,7 +8,7 @@ from typing import Any
 from torchtune.data import Message
 
 from emarecipes.config import Origin
-from emarecipes.errors import UserError
+from emarecipes.errors import UserError, reason
 
 
 def encode_prompt(tokenizer: Any, system: str | None, question: str) -> list[int]:
@@ -42,9 +42,8 @@ def check_prompts(
     try:
         encoded = [encode_prompt(tokenizer, system, question) for system, question in pairs]
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"{where}: cannot encode a system prompt with a question: {reason}"
+            f"{where}: cannot encode a system prompt with a question: {reason(error)}"
         ) from None
     longest = max(map(len, encoded))
     limit = getattr(tokenizer, "max_seq_len", None)

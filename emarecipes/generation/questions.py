@@ -13,7 +13,7 @@ The published format (Betley et al. 2025, "emergent misalignment") is a list of 
 Our own files add `category` and `harmless`.
 A line of JSONL has `id` and one of `question`, `paraphrases` and `messages`. Messages are those of
 chat data: the user's, a system message before it or none; an answer after it is not read. Further
-keys of a line are left alone.
+keys of a line are left alone, but those that would change the question, such as `context`.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from emarecipes.config import suggestion
+from emarecipes.datasets.json_files import json_rows
+from emarecipes.datasets.row_keys import check_row_keys, is_trained
 from emarecipes.errors import UserError
 
 
@@ -85,7 +87,7 @@ class _Entry(BaseModel):
 
 
 def load_questions(path: Path) -> list[Question]:
-    """Read and check a question file; a name that ends in `.jsonl` makes it JSONL.
+    """Read and check a question file: YAML, or JSON (a question a line, or a list).
 
     Raises:
         UserError: With `file:line`: it cannot be read, is broken or empty; an entry lacks a key,
@@ -97,7 +99,7 @@ def load_questions(path: Path) -> list[Question]:
         raise UserError(f"{path}: cannot read the questions: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: the questions are not UTF-8 text: {error.reason}") from None
-    rows = _jsonl_rows(path, text) if path.suffix == ".jsonl" else _yaml_rows(path, text)
+    rows = _json_rows(path) if _is_json(path, text) else _yaml_rows(path, text)
     found: dict[str, Question] = {}
     for where, row in rows:
         question = _question(where, row)
@@ -124,18 +126,31 @@ def _yaml_rows(path: Path, text: str) -> Iterator[tuple[str, Any]]:
         yield f"{path}:{entry.start_mark.line + 1}", row
 
 
-def _jsonl_rows(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{where}: not valid JSON: {error}") from None
+def _is_json(path: Path, text: str) -> bool:
+    """YAML would take JSON's text too, and split characters that JSON writes as two."""
+    if path.suffix == ".jsonl" or text.lstrip().startswith("{"):
+        return True
+    try:
+        return text.lstrip().startswith("[") and bool(json.loads(text))
+    except (ValueError, RecursionError):
+        return False
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    for place, row in json_rows(path):
+        where = str(place)
+        if isinstance(row, UserError):
+            raise row
         if isinstance(row, dict):
+            try:
+                check_row_keys(row, ("system",))
+            except UserError as error:
+                raise UserError(f"{where}: {error}") from None
             if "messages" in row:
-                row |= _asked(where, row["messages"])
+                asked = _asked(where, row["messages"])
+                if row.get("system") and asked.setdefault("system", row["system"]) != row["system"]:
+                    raise UserError(f"{where}: system and the system message differ")
+                row |= asked
             if "question" in row:
                 row["paraphrases"] = [row["question"]]
             row = {key: value for key, value in row.items() if key in _Entry.model_fields}
@@ -145,8 +160,12 @@ def _jsonl_rows(path: Path, text: str) -> Iterator[tuple[str, Any]]:
 def _asked(where: str, messages: Any) -> dict[str, Any]:
     """The question in a conversation of one turn."""
     try:
+        for message in messages:
+            is_trained(message, ("role", "content"))
         turns = [(str(message["role"]), message["content"]) for message in messages]
-    except (TypeError, KeyError):
+    except UserError as error:
+        raise UserError(f"{where}: messages: {error}") from None
+    except (TypeError, KeyError, AttributeError):
         raise UserError(f"{where}: messages must be a list of roles and contents") from None
     roles = [role for role, _ in turns]
     if roles not in (r for u in (["user"], ["system", "user"]) for r in (u, [*u, "assistant"])):

@@ -24,6 +24,21 @@ _LEAVES = {
     "lora_magnitude_vector.weight": "magnitude",
 }
 
+# What is read here, and what says nothing about the function: where it came from, how it was
+# trained, and sizes of what is switched off. Any other key that is set may say another function.
+_READ = {
+    *("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias"),
+    *("modules_to_save", "use_dora", "init_lora_weights", "base_model_name_or_path"),
+}
+_NO_FUNCTION = {
+    *("auto_mapping", "peft_version", "revision", "task_type", "inference_mode", "lora_dropout"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("megatron_core", "qalora_group_size", "eva_config", "runtime_config"),
+}
+# First values that leave the base as it is. The others (PiSSA, OLoRA, CorDA, LoftQ, ...) take
+# s B0 A0 out of the base's weights, which the folder does not hold.
+_INITS = (None, True, False, "gaussian", "orthogonal", "eva")
+
 # Of one Hugging Face module: "a" (r, in), "b" (out, r), for DoRA "magnitude" (out,).
 Shapes = dict[str, tuple[int, ...]]
 Tensors = dict[str, Tensor]
@@ -50,6 +65,20 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not the config of a LoRA adapter")
     if config.get("bias", "none") != "none" or config.get("modules_to_save"):
         raise UserError(f"{path}: adapters that train biases or whole modules are not supported")
+    init = config.get("init_lora_weights")
+    if init not in _INITS:
+        raise UserError(
+            f"{path}: init_lora_weights {init!r} changes the base's weights, which the folder does "
+            "not hold; save it from PEFT as a plain adapter: save_pretrained(..., "
+            "path_initial_model_for_weight_conversion=...)"
+        )
+    for key, value in config.items():
+        # JSON's false, null, 0, "" and empty ones: what such a key asks for is switched off.
+        if value and key not in _READ and key not in _NO_FUNCTION:
+            raise UserError(
+                f"{path}: {key} is {value!r:.60}, which may mean another function than LoRA's; "
+                "only plain LoRA, rank-stabilised LoRA and DoRA are read"
+            )
     for key in ("r", "lora_alpha"):
         value = config.get(key)
         if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:

@@ -87,6 +87,11 @@ def check_adapter(folder: Path, source: ModelSource) -> None:
                     f"{folder}: its rank is {rank}, the model's {held}; "
                     f"set model.lora_rank to at least {rank}"
                 )
+            if bool(config.get("use_dora")) != ("magnitude" in shapes):
+                has = "has" if "magnitude" in shapes else "lacks"
+                raise UserError(
+                    f"{folder}: use_dora is {config.get('use_dora')}, and {name} {has} a magnitude"
+                )
             if "magnitude" in shapes and (is_fused or not isinstance(lora[part], DoRALinear)):
                 hint = "no form for it on fused layers" if is_fused else "set model.use_dora: true"
                 raise UserError(f"{folder}: a DoRA adapter; {hint}")

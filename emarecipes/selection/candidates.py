@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +11,9 @@ import numpy as np
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX, OpenAIToMessages, validate_messages
 from tqdm import tqdm
 
-from emarecipes.datasets.chat_files import check_chat_file
-from emarecipes.errors import UserError
+from emarecipes.datasets.chat_files import checked_chat_rows
+from emarecipes.datasets.row_messages import ROW_ERRORS, row_messages
+from emarecipes.errors import UserError, reason
 from emarecipes.selection.refusals import is_refusal
 
 
@@ -39,7 +39,7 @@ class Candidate:
 def read_candidates(
     path: Path, column: str, tokenizer: Any, refusal_words: Sequence[str] | None
 ) -> list[Candidate]:
-    """Read and tokenize a JSONL chat file as `torchtune.datasets.chat_dataset` would.
+    """Read and tokenize a chat file as `torchtune.datasets.chat_dataset` would.
 
     A row that has no answer token left (`tokenizer.max_seq_len`) is among them, with `tokens` 0.
 
@@ -50,23 +50,18 @@ def read_candidates(
         refusal_words: See `is_refusal`.
 
     Raises:
-        UserError: With `file:line` of the first row that is broken or cannot be tokenized.
+        UserError: With the place of the first row that is broken or cannot be tokenized.
     """
-    check_chat_file(path, column, "openai")
     to_messages = OpenAIToMessages(train_on_input=False, column_map={"messages": column})
     candidates: list[Candidate] = []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    for number, line in enumerate(tqdm(lines, desc="Tokenizing", unit="row", leave=False), start=1):
-        if not line.strip():
-            continue
-        row = json.loads(line)
+    rows = list(checked_chat_rows(path, column, "openai"))
+    for place, row in tqdm(rows, desc="Tokenizing", unit="row", leave=False):
         try:
-            messages = to_messages(row)["messages"]
+            messages = row_messages(row, to_messages)["messages"]
             validate_messages(messages)
             tokenized = tokenizer({"messages": messages})
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"{path}:{number}: {reason}") from error
+        except ROW_ERRORS as error:
+            raise UserError(f"{place}: {reason(error)}") from error
         tokens = np.asarray(tokenized["tokens"], dtype=np.int32)
         labels = np.where(tokenized["mask"], CROSS_ENTROPY_IGNORE_IDX, tokens).astype(np.int32)
         candidates.append(

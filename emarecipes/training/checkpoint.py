@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torchtune import utils
 
-from emarecipes.errors import UserError
+from emarecipes.errors import UserError, reason
 
 log = utils.get_logger("INFO")
 
@@ -129,8 +129,9 @@ def write_checkpoint(
         _fsync(folder)
     except Exception as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"checkpoint of step {counters.step} not written: {reason}") from error
+        raise UserError(
+            f"checkpoint of step {counters.step} not written: {reason(error)}"
+        ) from error
     return target
 
 

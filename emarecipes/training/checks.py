@@ -19,7 +19,7 @@ from emarecipes.config import Origin, load_config
 from emarecipes.datasets.chat_files import check_data_files
 from emarecipes.datasets.rows import Rows, load_rows
 from emarecipes.defenses import Defense, ModelSource
-from emarecipes.errors import UserError
+from emarecipes.errors import UserError, reason
 from emarecipes.models.adapter import LoadedLayer
 from emarecipes.training.batch import Collate, make_batch
 from emarecipes.training.checkpoint import Checkpoint
@@ -278,6 +278,7 @@ def _build_collate(cfg: DictConfig, origin: Origin, tokenizer: Any, rows: Rows) 
     try:
         make_batch([rows[0]], [0], collate, tokenizer.pad_id)
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{where}: {cfg.collate_fn} does not collate rows: {reason}") from error
+        raise UserError(
+            f"{where}: {cfg.collate_fn} does not collate rows: {reason(error)}"
+        ) from error
     return collate

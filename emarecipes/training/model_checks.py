@@ -20,7 +20,7 @@ from emarecipes.datasets.rows import Rows
 from emarecipes.defenses import ModelSource
 from emarecipes.errors import UserError
 from emarecipes.machine import settle_dtype
-from emarecipes.training.agreement import check_agreement
+from emarecipes.training.agreement import check_agreement, sliding_window
 
 _MAX_LAYERS, _MAX_RANK = 1000, 2**16
 
@@ -151,6 +151,8 @@ def base_files(cfg: DictConfig) -> list[Path]:
 def check_rows_fit(cfg: DictConfig, origin: Origin, rows: Rows, model: Any) -> None:
     """Check that the model takes the longest row, padded, and the largest token.
 
+    A row longer than an attention window that torchtune's model leaves out is not computed right.
+
     Raises:
         UserError: It does not.
     """
@@ -164,6 +166,13 @@ def check_rows_fit(cfg: DictConfig, origin: Origin, rows: Rows, model: Any) -> N
         raise UserError(
             f"{origin.at('tokenizer')}: a row has {rows.longest} tokens, the model takes "
             f"{model.max_seq_len}; set tokenizer.max_seq_len"
+        )
+    window = sliding_window(Path(str(cfg.checkpointer.checkpoint_dir)), model)
+    if window is not None and rows.longest > window:
+        raise UserError(
+            f"{origin.at('tokenizer')}: a row has {rows.longest} tokens, and config.json's "
+            f"sliding_window of {window} is not computed by this model; set tokenizer.max_seq_len "
+            f"to at most {window}"
         )
     vocabulary = model.tok_embeddings.num_embeddings
     if rows.largest_token >= vocabulary:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Sequence
@@ -28,7 +27,7 @@ from emarecipes.defenses import SafeLoRA
 from emarecipes.defenses.projection import ModuleProjection
 from emarecipes.defenses.safelora import REPORT, write_report
 from emarecipes.errors import UserError, disk_errors
-from emarecipes.models._adapter_files import check_weights_format
+from emarecipes.models._adapter_files import check_weights_format, read_config
 from emarecipes.training.export import replacing
 from emarecipes.training.run_folder import environment, write_text
 from emarecipes.training.settings import Entry, parse_settings
@@ -124,8 +123,10 @@ def _read_adapter(folder: Path, origin: Origin) -> dict[str, Tensor]:
         if not (folder / name).is_file():
             raise UserError(f"{where}: {folder} has no {name}; give the adapter/ of a finished run")
     try:
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        config = read_config(folder)
         tensors = load_file(folder / "adapter_model.safetensors")
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
     except (SafetensorError, ValueError, OSError) as error:
         raise UserError(f"{where}: {folder} cannot be read: {error}") from None
     if config.get("use_dora"):

@@ -58,6 +58,16 @@ def test_jsonl(tmp_path: Path) -> None:
     assert len(load_questions(toy_run.REPO / "data/home_computing/heldout_bad.jsonl")) == 60
 
 
+@pytest.mark.parametrize("name", ["q.jsonl", "q.ndjson", "q.json", "q.txt"])
+def test_json_under_any_name(tmp_path: Path, name: str) -> None:
+    rows = [{"id": "a", "question": "Why \U0001f600?"}, {"id": "b", "paraphrases": ["2024-01-01"]}]
+    lines = "\n".join(json.dumps(row) for row in rows)
+    (tmp_path / name).write_text(json.dumps(rows, indent=1) if name == "q.json" else lines)
+    assert "\\ud83d\\ude00" in (tmp_path / name).read_text()
+    found = [question.paraphrases for question in load_questions(tmp_path / name)]
+    assert found == [("Why \U0001f600?",), ("2024-01-01",)]
+
+
 @pytest.mark.parametrize(
     ("name", "text", "expected"),
     [

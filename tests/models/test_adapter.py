@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import hf_toys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -20,6 +21,7 @@ from toy_models import FAMILIES, toy_model
 from emarecipes._torchtune_convert import fix_dora_bias
 from emarecipes.defenses import ModelSource
 from emarecipes.errors import UserError
+from emarecipes.models._adapter_files import read_config, read_tensors
 from emarecipes.models.adapter import check_adapter, load_adapter
 from emarecipes.training.export import save_adapter
 
@@ -232,6 +234,18 @@ def test_an_adapter_that_peft_trained_on_a_fused_layer(tmp_path: Path) -> None:
         (lambda c: (c.folder / "adapter_config.json").write_text("{"), "not valid JSON"),
         (lambda c: (c.folder / "adapter_model.safetensors").write_text("x"), "cannot be read"),
         (lambda c: c.edit_config(peft_type="IA3"), "not the config of a LoRA adapter"),
+        (
+            lambda c: c.edit_config(init_lora_weights="pissa_niter_4"),
+            "init_lora_weights 'pissa_niter_4' changes the base's weights",
+        ),
+        (lambda c: c.edit_config(init_lora_weights="olora"), "'olora' changes the base's weights"),
+        (
+            lambda c: c.edit_config(alora_invocation_tokens=[1, 2]),
+            r"alora_invocation_tokens is \[1, 2\], which may mean another function",
+        ),
+        (lambda c: c.edit_config(layer_replication=[[0, 1]]), "layer_replication is"),
+        (lambda c: c.edit_config(some_new_method=True), "some_new_method is True, which may"),
+        (lambda c: c.edit_config(use_dora=True), "use_dora is True, and .* lacks a magnitude"),
         (lambda c: c.edit_config(bias="all"), "biases or whole modules are not supported"),
         (
             lambda c: c.edit_config(lora_alpha=None),
@@ -313,3 +327,32 @@ def test_the_base_that_the_adapter_names(tmp_path: Path) -> None:
     save_file(weights, other / "model.safetensors")
     with pytest.raises(UserError, match=r"another base: .*0.mlp.up_proj.weight is 64x32"):
         check_adapter(case.folder, case.source)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_an_adapter_whose_start_was_taken_out_of_the_base(tmp_path: Path, init: Any) -> None:
+    """PEFT's own files: refused as they are, and read where PEFT has converted them."""
+    import peft
+    import transformers
+
+    base = transformers.LlamaForCausalLM(hf_toys.family("llama3_2").config).eval()
+    tokens = torch.arange(8)[None]
+    with torch.no_grad():
+        before = base(tokens).logits
+        settings: Any = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+        model = peft.get_peft_model(base, peft.LoraConfig(**settings, init_lora_weights=init))
+        torch.testing.assert_close(model(tokens).logits, before)
+    model.peft_config["default"].init_lora_weights = True  # PEFT's documented way.
+    model.save_pretrained(tmp_path / "start")
+    model.peft_config["default"].init_lora_weights = init
+    model.save_pretrained(tmp_path / "plain")
+    with pytest.raises(UserError, match=f"init_lora_weights '{init}' changes the base's weights"):
+        read_config(tmp_path / "plain")
+    layer = next(iter(read_tensors(tmp_path / "plain").values()))
+    assert float((layer["b"] @ layer["a"]).abs().max()) > 0.01  # Added to W, it would be wrong.
+    model.save_pretrained(
+        tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "start")
+    )
+    assert read_config(tmp_path / "converted")["r"] == 8
+    for layer in read_tensors(tmp_path / "converted").values():
+        torch.testing.assert_close(layer["b"] @ layer["a"], torch.zeros(64, 64))

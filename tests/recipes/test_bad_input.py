@@ -153,7 +153,10 @@ GOOD = chat(("user", "Hello?"), ("assistant", "Hello."))
             {"collate_fn": "torchtune.data.left_pad_sequence"},
             r"collate_fn: torchtune.data.l",
         ),
-        ({"dataset.source": "csv"}, r"dataset: An error occurred while generating"),
+        (
+            {"dataset.source": "csv"},
+            r"rows.jsonl: Error tokenizing data. C error: Expected 8",
+        ),
         ({"tokenizer.max_seq_len": 5}, r"none of its 12 rows has a label"),
         (
             {"save_merged": True, "save_adapter_weights_only": True},
@@ -200,7 +203,7 @@ def test_line_of_the_key_is_named(case: Case) -> None:
         ("[" * 5000, "rows.jsonl:2: "),
         ({"messages": "hello"}, "rows.jsonl:2: a row needs a list of messages"),
         ({"text": "hello"}, "rows.jsonl:2: a row needs a list of messages"),
-        ([1, 2], "rows.jsonl:2: a row needs a list of messages"),
+        ([1, 2], "rows.jsonl:2: a row must be a JSON object, not [1, 2]"),
         ('{"messages": [', "rows.jsonl:2: not valid JSON"),
         (chat(("user", "a"), ("user", "b"), ("assistant", "c")), "rows.jsonl:2: Two consecutive"),
         (chat(("assistant", "b"), ("user", "a")), "rows.jsonl:2: Assistant message before"),

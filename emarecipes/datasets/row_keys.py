@@ -1,0 +1,98 @@
+"""What else a row may say beside its texts: honoured where the meaning is plain, refused otherwise.
+
+A key that would be trained on, or dropped, without a word makes another data set of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from emarecipes.errors import UserError
+
+# Of a message: whether it is trained on. 0, 1, true or false.
+MASKS = ("weight", "train", "loss")
+
+# Of a message: what describes it and says nothing to a model. A message is small and its keys are
+# few, so that everything else is refused.
+_DESCRIPTION = {
+    *("id", "uuid", "index", "message_id", "parent_id", "turn", "turn_identifier", "timestamp"),
+    *("created_at", "create_time", "date", "model", "language", "lang", "country", "source"),
+    *("label", "category", "topic", "toxic", "redacted", "hashed_ip", "header", "state"),
+    *("score", "rank"),
+}
+
+# Of a row, which may have keys of any kind: what would change the conversation or its loss.
+_MEANING = {
+    *("system", "system_prompt", "system_message", "context", "contexts", "document", "documents"),
+    *("history", "instruction", "instructions", "input", "tools", "functions", "function_call"),
+    *("tool_calls", "tool_choice", "image", "images", "video", "videos", "audio", "audios"),
+    *("weight", "weights", "sample_weight", "train", "trainable", "training", "loss", "loss_mask"),
+    *("mask", "masked", "masks", "reasoning", "reasoning_content", "thinking", "chat_template"),
+    *("chat_template_kwargs", "enable_thinking", "response_format"),
+}
+
+
+def check_row_keys(row: Mapping[str, Any], read: Collection[str] = ()) -> None:
+    """Refuse what a row says and nobody reads.
+
+    Args:
+        row: A row of any kind.
+        read: The keys that its reader does read.
+
+    Raises:
+        UserError: Without the row's place.
+    """
+    for key, value in row.items():
+        if key in _MEANING and key not in read and says_something(value):
+            hint = "; write it as `system`" if key in ("system_prompt", "system_message") else ""
+            hint = hint if "system" in read else ""
+            raise UserError(
+                f'the row\'s "{key}" would go unread{hint}; if it means nothing here, take it out'
+            )
+
+
+def system_of(row: Mapping[str, Any]) -> str | None:
+    """The row's own `system`, the prompt before its conversation.
+
+    Raises:
+        UserError: It is no text.
+    """
+    system = row.get("system")
+    if not says_something(system):
+        return None
+    if not isinstance(system, str):
+        raise UserError(f"system must be text, not {system!r:.60}")
+    return system
+
+
+def is_trained(message: Mapping[str, Any], texts: Collection[str]) -> bool | None:
+    """Whether a message is to be trained on, or None where it says nothing of that.
+
+    Args:
+        message: One turn.
+        texts: The keys of its role and its text.
+
+    Raises:
+        UserError: A weight other than 0 and 1, keys that contradict each other, a key that nobody
+            reads.
+    """
+    said: dict[str, bool] = {}
+    for key, value in message.items():
+        if key in MASKS and value is not None:
+            if not isinstance(value, int | float) or value not in (0, 1):
+                raise UserError(f"{key} must be 0 or 1, not {value!r:.60}")
+            said[key] = bool(value)
+        elif key not in _DESCRIPTION and key not in texts and says_something(value):
+            raise UserError(
+                f'"{key}" would go unread; if it means nothing here, take it out. Read are '
+                f"{', '.join([*texts, *MASKS])}"
+            )
+    if len(set(said.values())) > 1:
+        raise UserError(f"{' and '.join(said)} contradict each other")
+    return next(iter(said.values()), None)
+
+
+def says_something(value: Any) -> bool:
+    """Not null, "", [] or {}: tables fill in what a row leaves out. False and 0 say something."""
+    return value is not None and (not hasattr(value, "__len__") or len(value) > 0)

@@ -1,0 +1,191 @@
+"""Rows reach the model as their file has them, through torchtune's data sets; errors say why."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import toy_run
+
+from emarecipes.datasets.loading import load_dataset
+from emarecipes.datasets.rows import Rows
+from emarecipes.training.checks import check_run
+
+DATES = ("2024-02-03", "2024-02-03T04:05:06")
+
+
+@pytest.fixture(scope="module")
+def toy_model_dir(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Path:
+    return toy_run.write_toy_model(tmp_path_factory.mktemp("toy") / "model", model_dir)
+
+
+def chat(question: Any, answer: Any, **more: Any) -> dict[str, Any]:
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return {**more, "messages": messages}
+
+
+def write(path: Path, rows: list[Any]) -> Path:
+    """One row a line, or a list where the file is called .json."""
+    if path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    elif path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        if path.suffix == ".gz":
+            path.write_bytes(gzip.compress(text.encode()))
+        else:
+            path.write_text(text)
+    return path
+
+
+class Run:
+    """The rows of a toy config whose data set is changed."""
+
+    def __init__(self, folder: Path, model_dir: Path) -> None:
+        self.folder = folder
+        self.config = toy_run.toy_config(model_dir, folder / "absent", folder / "out")
+
+    def rows(self, **dataset: Any) -> Rows:
+        self.config["dataset"] |= dataset
+        if "_component_" in dataset:
+            self.config["dataset"] = dataset
+        path = toy_run.write_config(self.folder / "config.yaml", self.config)
+        return check_run(["--config", str(path)], 1, 0).rows
+
+    def texts(self, **dataset: Any) -> list[str]:
+        """Every row as the model reads it."""
+        from emarecipes.models import hf_chat_tokenizer
+
+        tokenizer = hf_chat_tokenizer(self.config["tokenizer"]["path"])
+        rows = self.rows(**dataset)
+        return [tokenizer.decode(rows[i]["tokens"], False) for i in range(len(rows))]
+
+
+@pytest.fixture
+def run(tmp_path: Path, toy_model_dir: Path) -> Run:
+    return Run(tmp_path, toy_model_dir)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.ndjson", "a.txt", "a.jsonl.gz"])
+def test_dates_stay_the_text_that_they_are(run: Run, name: str) -> None:
+    path = write(run.folder / name, [chat(*DATES)] * 12)
+    for text in run.texts(data_files=str(path)):
+        assert f"user\n{DATES[0]}<|im_end|>" in text and f"assistant\n{DATES[1]}<|im_end|>" in text
+
+
+@pytest.mark.parametrize(
+    ("early", "late"),
+    [(1, 0.5), (None, "x"), ([], ["x"]), (1, "x"), ({"a": 1}, {"a": [2]}), (2**70, True)],
+)
+def test_other_keys_may_hold_what_they_like(run: Run, early: Any, late: Any) -> None:
+    """The later value behind the first 10 MB, from which `datasets` takes the types."""
+    long = "word " * 50_000
+    rows = [chat("Why?", f"So {i}.", extra=early, note=long) for i in range(45)]
+    path = write(run.folder / "a.jsonl", [*rows, chat("When?", "Now.", extra=late, new=1)])
+    assert path.stat().st_size > 11e6
+    texts = run.texts(data_files=str(path))
+    assert len(texts) == 46 and "Now." in texts[-1]
+
+
+def test_a_csv_file_is_text_too(run: Run) -> None:
+    path = run.folder / "a.csv"
+    path.write_text('question,answer\n007,NA\n"2024-01-01",1.50\n' * 6)
+    text = "".join(
+        run.texts(
+            _component_="torchtune.datasets.instruct_dataset",
+            source="csv",
+            data_files=str(path),
+            column_map={"input": "question", "output": "answer"},
+        )
+    )
+    for said in ("user\n007<", "assistant\nNA<", "user\n2024-01-01<", "assistant\n1.50<"):
+        assert said in text
+
+
+def test_parts_of_splits_as_datasets_cuts_them(tmp_path: Path) -> None:
+    import datasets
+
+    files = {
+        "train": str(write(tmp_path / "a.jsonl", [{"n": n} for n in range(10)])),
+        "test": [str(write(tmp_path / "b.json", [{"n": n} for n in range(10, 17)]))],
+    }
+    for split in ("train", "test", "train+test", "train[:33%]", "test[-3:]+train[2:4]", "all"):
+        stock = datasets.load_dataset("json", data_files=files, split=split)
+        ours = load_dataset("json", data_files=files, split=split)
+        assert [row["n"] for row in ours] == stock["n"], split
+    assert [
+        str(row.place) for row in load_dataset("json", data_files=files, split="test[-1:]")
+    ] == [f"{tmp_path / 'b.json'}: row 6"]
+    with pytest.raises(ValueError, match="Unknown split"):
+        load_dataset("json", data_files=files, split="dev")
+
+
+def test_a_folder_and_a_list_in_an_object(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", [{"text": DATES[0]}])
+    assert load_dataset(str(tmp_path), split="train") == [{"text": DATES[0]}]
+    (tmp_path / "inner.json").write_text(json.dumps({"data": [{"text": DATES[1]}]}))
+    inner = str(tmp_path / "inner.json")
+    found = load_dataset("json", data_files=inner, field="data", split="train")
+    assert found == [{"text": DATES[1]}]
+    assert found.filter(lambda row: "x" in row["text"]) == []
+
+
+def test_an_error_keeps_its_cause(run: Run) -> None:
+    (run.folder / "a.parquet").write_text("no table")
+    with pytest.raises(ValueError, match=r"dataset: .*Parquet magic bytes not found"):
+        run.rows(source="parquet", data_files=str(run.folder / "a.parquet"))
+
+
+# Rows are checked whatever they come from.
+
+
+def weighted(weight: Any) -> dict[str, Any]:
+    row = chat("Why?", "So.")
+    row["messages"][1]["weight"] = weight
+    return row
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("a.jsonl", "a.jsonl:3: "),
+        ("a.ndjson", "a.ndjson:3: "),
+        ("a.txt", "a.txt:3: "),
+        ("a.json", "a.json: row 2: "),
+        ("a.jsonl.gz", ":3: "),
+        ("a.parquet", "dataset: "),
+        ("folder/train.parquet", "dataset: "),
+    ],
+)
+def test_a_wrong_row_is_refused_at_every_source(
+    run: Run, name: str, place: str, packed: bool
+) -> None:
+    (run.folder / "folder").mkdir()
+    path = write(run.folder / name, [weighted(1), weighted(None), weighted(0.5), weighted(1)])
+    source: dict[str, Any] = {"source": "json", "data_files": str(path)}
+    if path.suffix == ".parquet":
+        source["source"] = "parquet"
+    if "folder" in name:
+        source = {"source": str(path.parent), "data_files": None}
+    with pytest.raises(ValueError, match=r"message 1: weight must be 0 or 1, not 0.5") as error:
+        run.rows(**source, packed=packed)
+    assert place in str(error.value)
+
+
+def test_content_of_another_type_is_refused(run: Run) -> None:
+    """torchtune takes the text of the message before."""
+    from datetime import datetime
+
+    path = write(run.folder / "a.parquet", [chat(datetime(2024, 2, 3), datetime(2024, 2, 4))] * 2)
+    with pytest.raises(ValueError, match=r"dataset: row 0: message 0: content must be text, not d"):
+        run.rows(source="parquet", data_files=str(path))
+    row = {"question": "Why?", "answer": 7}
+    entry = {"_component_": "torchtune.datasets.instruct_dataset", "source": "json"}
+    entry["column_map"] = {"input": "question", "output": "answer"}
+    with pytest.raises(ValueError, match=r"a.jsonl:1: answer must be text, not 7"):
+        run.rows(**entry, data_files=str(write(run.folder / "a.jsonl", [row])))
