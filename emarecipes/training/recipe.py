@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from emarecipes._torchtune import gather_root_in_forward_alone, stock_recipe
 from emarecipes._torchtune_convert import fix_dora_bias, fix_loaded_state
+from emarecipes._torchtune_cpu import with_fewer_passes
 from emarecipes.datasets.rows import micro_batch_rows
 from emarecipes.defenses import TrainingContext
 from emarecipes.errors import UserError
@@ -143,6 +144,9 @@ class LoRATraining:
             arguments["compile_model"] = cfg.compile
         model = self._setup_model(**arguments)  # type: ignore[attr-defined]
         fix_dora_bias(model)
+        # Compiled layers fuse by themselves; in bf16 other sums would be rounded.
+        if self._device.type == "cpu" and self._dtype == torch.float32 and not cfg.compile:
+            with_fewer_passes(model)
         return model
 
     # --- train ---------------------------------------------------------------------------------
