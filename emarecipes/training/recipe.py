@@ -34,6 +34,7 @@ from emarecipes.training.checks import CheckedRun
 from emarecipes.training.gradients import Gradients
 from emarecipes.training.initialize import initialize_adapter
 from emarecipes.training.nonfinite import SkippedSteps, brief, broken_gradient, broken_loss
+from emarecipes.training.pages import keep_freed_pages
 from emarecipes.training.run_log import RunLog
 from emarecipes.training.step import TrainingLoss
 from emarecipes.training.weights import save_weights
@@ -71,6 +72,8 @@ class LoRATraining:
 
     def setup(self) -> None:
         """Load the model and build what trains it."""
+        if self._device.type == "cpu":
+            keep_freed_pages()
         self._model = self._build_model()
         initialize_adapter(self._model, self.seed)
         self._optimizer = self._setup_optimizer(self.cfg.optimizer)  # type: ignore[attr-defined]
