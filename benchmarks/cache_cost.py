@@ -1,8 +1,8 @@
 """What the reference costs: KL and all terms, without a cache and with a full one.
 
 Setting, fairness and caveats are those of step_cost.py, but memory is that of a later step. The
-cache holds the batch's states in bf16; a step reads them from disk, or from what the operating
-system keeps of it. KL from the cache must be KL without one, bit for bit.
+cache holds the batch's states in the run's dtype; a step reads them from disk, or from what the
+operating system keeps of it. KL from the cache must be KL without one, bit for bit.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from defense_cost import defenses
 from rich.console import Console
 from rich.table import Table
@@ -66,19 +65,20 @@ def ours(setting: Setting, batches: Batches, names: str, compiled: bool = False)
 
 
 def cached(setting: Setting, batches: Batches, names: str, compiled: bool = False) -> Model:
-    cache = partial(cache_for, Path(tempfile.mkdtemp(dir=setting.cfg.output_dir)), batches)
+    cache = partial(cache_for, setting, batches)
     return in_torchtune(setting, "ours", defenses(names), cache, compiled)
 
 
-def cache_for(folder: Path, batches: Batches, made: Defenses) -> ReferenceCache:
+def cache_for(setting: Setting, batches: Batches, made: Defenses) -> ReferenceCache:
+    folder = Path(tempfile.mkdtemp(dir=setting.cfg.output_dir))
     entries = list(made.values())
     vectors_N = np.zeros(1 + max(row for batch in batches for row in batch.rows), dtype=np.int64)
     layers = len(reference_layers(entries))
     for batch in batches:
         final_BS, hidden_BS = reference_positions(entries, batch)
         vectors_N[batch.rows] = (final_BS.sum(1) + layers * hidden_BS.sum(1)).numpy()
-    layout = Layout(vectors_N, width=576, dtype=torch.bfloat16)
-    return ReferenceCache(open_store(folder / "cache", {}, layout, ""), entries, torch.bfloat16)
+    layout = Layout(vectors_N, width=576, dtype=setting.dtype)
+    return ReferenceCache(open_store(folder / "cache", {}, layout, ""), entries, setting.dtype)
 
 
 ARMS: dict[str, Callable[[Setting, Batches], Model]] = {
@@ -126,7 +126,7 @@ def main() -> None:
     logging.disable(logging.INFO)
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as scratch:
-        setting = Setting(scratch)
+        setting = Setting(scratch, options.dtype)
         batch, small = setting.batch(rows=2 if options.quick else 4), setting.batch(1, length=16)
         small.rows = [len(batch.rows)]  # In a cache it is a row of its own.
         if options.memory:
@@ -139,7 +139,7 @@ def main() -> None:
         figures = measure_time(trainers, batch, 3 if options.quick else options.repetitions, peaks)
     if options.json:
         options.json.write_text(json.dumps({"machine": machine, "arms": figures}, indent=2))
-    print(f"{batch.inputs['tokens'].numel()} tokens a step, {machine}")
+    print(f"{batch.inputs['tokens'].numel()} tokens a step, {options.dtype}, {machine}")
     report(figures, options.quick)
 
 

@@ -229,7 +229,7 @@ def main() -> None:
         arguments = (options.projection, options.folder, options.instruct, output)
         return print(json.dumps(measure_projection(*arguments)))
     with tempfile.TemporaryDirectory() as scratch:
-        setting = Setting(scratch)
+        setting = Setting(scratch, options.dtype)
         batch = setting.batch(rows=2 if options.quick else 4)
         if options.memory:
             trainer = Trainer(*ARMS[options.arm](setting))
@@ -243,7 +243,7 @@ def main() -> None:
     if options.json:
         figures = {"machine": machine, "steps": steps, "projections": projections}
         options.json.write_text(json.dumps(figures, indent=2))
-    print(f"{batch.inputs['tokens'].numel()} tokens a step, {machine}")
+    print(f"{batch.inputs['tokens'].numel()} tokens a step, {options.dtype}, {machine}")
     report(steps, projections, options.quick)
 
 

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.table import Table
-from step_cost import Setting, Trainer, describe_machine, in_torchtune
+from step_cost import Setting, Trainer, describe_machine, in_torchtune, native_dtype
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX, padded_collate_sft
 
 from emarecipes.datasets.rows import Rows
@@ -54,7 +54,7 @@ def epoch(arm: str, count: int) -> dict[str, float]:
     """Seconds, tokens and padding of one epoch."""
     kind, grouped, multiple = ARMS[arm]
     with tempfile.TemporaryDirectory() as scratch:
-        setting = Setting(scratch)
+        setting = Setting(scratch, native_dtype())
         rows = ragged_rows(setting, count, grouped=grouped)
         trainer = Trainer(*in_torchtune(setting, kind))
         tokens = padded = 0

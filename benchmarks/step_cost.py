@@ -1,7 +1,8 @@
 """What a training step costs: torchtune's own, ours, and the usual ways to add KL.
 
-Every arm trains the same LoRA adapter of SmolLM2-135M-Instruct (rank 32, all linear layers, bf16)
-on the same 4 x 256 tokens, 40 % of them unlabelled, and must agree with the others at first.
+Every arm trains the same LoRA adapter of SmolLM2-135M-Instruct (rank 32, all linear layers) on the
+same 4 x 256 tokens, 40 % of them unlabelled, and must agree with the others at first; in bf16 where
+the CPU computes it natively, else in fp32 (`--dtype`).
 
 Time: the arms take turns in one process; medians after two warm-up steps. The machine must be idle:
 an OpenMP step that shares its cores takes up to ten times as long. Memory: each arm in a fresh
@@ -33,6 +34,7 @@ import numpy as np
 import torch
 import transformers
 from peft import PeftModel
+from product_rate import product_rate
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer
@@ -44,6 +46,7 @@ from torchtune.modules.loss import CEWithChunkedOutputLoss
 from torchtune.modules.peft import disable_adapter, get_adapter_params
 
 from emarecipes._torchtune import model_on_meta, stock_recipe
+from emarecipes._torchtune_cpu import with_fewer_passes
 from emarecipes.config import load_config
 from emarecipes.defenses import Defense, KLToReference, ModelSource, TrainingContext
 from emarecipes.training.batch import Batch, make_batch
@@ -59,20 +62,23 @@ PROMISES = [  # Figure, arm, over which arm, at most.
     ("peak MB", "ours, KL", "torchtune's recipe", 1.20),
     ("seconds", "ours, KL", "PEFT, naive KL", 0.65),
 ]
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 Defenses = dict[str, Defense]
 Model = tuple[nn.Module, Callable[[Batch], "list[float]"]]  # The latter returns CE, and any KL.
 
 
 class Setting:  # The same in every process.
-    def __init__(self, scratch: str) -> None:
-        raw, origin = load_config(["--config", str(CONFIG), f"output_dir={scratch}", "device=cpu"])
+    def __init__(self, scratch: str, dtype: str) -> None:
+        changes = [f"output_dir={scratch}", "device=cpu", f"dtype={dtype}"]
+        raw, origin = load_config(["--config", str(CONFIG), *changes])
         self.cfg = check_settings(raw, origin)
+        self.dtype = DTYPES[dtype]
         self.base = Path(self.cfg.checkpointer.checkpoint_dir).resolve()
         self.meta_model = model_on_meta(self.cfg, origin)
         weights = get_adapter_params(self.meta_model)
         torch.manual_seed(0)
         # B is not zero, as it would be at the start of a run: KL would be zero too.
-        self.adapter = {k: 0.03 * torch.randn(w.shape).bfloat16() for k, w in weights.items()}
+        self.adapter = {k: (0.03 * torch.randn(w.shape)).to(self.dtype) for k, w in weights.items()}
         data = Path(self.cfg.dataset.data_files).read_text(encoding="utf-8")
         text = "\n".join(re.findall(r'"content": "([^"]*)"', data)[:200])
         self.tokens = Tokenizer.from_file(str(self.base / "tokenizer.json")).encode(text).ids
@@ -96,6 +102,8 @@ def in_torchtune(
     weights = recipe.load_checkpoint(cfg.checkpointer)[training.MODEL_KEY]
     model = recipe._model = recipe._setup_model(cfg.model, False, False, compiled, weights)
     model.load_state_dict(setting.adapter, strict=False)
+    if kind == "ours" and setting.dtype == torch.float32 and not compiled:  # As the recipe does.
+        with_fewer_passes(model)
     if kind == "naive KL":
         return model, partial(naive_kl, model, partial(disable_adapter, model))
     if kind != "recipe":
@@ -112,7 +120,7 @@ def in_torchtune(
 def set_up(setting: Setting, model: nn.Module, defenses: Defenses) -> Defenses:
     source = ModelSource(setting.meta_model, setting.base, str(setting.cfg.checkpointer.model_type))
     device, output = torch.device("cpu"), Path(setting.cfg.output_dir)
-    context = TrainingContext(device, torch.bfloat16, 10**9, output, source, first_process=True)
+    context = TrainingContext(device, setting.dtype, 10**9, output, source, first_process=True)
     for defense in defenses.values():
         defense.check(source)
         defense.setup(model, context)
@@ -138,7 +146,7 @@ def in_transformers(setting: Setting, naive: bool, compiled: bool = False) -> Mo
     cfg, folder = setting.cfg, Path(setting.cfg.output_dir) / "adapter"
     where = (setting.meta_model, str(cfg.checkpointer.model_type), setting.base, folder)
     save_adapter(setting.adapter, *where, rank=cfg.model.lora_rank, alpha=cfg.model.lora_alpha)
-    arguments = {"dtype": torch.bfloat16, "use_cache": False}
+    arguments = {"dtype": setting.dtype, "use_cache": False}
     base = transformers.AutoModelForCausalLM.from_pretrained(setting.base, **arguments)
     # By default PEFT would hold this adapter in float32.
     model = PeftModel.from_pretrained(base, folder, is_trainable=True, autocast_adapter_dtype=False)
@@ -174,6 +182,7 @@ ARMS: dict[str, Callable[[Setting], Model]] = {
     "PEFT": partial(in_transformers, naive=False),
     "PEFT, naive KL": partial(in_transformers, naive=True),
 }
+OWN = ("ours, no defense", "ours, KL")
 KL_COMPILED, NAIVE_COMPILED = "ours, KL, compile: true", "PEFT, naive KL, compiled"
 COMPILED: dict[str, Callable[[Setting], Model]] = {
     KL_COMPILED: partial(KL, compiled=True),
@@ -192,6 +201,11 @@ class Trainer:
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return {"forwards": len(losses), **losses, "|grad|": float(norm)}
+
+
+def native_dtype() -> str:
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16" if fast else "fp32"
 
 
 def describe_machine() -> str:
@@ -256,11 +270,12 @@ def print_promises(
 
 def print_report(figures: Any, quick: bool) -> None:
     columns = {"forwards": 0, "CE": 4, "KL": 4, "|grad|": 3, "seconds": 2, "IQR": 2, "peak MB": 0}
-    table = Table("", *columns, "time ratio", "memory ratio")
+    table = Table("", *columns, "over stock", "over ours", "memory")
     for name, figure in figures.items():
         cells = [f"{figure[k]:.{d}f}" if k in figure else "" for k, d in columns.items()]
-        first = figures["torchtune's recipe"]
-        ratios = (figure[k] / first[k] for k in ("seconds", "peak MB") if k in figure)
+        stock, own = figures["torchtune's recipe"], figures["ours, no defense"]
+        overs = (("seconds", stock), ("seconds", own), ("peak MB", stock))
+        ratios = (figure[k] / over[k] for k, over in overs if k in figure)
         table.add_row(name, *cells, *(f"{ratio:.2f}" for ratio in ratios))
     Console(width=120).print(table)
     print_promises(figures, PROMISES, quick)
@@ -278,6 +293,7 @@ def step_options(description: str, arms: Iterable[str]) -> argparse.ArgumentPars
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--repetitions", type=int, default=7, help="timed steps of each arm")
     parser.add_argument("--quick", action="store_true", help="3 repetitions, half the rows")
+    parser.add_argument("--dtype", choices=list(DTYPES), default=native_dtype(), help="%(default)s")
     parser.add_argument("--json", type=Path, help="file for all figures")
     parser.add_argument("--arm", choices=list(arms), help="with --memory: the arm to measure")
     parser.add_argument("--memory", action="store_true", help="print the peak of one arm, in MB")
@@ -291,7 +307,7 @@ def main() -> None:
     logging.disable(logging.INFO)
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as scratch:
-        setting = Setting(scratch)
+        setting = Setting(scratch, options.dtype)
         batch = setting.batch(rows=2 if options.quick else 4)
         if options.memory:
             trainer = Trainer(*ARMS[options.arm](setting))
@@ -301,10 +317,14 @@ def main() -> None:
         timed = ARMS | COMPILED if options.compiled else ARMS
         trainers = {name: Trainer(*build(setting)) for name, build in timed.items()}
         figures = measure_time(trainers, batch, 3 if options.quick else options.repetitions, peaks)
+        steps = {name: partial(trainers[name].step, batch) for name in OWN}
+        rates = {name: product_rate(step, setting.dtype) for name, step in steps.items()}
     if options.json:
         options.json.write_text(json.dumps({"machine": machine, "arms": figures}, indent=2))
-    print(f"{batch.inputs['tokens'].numel()} tokens a step, {machine}")
+    print(f"{batch.inputs['tokens'].numel()} tokens a step, {options.dtype}, {machine}")
     print_report(figures, options.quick)
+    for name, rate in rates.items():
+        print(f"{name}: {rate}")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from emarecipes._adapter_dtype import hold_adapter_in
 from emarecipes._torchtune import gather_root_in_forward_alone, stock_recipe
 from emarecipes._torchtune_convert import fix_dora_bias, fix_loaded_state
+from emarecipes._torchtune_cpu import with_fewer_passes
 from emarecipes.datasets.rows import micro_batch_rows
 from emarecipes.defenses import TrainingContext
 from emarecipes.errors import UserError
@@ -35,6 +36,7 @@ from emarecipes.training.checks import CheckedRun
 from emarecipes.training.gradients import Gradients
 from emarecipes.training.initialize import initialize_adapter
 from emarecipes.training.nonfinite import SkippedSteps, brief, broken_gradient, broken_loss
+from emarecipes.training.pages import keep_freed_pages
 from emarecipes.training.run_log import RunLog
 from emarecipes.training.step import TrainingLoss
 from emarecipes.training.weights import save_weights
@@ -72,6 +74,8 @@ class LoRATraining:
 
     def setup(self) -> None:
         """Load the model and build what trains it."""
+        if self._device.type == "cpu":
+            keep_freed_pages()
         self._model = self._build_model()
         scale = float(self.cfg.model.lora_alpha) / float(self.cfg.model.lora_rank)
         initialize_adapter(self._model, self.seed, self.run.initial_adapter, scale)
@@ -147,6 +151,9 @@ class LoRATraining:
         model = self._setup_model(**arguments)  # type: ignore[attr-defined]
         fix_dora_bias(model)
         hold_adapter_in(model, DTYPES.get(cfg.adapter_dtype))
+        # Compiled layers fuse by themselves; in bf16 other sums would be rounded.
+        if self._device.type == "cpu" and self._dtype == torch.float32 and not cfg.compile:
+            with_fewer_passes(model)
         return model
 
     # --- train ---------------------------------------------------------------------------------

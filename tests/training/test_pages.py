@@ -1,0 +1,45 @@
+"""What keeping freed pages does, counted by the kernel in processes of their own."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+ROUNDS = """
+import resource, torch
+from emarecipes.training.pages import keep_freed_pages
+kept = {call}
+def work():
+    held = [torch.ones(1024, 1536) for _ in range(20)]  # 6 MB each
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+work()
+before = faults()
+for _ in range(4):
+    work()
+print(kept, (faults() - before) // 4)
+"""
+
+
+def faults(call: str, **variables: str) -> tuple[str, int]:
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+    command = [sys.executable, "-c", ROUNDS.format(call=call)]
+    output = subprocess.check_output(command, env=kept | variables, text=True)
+    answer, count = output.split()
+    return answer, int(count)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc")
+def test_memory_of_a_round_is_taken_from_the_kernel_once() -> None:
+    # 120 MB are 30,720 pages of 4 kB.
+    assert faults("False")[1] > 10_000
+    answer, count = faults("keep_freed_pages()")
+    assert answer == "True"
+    assert count < 1_000
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc")
+def test_a_users_own_variable_rules() -> None:
+    answer, count = faults("keep_freed_pages()", MALLOC_MMAP_THRESHOLD_="131072")
+    assert answer == "False"
+    assert count > 10_000
