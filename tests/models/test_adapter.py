@@ -119,9 +119,12 @@ def test_another_rank_and_scale_give_the_same_logits(
     case = saved(tmp_path, family, dora=dora, alpha=alpha)
     other = case.fresh(**UNLIKE)
     load_adapter(other, case.folder, case.source)
-    expected = logits(case.model)
+    # In double precision: what is left is the rounding of the stored B, not that of two forwards
+    # whose products have other shapes, which differs from CPU to CPU.
+    expected = logits(case.model.double())
+    difference = (logits(other.double()) - expected).abs().max()
     # At a scale of 16 the toy's logits reach 30.
-    assert (logits(other) - expected).abs().max() < 1e-5 * max(1.0, float(expected.abs().max()))
+    assert difference < 1e-5 * max(1.0, float(expected.abs().max()))
 
 
 def test_rank_stabilised_scale_by_hand(tmp_path: Path) -> None:
