@@ -3,6 +3,8 @@
 import os
 import shutil
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -21,6 +23,23 @@ class SignalAfter(Defense):
         chosen = rank == int(os.environ.get("SIGNAL_RANK", 0))
         if chosen and os.environ.get("SIGNAL_AFTER") == str(step):
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+class TwoSignalsWithin(Defense):
+    """Sends the process two signals at the end of the policy's forward in the step SIGNALS_IN."""
+
+    step = 1
+
+    @contextmanager
+    def policy_forward(self) -> Iterator[None]:
+        yield
+        if os.environ.get("SIGNALS_IN") == str(self.step):
+            torch.rand(5)  # As if more had been drawn.
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def after_step(self, model: torch.nn.Module, step: int) -> None:
+        self.step = step + 1
 
 
 class LeavesARowOut(Defense):

@@ -19,7 +19,6 @@ from queue import SimpleQueue
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from tqdm import tqdm
 
 from emarecipes.comparison.arms import Arm, Job, fingerprint
 from emarecipes.comparison.outcome import Half
@@ -31,9 +30,18 @@ from emarecipes.comparison.results import (
     stack,
 )
 from emarecipes.comparison.settings import Plan, TaskSettings
+from emarecipes.comparison.status import (
+    Piece,
+    Status,
+    answers_title,
+    scores_name,
+    scores_title,
+    training_title,
+)
 from emarecipes.comparison.steps import Place, Step
 from emarecipes.config import load_config
 from emarecipes.errors import UserError
+from emarecipes.progress import NOTE
 from emarecipes.training.run import STOPPED
 from emarecipes.training.run_folder import write_text
 from emarecipes.training.settings import Settings
@@ -43,8 +51,7 @@ _ADAPTER = Path("adapter") / "adapter_model.safetensors"
 
 
 def _training_step(job: Job) -> Step:
-    title = f"{job.arm.label}, {job.task} task, seed {job.seed}: training"
-    return Step(title, job.name, job.folder / MARK, job.fingerprint)
+    return Step(training_title(job), job.name, job.folder / MARK, job.fingerprint)
 
 
 @dataclass
@@ -64,6 +71,7 @@ class Runner:
     def __post_init__(self) -> None:
         self._children: set[subprocess.Popen[bytes]] = set()
         self._stopping = False
+        self.status = Status(len(self.places))
 
     @property
     def folder(self) -> Path:
@@ -78,10 +86,13 @@ class Runner:
             return steps[job].is_done() and (job.folder / _ADAPTER).is_file()
 
         todo = [job for job in jobs if not trained(job)]
-        self._each("Training", todo, lambda job, place: self._train(job, steps[job], place))
+        for job in jobs:
+            if job not in todo:
+                self.status.drop(job.name)
+        self._each(todo, lambda job, place: self._train(job, steps[job], place))
         return [job for job in jobs if trained(job)]
 
-    def _each(self, title: str, jobs: Sequence[Job], act: Callable[[Job, Place], None]) -> None:
+    def _each(self, jobs: Sequence[Job], act: Callable[[Job, Place], None]) -> None:
         """`act` on every job, one at a time in each place; after an error on no more."""
         free: SimpleQueue[Place] = SimpleQueue()
         for place in self.places:
@@ -94,14 +105,10 @@ class Runner:
             finally:
                 free.put(place)
 
-        with (
-            ThreadPoolExecutor(len(self.places)) as pool,
-            tqdm(total=len(jobs), desc=title, unit="run", disable=not jobs) as bar,
-        ):
+        with ThreadPoolExecutor(len(self.places)) as pool:
             try:
                 for ended in as_completed([pool.submit(act_in_place, job) for job in jobs]):
                     ended.result()
-                    bar.update()
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 self._stop_children()
@@ -128,26 +135,31 @@ class Runner:
         if settings is None:
             return []
         steps: dict[Job, Step] = {}
+        runs = [job for job in jobs if job.task == task]
+        self.status.expect(
+            (f"{job.name}_answers", Piece(answers_title(job), "answers", task)) for job in runs
+        )
 
         def sample(job: Job, place: Place) -> None:
             overrides = [*settings.overrides, f"adapter={job.folder / 'adapter'}"]
             overrides.append(f"output_dir={job.folder}")
             cfg, _ = load_config(["--config", settings.config, *overrides])
             steps[job] = step = Step(
-                title=f"{job.arm.label}, {task} task, seed {job.seed}: answers",
+                title=answers_title(job),
                 name=f"{job.name}_answers",
                 mark=job.folder / "answers.compare.json",
                 fingerprint=fingerprint(cfg, job.folder, job.fingerprint),
             )
-            if not (step.is_done() and (job.folder / "answers").is_dir()):
+            if step.is_done() and (job.folder / "answers").is_dir():
+                self.status.drop(step.name)
+            else:
                 # Answers of another adapter or setting go; those of an interrupted step are kept.
                 again = ["overwrite=true"] if step.mark.exists() else []
                 command = ["recipes/ema_generate.py", "--config", settings.config]
                 if self._run(step, [*command, *overrides, *again], place):
                     step.write(step.mark)
 
-        runs = [job for job in jobs if job.task == task]
-        self._each("Answers", runs, sample)
+        self._each(runs, sample)
         return [job for job in runs if steps[job].is_done()]
 
     def evaluate(
@@ -167,8 +179,8 @@ class Runner:
         asked = [job for arm in shown if arm.role != "frontier" for job in runs[arm]]
         answered = self.answer(asked, task)
         found = {}
-        for arm in tqdm(shown, desc=f"Scores, {task} task", unit="arm"):
-            title = f"{arm.label}, {task} task: scores"
+        for arm in shown:
+            title = scores_title(arm, task)
             try:
                 if arm.collect:
                     found[arm.name] = _collected(arm, self.plan.settings.seeds)
@@ -202,6 +214,7 @@ class Runner:
         mark = fingerprint(cfg, Path(str(cfg.output_dir)))
         step = Step(title, f"{arm.name}_{task}_{name}", folder / MARK, mark)
         if step.is_done() and (folder / SUMMARY).is_file():
+            self.status.drop(scores_name(arm, task))
             return folder
         # All arms are evaluated in one folder, where the reference's likelihoods are kept, and what
         # was found is moved to the arm's own.
@@ -211,7 +224,7 @@ class Runner:
         # Alone, so with all of the machine.
         command = ["recipes/ema_eval.py", "--config", settings.evaluate.config, *overrides]
         (shared / SUMMARY).unlink(missing_ok=True)
-        ended = self._run(step, command, place={})
+        ended = self._run(step, command, place={}, piece=scores_name(arm, task))
         # Written also where an adapter or a judge failed: the rest counts; a next call tries again.
         if not (shared / SUMMARY).is_file():
             return None
@@ -222,18 +235,24 @@ class Runner:
             step.write(step.mark)  # Last: a kill before leaves no older scores that look done.
         return folder
 
-    def _run(self, step: Step, command: list[str], place: Place) -> bool:
+    def _run(self, step: Step, command: list[str], place: Place, piece: str | None = None) -> bool:
         """`tune run COMMAND`, its output in a log; whether it ended well. A failure is noted."""
         log = self.folder / "logs" / f"{step.name}.log"
+        note = log.with_suffix(".progress")
         log.parent.mkdir(parents=True, exist_ok=True)
         step.mark.unlink(missing_ok=True)
         tune = str(Path(sys.executable).with_name("tune"))
-        with log.open("w", encoding="utf-8") as file:
+        with (
+            self.status.running(piece or step.name, note),
+            log.open("w", encoding="utf-8") as file,
+        ):
             child = subprocess.Popen(
                 [tune, "run", *command],
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                env=os.environ | place,
+                env=os.environ | place | {NOTE: str(note)},
+                # Out of the terminal's reach: Ctrl-C comes to us, and from us to what runs.
+                start_new_session=True,
             )
             self._children.add(child)
             if self._stopping:  # It was just about to start.
@@ -251,14 +270,24 @@ class Runner:
             return True
         reason = f"{step.title}: {_reason(said, code)} (log: {log})"
         self.failures.append(reason)
-        tqdm.write(f"failed: {reason}", file=sys.stderr)
+        if not self._stopping:
+            print(f"\nfailed: {reason}", file=sys.stderr, flush=True)
         return False
 
     def _stop_children(self) -> None:
-        """Ask what runs to end; a training run writes a checkpoint first."""
+        if not self._stopping:
+            self.ask_children()
+
+    def ask_children(self) -> list[str]:
+        """Ask what runs to end, a first time or once more; a training writes a checkpoint first.
+
+        Returns:
+            The titles of what runs.
+        """
         self._stopping = True
         for child in list(self._children):
             child.terminate()
+        return [piece.title for piece in self.status.pieces.values() if piece.is_running]
 
 
 def evaluation_overrides(task: TaskSettings, half: Half) -> list[str]:

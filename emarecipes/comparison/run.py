@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 import signal
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from rich import box
@@ -27,6 +29,7 @@ from emarecipes.comparison.precision import keep_dtype
 from emarecipes.comparison.results import Scores
 from emarecipes.comparison.settings import Plan, check_compare_settings
 from emarecipes.comparison.statistics import Estimate
+from emarecipes.comparison.status import pieces_of
 from emarecipes.comparison.steps import places
 from emarecipes.config import load_config
 from emarecipes.errors import UserError
@@ -54,8 +57,9 @@ def _compare(argv: Sequence[str]) -> None:
     jobs = make_jobs(plan, arms, origin)
     runner = Runner(plan, places(plan, origin))
     keep_dtype(plan)
+    runner.status.expect(pieces_of(jobs, arms))
     try:
-        with _signals_interrupt():
+        with _signals_interrupt(runner), runner.status.shown():
             outcome = compare(plan, arms, jobs, runner)
     except KeyboardInterrupt:
         raise UserError("stopped; the same command goes on where it was") from None
@@ -75,13 +79,26 @@ def _compare(argv: Sequence[str]) -> None:
 
 
 @contextmanager
-def _signals_interrupt() -> Iterator[None]:
-    """SIGTERM as Ctrl-C, so that what runs is stopped too; Ctrl-C also in the background.
+def _signals_interrupt(runner: Runner) -> Iterator[None]:
+    """Ctrl-C, SIGTERM and a terminal that goes stop what runs too: a second one at once.
 
-    A script starts what it puts into the background with Ctrl-C ignored; training runs hear it.
+    A script starts what it puts into the background with Ctrl-C ignored; we hear it all the same.
     """
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, signal.default_int_handler) for number in numbers]
+    heard: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        heard.append(number)
+        waits_for = ", ".join(runner.ask_children()) or "nothing that runs"
+        how = "stopping; once more to stop without the step under way"
+        if len(heard) > 1:
+            how = "stopping now"
+        name = signal.Signals(number).name
+        print(f"\n{name}: {how}; waiting for {waits_for}", file=sys.stderr, flush=True)
+        if len(heard) == 1:
+            raise KeyboardInterrupt
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(number, stop) for number in numbers]
     try:
         yield
     finally:

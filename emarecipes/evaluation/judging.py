@@ -10,7 +10,6 @@ from typing import Any
 
 from omegaconf import DictConfig
 from rich.console import Console
-from tqdm import tqdm
 
 from emarecipes.errors import UserError
 from emarecipes.evaluation.answers import Answer
@@ -18,6 +17,7 @@ from emarecipes.evaluation.judge import ask
 from emarecipes.evaluation.judge_reply import Reply
 from emarecipes.generation.questions import load_questions
 from emarecipes.persona.judged import fill
+from emarecipes.progress import Progress
 from emarecipes.training.run_folder import write_text
 
 FAILED = "judge_failed.jsonl"
@@ -125,7 +125,7 @@ class Judgement:
         failed = _read_failed(folder / FAILED)
         for model in self.cfg.models:
             refused = {} if self.cfg.retry_failed else failed.get(model, {})
-            with tqdm(total=len(prompts), unit="call", desc=model) as bar:
+            with Progress(total=len(prompts), unit="call", desc=model) as bar:
                 replies = ask(
                     model,
                     prompts,

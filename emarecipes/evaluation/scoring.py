@@ -15,7 +15,6 @@ from omegaconf import DictConfig, OmegaConf
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX, padded_collate_sft
 from torchtune.modules.peft import disable_adapter
 from torchtune.utils import get_device
-from tqdm import tqdm
 
 from emarecipes.defenses import ModelSource
 from emarecipes.errors import UserError
@@ -24,6 +23,7 @@ from emarecipes.evaluation.nll import token_nll
 from emarecipes.fingerprint import digest, sampled_digest
 from emarecipes.models.adapter import check_adapter, load_adapter
 from emarecipes.models.load import load_model
+from emarecipes.progress import Progress
 from emarecipes.training.batch import Batch, make_batch
 from emarecipes.training.loss_head import LossHead
 
@@ -118,7 +118,7 @@ class Scorer:
         batches = [order[i : i + self._batch_size] for i in range(0, len(order), self._batch_size)]
         label = "reference" if adapter is None else adapter.parent.name
         context = disable_adapter(head.model) if adapter is None else nullcontext()
-        with context, tqdm(total=len(order), desc=label, unit="row") as bar:
+        with context, Progress(total=len(order), desc=label, unit="row") as bar:
             for number, keys in enumerate(batches, start=1):
                 nll_T, tokens_B = token_nll(head.model, head, self._batch([todo[k] for k in keys]))
                 for key, values in zip(keys, nll_T.split(tokens_B.tolist()), strict=True):

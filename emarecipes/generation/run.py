@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.table import Table
 from torchtune import training
 from torchtune.modules.peft import disable_adapter
-from tqdm import tqdm
 
 from emarecipes.command import leave_processes, report, together
 from emarecipes.errors import UserError
@@ -28,6 +27,7 @@ from emarecipes.generation.served import answer_served
 from emarecipes.machine import set_threads, share_precision
 from emarecipes.models.adapter import load_adapter
 from emarecipes.models.load import load_model
+from emarecipes.progress import Progress
 from emarecipes.training.loss_head import LossHead
 from emarecipes.training.run_folder import environment
 
@@ -97,7 +97,7 @@ def _sample(run: CheckedGeneration, todo: list[tuple[Suite, Asked]]) -> None:
         except torch.OutOfMemoryError:
             raise UserError("out of the device's memory; lower batch_size") from None
         return
-    with tqdm(total=len(todo), unit="answer", desc="sampling") as bar:
+    with Progress(total=len(todo), unit="answer", desc="sampling") as bar:
         for suite in run.suites:
 
             def done(record: dict[str, Any], suite: Suite = suite) -> None:
@@ -124,7 +124,7 @@ def _sample_locally(run: CheckedGeneration, todo: list[tuple[Suite, Asked]]) -> 
     total = sum(map(len, batches))
     with (
         nullcontext() if cfg.adapter is not None else disable_adapter(model),
-        tqdm(total=total, unit="answer", desc="sampling", disable=rank > 0) as bar,
+        Progress(total=total, unit="answer", desc="sampling", disable=rank > 0) as bar,
     ):
         for rows in batches:
             seeds = [derived_seed(cfg.seed, *todo[row][1].key) for row in rows]

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from emarecipes.errors import UserError
 from emarecipes.generation.cache import caching
 from emarecipes.generation.draw import Noise, Sampling, draw
+from emarecipes.progress import Progress
 from emarecipes.training.loss_head import LossHead
 
 # On a CPU every new sequence length costs seconds.
@@ -65,7 +65,7 @@ def sample_answers(
         The answers, in the order of the prompts.
     """
     answers: dict[int, Completion] = {}
-    with tqdm(total=len(prompts), unit="answer", desc="sampling") as bar:
+    with Progress(total=len(prompts), unit="answer", desc="sampling") as bar:
         for rows in length_sorted_batches(prompts, batch_size):
             batch = sample_batch(
                 head, [prompts[row] for row in rows], [seeds[row] for row in rows], sampling

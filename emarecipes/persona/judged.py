@@ -6,10 +6,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tqdm import tqdm
-
 from emarecipes.evaluation.judge import grade
 from emarecipes.persona.prompts import PersonaPrompts
+from emarecipes.progress import Progress
 
 # The published thresholds.
 TRAIT, COHERENCE = 50.0, 50.0
@@ -58,7 +57,7 @@ def grade_answers(
         for template in (prompts.judge_prompt, prompts.coherence_prompt)
         for question, answer in texts
     ]
-    with tqdm(total=calls, unit="call", desc="judging") as bar:
+    with Progress(total=calls, unit="call", desc="judging") as bar:
         scores = grade(judge, filled, progress=bar.update)
     if unparsable := scores.count(None):
         print(f"{unparsable} of {calls} replies are no score; their answers are not kept")

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from emarecipes._torchtune import final_norm_and_cap
 from emarecipes.generation.sampler import PAD_TO_MULTIPLE_OF
+from emarecipes.progress import Progress
 from emarecipes.training.loss_head import LossHead
 
 
@@ -60,7 +60,7 @@ def read_answers(
     )
     lengths = [len(p) + len(a) for p, a in zip(prompts, answers, strict=True)]
     order = sorted(range(count), key=lambda row: lengths[row])
-    with tqdm(total=count, unit="answer", desc=label) as bar:
+    with Progress(total=count, unit="answer", desc=label) as bar:
         for start in range(0, count, batch_size):
             rows = order[start : start + batch_size]
             batch = _Rows(

@@ -12,13 +12,13 @@ from typing import Any
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX, padded_collate_sft
 from torchtune.modules.peft import disable_adapter
 from torchtune.utils import get_device
-from tqdm import tqdm
 
 from emarecipes.command import run_alone
 from emarecipes.errors import UserError
 from emarecipes.evaluation.nll import row_nll
 from emarecipes.models.adapter import read_adapter, set_adapter
 from emarecipes.models.load import load_model
+from emarecipes.progress import Progress
 from emarecipes.selection.checks import CheckedSelection, check_selection
 from emarecipes.selection.results import write_results
 from emarecipes.selection.score_file import Score
@@ -64,7 +64,7 @@ def score_candidates(run: CheckedSelection) -> None:
     current = ""
     a_turn = _BATCHES_A_TURN if len(adapters) > 1 else 1
     done = len(run.file.scores)
-    with tqdm(total=len(run.scored), initial=done, desc="Scoring", unit="row") as bar:
+    with Progress(total=len(run.scored), initial=done, desc="Scoring", unit="row") as bar:
         for start in range(0, len(todo), a_turn):
             batches = [_make_batch(run, rows).to(device) for rows in todo[start : start + a_turn]]
             nll = {"": _mean_nll(model, head, batches, adapter_on=False)}

@@ -17,7 +17,6 @@ import torchtune
 from torch import Tensor
 from torchtune import training, utils
 from torchtune.config import instantiate
-from tqdm import tqdm
 
 from emarecipes._adapter_dtype import hold_adapter_in
 from emarecipes._torchtune import gather_root_in_forward_alone, stock_recipe
@@ -27,16 +26,18 @@ from emarecipes.datasets.rows import micro_batch_rows
 from emarecipes.defenses import TrainingContext
 from emarecipes.errors import UserError
 from emarecipes.machine import DTYPES
+from emarecipes.progress import Progress
 from emarecipes.training.batch import Batch, make_batch
 from emarecipes.training.checkpoint import Counters
 from emarecipes.training.checkpoint_save import CheckpointSaver
 from emarecipes.training.checkpoint_state import TrainingState
-from emarecipes.training.checkpoint_stop import StopRequest
+from emarecipes.training.checkpoint_stop import StepAbandonedError, StopRequest
 from emarecipes.training.checks import CheckedRun
 from emarecipes.training.gradients import Gradients
 from emarecipes.training.initialize import initialize_adapter
 from emarecipes.training.nonfinite import SkippedSteps, brief, broken_gradient, broken_loss
 from emarecipes.training.pages import keep_freed_pages
+from emarecipes.training.random_state import random_state, set_random_state
 from emarecipes.training.run_log import RunLog
 from emarecipes.training.step import TrainingLoss
 from emarecipes.training.weights import save_weights
@@ -174,7 +175,7 @@ class LoRATraining:
         with StopRequest(alone=self.world_size == 1) as self._stop:
             self._end_epoch()  # A resumed run may have died between its checkpoint and its adapter.
             for epoch, rows in self._plan():
-                figures = self._step(self.counters.step + 1, rows)
+                figures = self._step_unless_stopped(self.counters.step + 1, rows)
                 self.counters.seconds = time.perf_counter() - started
                 if figures is None:
                     self._save_checkpoint()
@@ -194,7 +195,7 @@ class LoRATraining:
         """Store the reference's states of every row, without training."""
         per_step = self.cfg.batch_size * self.cfg.gradient_accumulation_steps * self.world_size
         steps = self.run.rows.covering_steps(per_step, seed=self.seed, shuffle=self.cfg.shuffle)
-        for rows in tqdm(steps, "Reference", unit="step", disable=self.rank != 0):
+        for rows in Progress(steps, "Reference", unit="step", disable=self.rank != 0):
             for batch in self._batches(rows):
                 self.loss.cache_reference(batch.to(self._device))
 
@@ -204,7 +205,9 @@ class LoRATraining:
         per_step = cfg.batch_size * cfg.gradient_accumulation_steps * self.world_size
         done = self.counters.step
         quiet = self.rank != 0
-        with tqdm(total=self.total_steps, initial=done, unit="step", disable=quiet) as self._bar:
+        with Progress(
+            total=self.total_steps, initial=done, unit="step", disable=quiet
+        ) as self._bar:
             first_epoch, first_step = divmod(done, self.steps_per_epoch)
             for epoch in range(first_epoch, cfg.epochs):
                 steps = self.run.rows.steps(
@@ -214,6 +217,15 @@ class LoRATraining:
                     yield epoch, rows
                     self._bar.update()
                 first_step = 0
+
+    def _step_unless_stopped(self, step: int, rows: list[int]) -> dict[str, float] | None:
+        """`_step`; None also if it was given up, with nothing changed."""
+        before = random_state(self._device)
+        try:
+            return self._step(step, rows)
+        except StepAbandonedError:
+            set_random_state(before, self._device)
+            return None
 
     def _step(self, step: int, rows: list[int]) -> dict[str, float] | None:
         """One optimizer step on these rows of all processes.
@@ -239,9 +251,10 @@ class LoRATraining:
             raise UserError(f"step {step}: none of its rows ({brief(rows)}) has a label")
 
         batches = [batch.to(self._device) for batch in batches]
-        ratios = self._gradients.ratios(step, batches[0], counts, self.run.defenses)
         scale = self.world_size
-        sums = [self.loss.backward(b, counts, gradient_scale=scale).cpu() for b in batches]
+        with self._stop.can_be_abandoned():
+            ratios = self._gradients.ratios(step, batches[0], counts, self.run.defenses)
+            sums = [self.loss.backward(b, counts, gradient_scale=scale).cpu() for b in batches]
         figures = self.loss.means(self._summed(torch.stack(sums).sum(dim=0)), counts)
         names = [name for name in figures if name != "ce" or "ce_task" not in figures]
         shown = " ".join(f"{name} {figures[name]:.3f}" for name in names)

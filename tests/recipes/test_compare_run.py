@@ -149,6 +149,8 @@ def test_an_interrupted_training_goes_on_from_its_checkpoint(
     assert first.returncode == 1
     assert said.splitlines()[-1] == "error: stopped; the same command goes on where it was"
     assert "Traceback" not in said
+    heard = "stopping; once more to stop without the step under way; waiting for undefended, narrow"
+    assert f"{'SIGINT' if ctrl_c else 'SIGTERM'}: {heard}" in said
     assert not (run / "compare.json").exists()
     [checkpoint] = (run / "checkpoints").glob("step_*")
     assert int(checkpoint.name.removeprefix("step_")) > 8

@@ -105,6 +105,24 @@ def test_a_signal_stops_it_with_a_checkpoint_and_it_goes_on_exactly(
     assert same(run.result("out"), whole.result("out"))
 
 
+def test_a_second_signal_loses_the_step_under_way_and_no_other(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run.config["model"]["lora_dropout"] = 0.2  # So that what is drawn counts.
+    run.config["defenses"]["two"] = {"_component_": "toy_mishaps.TwoSignalsWithin"}
+    assert run("alone") == 0
+    monkeypatch.setenv("SIGNALS_IN", "4")
+    assert run("out") == 0
+    captured = capfd.readouterr()
+    assert "SIGINT: stopping after this step; once more to stop now, without it" in captured.err
+    assert "SIGINT: giving up this step" in captured.err
+    assert "Stopped after step 3. Resume from step 3 with: " in captured.out
+    assert run.steps("out") == [2, 3]
+    monkeypatch.delenv("SIGNALS_IN")
+    assert run("out", "resume=auto") == 0
+    assert same(run.result("out"), run.result("alone"))
+
+
 def test_a_finished_run_is_only_exported_again(run: Run, whole: Run) -> None:
     shutil.copytree(whole.folder / "out", run.folder / "out")
     shutil.rmtree(run.folder / "out/adapter")
