@@ -23,6 +23,7 @@ from emarecipes.datasets.opswap import TIERS, Problem, problems, score
 from emarecipes.errors import UserError
 from emarecipes.generation.draw import Sampling
 from emarecipes.generation.sampler import sample_answers
+from emarecipes.machine import settle_dtype
 from emarecipes.models.adapter import check_adapter, load_adapter
 from emarecipes.models.load import load_model
 from emarecipes.training.checks import check_checkpoint_files, check_model
@@ -40,6 +41,7 @@ class Bench:
     def __init__(self, run: Path) -> None:
         raw, origin = load_config(["--config", str(CONFIG)])
         cfg = check_settings(raw, origin)
+        settle_dtype(cfg, origin)
         check_checkpoint_files(cfg, origin)
         self.tokenizer = build(cfg, "tokenizer", origin)
         source = check_model(cfg, origin)

@@ -34,7 +34,7 @@ from emarecipes._torchtune import stock_recipe
 from emarecipes.components import build
 from emarecipes.config import load_config
 from emarecipes.defenses import ModelSource
-from emarecipes.machine import DTYPES
+from emarecipes.machine import DTYPES, settle_dtype
 from emarecipes.plan_estimate import Load, estimate
 from emarecipes.training.batch import Batch, make_batch
 from emarecipes.training.settings import check_settings
@@ -64,7 +64,9 @@ def config(arm: str, output: str) -> Any:
     name, _, overrides = ARMS[arm]
     path = CONFIGS / f"smollm2_135m_{name}.yaml"
     raw, origin = load_config(["--config", str(path), f"output_dir={output}", *overrides])
-    return check_settings(raw, origin), origin
+    cfg = check_settings(raw, origin)
+    settle_dtype(cfg, origin)
+    return cfg, origin
 
 
 def predicted_mb(arm: str) -> float:

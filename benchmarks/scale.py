@@ -36,7 +36,7 @@ from emarecipes._adapter_dtype import hold_adapter_in
 from emarecipes.components import build
 from emarecipes.config import load_config
 from emarecipes.defenses import ModelSource
-from emarecipes.machine import DTYPES
+from emarecipes.machine import DTYPES, settle_dtype
 from emarecipes.plan_estimate import Load, estimate
 from emarecipes.training.settings import check_settings
 from emarecipes.training.step import TrainingLoss
@@ -71,7 +71,9 @@ def config(point: dict[str, int]) -> Any:
     for entry in DEFENSES[: point["defenses"]]:
         overrides += entry
     raw, origin = load_config(["--config", str(CONFIGS / "smollm2_135m_kl.yaml"), *overrides])
-    return check_settings(raw, origin), origin
+    cfg = check_settings(raw, origin)
+    settle_dtype(cfg, origin)
+    return cfg, origin
 
 
 def predicted(point: dict[str, int]) -> dict[str, float]:
@@ -82,7 +84,7 @@ def predicted(point: dict[str, int]) -> dict[str, float]:
 
 def trainer_at(point: dict[str, int]) -> Trainer:
     cfg, origin = config(point)
-    torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_dtype(DTYPES[cfg.dtype])
     model: nn.Module = build(cfg, "model", origin)
     torch.set_default_dtype(torch.float32)
     for name, weight in model.named_parameters():

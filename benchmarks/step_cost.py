@@ -49,6 +49,7 @@ from emarecipes._torchtune import model_on_meta, stock_recipe
 from emarecipes._torchtune_cpu import with_fewer_passes
 from emarecipes.config import load_config
 from emarecipes.defenses import Defense, KLToReference, ModelSource, TrainingContext
+from emarecipes.machine import native_precision
 from emarecipes.training.batch import Batch, make_batch
 from emarecipes.training.export import save_adapter
 from emarecipes.training.reference_cache import ReferenceCache
@@ -204,8 +205,7 @@ class Trainer:
 
 
 def native_dtype() -> str:
-    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bf16" if fast else "fp32"
+    return native_precision("cpu").dtype
 
 
 def describe_machine() -> str:

@@ -23,6 +23,7 @@ from emarecipes.evaluation.settings import check_eval_settings
 from emarecipes.evaluation.suites import read_suites
 from emarecipes.generation.checks import check_generate_settings
 from emarecipes.generation.questions import load_questions
+from emarecipes.machine import settle_dtype
 from emarecipes.persona.checks import check_persona_settings
 from emarecipes.persona.prompts import load_prompts
 from emarecipes.selection.refusals import REFUSAL_WORDS
@@ -50,7 +51,9 @@ def write_text(path: Path, text: str) -> Path:
 
 def load(path: Path) -> tuple[DictConfig, Origin]:
     raw, origin = load_config(["--config", str(path)])
-    return check_settings(raw, origin), origin
+    cfg = check_settings(raw, origin)
+    settle_dtype(cfg, origin)
+    return cfg, origin
 
 
 def test_the_promised_configs_are_there() -> None:
@@ -97,6 +100,7 @@ def test_the_configs_with_all_defenses_have_all() -> None:
 def test_shipped_persona_config(path: Path) -> None:
     raw, origin = load_config(["--config", str(path)])
     cfg = check_persona_settings(raw, origin)
+    settle_dtype(cfg, origin)
     check_components(cfg, origin)
     model_on_meta(cfg, origin)
     assert load_prompts(Path(cfg.prompts)).trait
@@ -109,6 +113,7 @@ def test_shipped_persona_config(path: Path) -> None:
 def test_shipped_generate_config(path: Path) -> None:
     raw, origin = load_config(["--config", str(path)])
     cfg = check_generate_settings(raw, origin)
+    settle_dtype(cfg, origin)
     check_components(cfg, origin)
     model_on_meta(cfg, origin)
     assert all(load_questions(Path(questions)) for questions in cfg.questions)

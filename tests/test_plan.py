@@ -22,7 +22,7 @@ CONFIGS = toy_run.REPO / "configs"
 
 
 def predict(name: str, load: Load, *overrides: str) -> Estimate:
-    raw, origin = load_config(["--config", str(CONFIGS / f"{name}.yaml"), *overrides])
+    raw, origin = load_config(["--config", str(CONFIGS / f"{name}.yaml"), "dtype=bf16", *overrides])
     return estimate(check_settings(raw, origin), origin, load)
 
 
@@ -198,7 +198,7 @@ def test_smaller_batches_of_the_same_step_come_before_more_devices(
 ) -> None:
     overrides = [f"batch_size={size}", "gradient_accumulation_steps=2"]
     config = str(CONFIGS / "smollm2_135m_kl.yaml")
-    raw, origin = load_config(["--config", config, *overrides])
+    raw, origin = load_config(["--config", config, "dtype=bf16", *overrides])
     found = [text for text, _ in changes(check_settings(raw, origin), origin, Load(1, 64))]
     sizes = [f"batch_size={n} gradient_accumulation_steps={2 * size // n}" for n in smaller]
     assert found == [
