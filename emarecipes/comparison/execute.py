@@ -34,7 +34,6 @@ from emarecipes.comparison.status import (
     Piece,
     Status,
     answers_title,
-    scores_name,
     scores_title,
     training_title,
 )
@@ -88,7 +87,7 @@ class Runner:
         todo = [job for job in jobs if not trained(job)]
         for job in jobs:
             if job not in todo:
-                self.status.drop(job.name)
+                self.status.drop(steps[job].title)
         self._each(todo, lambda job, place: self._train(job, steps[job], place))
         return [job for job in jobs if trained(job)]
 
@@ -136,9 +135,7 @@ class Runner:
             return []
         steps: dict[Job, Step] = {}
         runs = [job for job in jobs if job.task == task]
-        self.status.expect(
-            (f"{job.name}_answers", Piece(answers_title(job), "answers", task)) for job in runs
-        )
+        self.status.expect(Piece(answers_title(job), "answers", task) for job in runs)
 
         def sample(job: Job, place: Place) -> None:
             overrides = [*settings.overrides, f"adapter={job.folder / 'adapter'}"]
@@ -151,7 +148,7 @@ class Runner:
                 fingerprint=fingerprint(cfg, job.folder, job.fingerprint),
             )
             if step.is_done() and (job.folder / "answers").is_dir():
-                self.status.drop(step.name)
+                self.status.drop(step.title)
             else:
                 # Answers of another adapter or setting go; those of an interrupted step are kept.
                 again = ["overwrite=true"] if step.mark.exists() else []
@@ -214,7 +211,7 @@ class Runner:
         mark = fingerprint(cfg, Path(str(cfg.output_dir)))
         step = Step(title, f"{arm.name}_{task}_{name}", folder / MARK, mark)
         if step.is_done() and (folder / SUMMARY).is_file():
-            self.status.drop(scores_name(arm, task))
+            self.status.drop(title)
             return folder
         # All arms are evaluated in one folder, where the reference's likelihoods are kept, and what
         # was found is moved to the arm's own.
@@ -224,7 +221,7 @@ class Runner:
         # Alone, so with all of the machine.
         command = ["recipes/ema_eval.py", "--config", settings.evaluate.config, *overrides]
         (shared / SUMMARY).unlink(missing_ok=True)
-        ended = self._run(step, command, place={}, piece=scores_name(arm, task))
+        ended = self._run(step, command, place={})
         # Written also where an adapter or a judge failed: the rest counts; a next call tries again.
         if not (shared / SUMMARY).is_file():
             return None
@@ -235,7 +232,7 @@ class Runner:
             step.write(step.mark)  # Last: a kill before leaves no older scores that look done.
         return folder
 
-    def _run(self, step: Step, command: list[str], place: Place, piece: str | None = None) -> bool:
+    def _run(self, step: Step, command: list[str], place: Place) -> bool:
         """`tune run COMMAND`, its output in a log; whether it ended well. A failure is noted."""
         log = self.folder / "logs" / f"{step.name}.log"
         note = log.with_suffix(".progress")
@@ -243,7 +240,7 @@ class Runner:
         step.mark.unlink(missing_ok=True)
         tune = str(Path(sys.executable).with_name("tune"))
         with (
-            self.status.running(piece or step.name, note),
+            self.status.running(step.title, note),
             log.open("w", encoding="utf-8") as file,
         ):
             child = subprocess.Popen(

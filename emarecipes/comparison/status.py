@@ -57,30 +57,30 @@ class Status:
     """
 
     at_a_time: int = 1
-    pieces: dict[str, Piece] = field(default_factory=dict)
+    pieces: dict[str, Piece] = field(default_factory=dict)  # By title.
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
         self._next_line = 0.0
         self._shown: tuple[str, ...] = ()
 
-    def expect(self, pieces: Iterable[tuple[str, Piece]]) -> None:
-        """Add what is to come, by a name each."""
+    def expect(self, pieces: Iterable[Piece]) -> None:
+        """Add what is to come."""
         with self._lock:
-            for name, piece in pieces:
-                self.pieces.setdefault(name, piece)
+            for piece in pieces:
+                self.pieces.setdefault(piece.title, piece)
 
-    def drop(self, name: str) -> None:
+    def drop(self, title: str) -> None:
         """It need not be done: it is there already, or cannot be."""
         with self._lock:
-            if (piece := self.pieces.get(name)) is not None and piece.started is None:
-                del self.pieces[name]
+            if (piece := self.pieces.get(title)) is not None and piece.started is None:
+                del self.pieces[title]
 
     @contextmanager
-    def running(self, name: str, note: Path) -> Iterator[None]:
-        """Within this context the piece of that name runs."""
+    def running(self, title: str, note: Path) -> Iterator[None]:
+        """Within this context the piece of that title runs."""
         note.unlink(missing_ok=True)
-        piece = self.pieces.get(name)
+        piece = self.pieces.get(title)
         if piece is not None:
             piece.note, piece.started, piece.seconds = note, time.time(), None
         try:
@@ -177,15 +177,15 @@ def _expected(piece: Piece, pieces: Sequence[Piece]) -> float | None:
     return None if trained is None else trained * _GUESS.get(piece.kind, 1.0) * piece.size
 
 
-def pieces_of(jobs: Sequence[Job], arms: Sequence[Arm]) -> list[tuple[str, Piece]]:
+def pieces_of(jobs: Sequence[Job], arms: Sequence[Arm]) -> list[Piece]:
     """The trainings of a comparison and the scores of its arms, as far as its config says."""
     most = max((_steps(job) for job in jobs), default=0.0) or 1.0
     found = [
-        (job.name, Piece(training_title(job), "training", job.task, (_steps(job) or most) / most))
+        Piece(training_title(job), "training", job.task, (_steps(job) or most) / most)
         for job in jobs
     ]
     found += [
-        (scores_name(arm, task), Piece(scores_title(arm, task), "scores", task))
+        Piece(scores_title(arm, task), "scores", task)
         for arm in arms
         if arm.config is not None
         for task in arm.tasks
@@ -206,11 +206,6 @@ def answers_title(job: Job) -> str:
 def scores_title(arm: Arm, task: str) -> str:
     """Of an arm's scores, for people."""
     return f"{arm.label}, {task} task: scores"
-
-
-def scores_name(arm: Arm, task: str) -> str:
-    """Of an arm's scores among the pieces."""
-    return f"{arm.name}_{task}"
 
 
 def _steps(job: Job) -> float:

@@ -26,15 +26,15 @@ def test_the_time_left_of_all(tmp_path: Path, clock: list[float]) -> None:
     status = Status()
     status.expect(
         [
-            ("a", Piece("A, narrow task, seed 0: training", "training", "narrow")),
-            ("b", Piece("B: training", "training", "narrow", size=0.5)),
-            ("c", Piece("C: training", "training", "benign")),
-            ("s", Piece("A: scores", "scores", "narrow")),
+            Piece("A, narrow task, seed 0: training", "training", "narrow"),
+            Piece("B: training", "training", "narrow", size=0.5),
+            Piece("C: training", "training", "benign"),
+            Piece("A: scores", "scores", "narrow"),
         ]
     )
     assert status.seconds_left() is None  # Nothing is known yet.
     note = tmp_path / "note"
-    with status.running("a", note):
+    with status.running("A, narrow task, seed 0: training", note):
         assert status.line() == "0 of 4 done | A, narrow task, seed 0: training, starting"
         clock[0] += 10.0  # Two of them to load, eight for two of twelve steps: 40 more to come.
         write(note, done=2, total=12, seconds=8.0)
@@ -46,16 +46,16 @@ def test_the_time_left_of_all(tmp_path: Path, clock: list[float]) -> None:
         clock[0] += 50.0
     # A took 60 in truth. B: 30; C: 60, there is none of its task; scores: 36.
     assert status.seconds_left() == pytest.approx(30 + 60 + 36)
-    with status.running("s", note):
+    with status.running("A: scores", note):
         clock[0] += 12.0
         assert status.seconds_left() == pytest.approx(30 + 60 + 24)
-    status.drop("c")
+    status.drop("C: training")
     assert status.line() == "2 of 3 done | about 30 s left of all"
 
 
 def test_trainings_side_by_side_share_the_time(tmp_path: Path, clock: list[float]) -> None:
     status = Status(at_a_time=2)
-    status.expect((name, Piece(name, "training", "narrow")) for name in "abc")
+    status.expect(Piece(name, "training", "narrow") for name in "abc")
     with status.running("a", tmp_path / "note"):
         clock[0] += 60.0
     assert status.seconds_left() == pytest.approx(2 * 60 / 2)
