@@ -1,0 +1,151 @@
+"""`dtype: auto` in whole runs: written down, kept by what goes on, one for all of a comparison."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import toy_run
+import yaml
+from omegaconf import OmegaConf
+
+from emarecipes import machine
+from emarecipes.comparison.arms import expand_arms, make_jobs
+from emarecipes.comparison.precision import FILE, keep_dtype
+from emarecipes.comparison.settings import Plan, check_compare_settings
+from emarecipes.config import load_config
+from emarecipes.errors import UserError
+from emarecipes.machine import Precision
+from emarecipes.training import run_lora
+
+RANKS = """
+import sys
+import torch.distributed as dist
+from emarecipes import machine
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
+machine._shared["cpu"] = machine.Precision(["fp32", "bf16"][rank], f"rank {rank} says so")
+machine.share_precision()
+print(machine.native_precision("cpu").dtype)
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def native(monkeypatch: pytest.MonkeyPatch, dtype: Any) -> None:
+    monkeypatch.setattr(machine, "_shared", {"cpu": Precision(dtype, "said the test")})
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("toy")
+    return toy_run.write_toy_model(folder / "model", model_dir), toy_run.write_rows(
+        folder / "rows.jsonl", 16
+    )
+
+
+def test_a_run_that_goes_on_keeps_what_it_was_begun_in(
+    toy: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    config = toy_run.toy_config(*toy, tmp_path / "out")
+    config |= {"dtype": "auto", "max_steps_per_epoch": 2, "save_every_n_steps": 1}
+    path = str(toy_run.write_config(tmp_path / "config.yaml", config))
+    native(monkeypatch, "fp32")
+    assert run_lora(["--config", path]) == 0
+    assert OmegaConf.load(tmp_path / "out/config.yaml").dtype == "fp32"
+
+    native(monkeypatch, "bf16")
+    machine.log.propagate = True
+    with caplog.at_level("INFO"):
+        assert run_lora(["--config", path, "epochs=2", "resume=auto"]) == 0
+    assert "this machine would choose bf16 (said the test)" in caplog.text
+    assert OmegaConf.load(tmp_path / "out/config.yaml").dtype == "fp32"
+    assert [row["step"] for row in toy_run.metrics(tmp_path / "out")] == [1, 2, 3, 4]
+
+    capfd.readouterr()
+    assert run_lora(["--config", path, "epochs=3", "resume=auto", "dtype=bf16"]) == 1
+    said = capfd.readouterr().err.strip().splitlines()[-1]
+    assert "these keys change the result: dtype: 'fp32' -> 'bf16'" in said
+
+
+def test_all_processes_take_the_first_ones(tmp_path: Path) -> None:
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANKS, str(rank), str(tmp_path / "meet")],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    assert [rank.communicate(timeout=120)[0].strip() for rank in ranks] == ["fp32", "fp32"]
+
+
+def plan_of(folder: Path, toy: tuple[Path, Path], *dtypes: str) -> tuple[Plan, Any]:
+    """Arms whose configs have these dtypes, with evaluation and sampling that leave it open."""
+    training = toy_run.toy_config(*toy, folder / "unused")
+    scoring = {key: training[key] for key in ("output_dir", "tokenizer", "model", "checkpointer")}
+    toy_run.write_config(folder / "eval.yaml", scoring | {"opswap": {}})
+    toy_run.write_config(folder / "generate.yaml", scoring | {"questions": ["q.yaml"]})
+    arms = {}
+    for number, dtype in enumerate(dtypes):
+        file = toy_run.write_config(folder / f"arm{number}.yaml", training | {"dtype": dtype})
+        role = "defense" if number else "undefended"
+        arms[f"arm{number}"] = {"role": role, "config": str(file)}
+    task = {
+        "evaluate": {"config": str(folder / "eval.yaml")},
+        "generate": {"config": str(folder / "generate.yaml")},
+    }
+    compare = {"output_dir": str(folder / "out"), "seeds": [0], "tasks": {"narrow": task},
+               "arms": arms}  # fmt: skip
+    (folder / "compare.yaml").write_text(yaml.safe_dump(compare))
+    raw, origin = load_config(["--config", str(folder / "compare.yaml")])
+    return check_compare_settings(raw, origin), origin
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "dtype"),
+    [(("auto", "auto"), "fp32"), (("auto", "bf16"), "bf16"), (("fp32", "auto"), "fp32")],
+)
+def test_a_comparison_has_one_for_all(
+    toy: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    dtypes: tuple[str, ...],
+    dtype: str,
+) -> None:
+    native(monkeypatch, "fp32")
+    plan, origin = plan_of(tmp_path, toy, *dtypes)
+    jobs = make_jobs(plan, expand_arms(plan, origin), origin)
+    assert [job.cfg.dtype for job in jobs] == [dtype, dtype]
+    task = plan.tasks["narrow"]
+    assert task.evaluate.overrides[-1] == f"dtype={dtype}"
+    assert task.generate is not None and task.generate.overrides[-1] == f"dtype={dtype}"
+
+
+def test_a_comparison_keeps_it_on_another_machine(
+    toy: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    native(monkeypatch, "fp32")
+    plan, origin = plan_of(tmp_path, toy, "auto")
+    first = make_jobs(plan, expand_arms(plan, origin), origin)
+    keep_dtype(plan)
+    assert (tmp_path / "out" / FILE).read_text() == '{"dtype": "fp32"}\n'
+    native(monkeypatch, "bf16")
+    again, origin = plan_of(tmp_path, toy, "auto")
+    second = make_jobs(again, expand_arms(again, origin), origin)
+    assert [job.fingerprint for job in second] == [job.fingerprint for job in first]
+    (tmp_path / "out" / FILE).unlink()
+    anew, origin = plan_of(tmp_path, toy, "auto")
+    [other] = make_jobs(anew, expand_arms(anew, origin), origin)
+    assert other.cfg.dtype == "bf16" and other.fingerprint != first[0].fingerprint
+
+
+def test_arms_of_two_dtypes_are_refused(toy: tuple[Path, Path], tmp_path: Path) -> None:
+    plan, origin = plan_of(tmp_path, toy, "bf16", "fp32")
+    with pytest.raises(UserError, match=r"arms\.arm1: its dtype is fp32, that of arm0 is bf16"):
+        make_jobs(plan, expand_arms(plan, origin), origin)
