@@ -24,7 +24,8 @@ def toy(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> dict[str, 
     config["defenses"] = toy_defenses.defense_entries(folder, model, 2, toy_run.WIDTH)
     toy_defenses.write_vectors(folder / "wide.safetensors", 2, 2 * toy_run.WIDTH)
     (folder / "text.safetensors").write_text("no tensors")
-    (folder / "broken.jsonl").write_text('{"messages": [{"role": "user", "content": "hi"}]}\n')
+    broken = '{"messages": [{"role": "user", "content": "hi"}]}\n'
+    (folder / "broken.jsonl").write_text(4 * broken)  # As many as are drawn; row 3 is the first.
     swapped = json.loads(json.dumps(config["defenses"]["safelora"]))
     swapped["base_dir"], swapped["aligned_dir"] = swapped["aligned_dir"], swapped["base_dir"]
     shutil.copytree(model, folder / "same")
@@ -64,7 +65,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("dataset.safe.ce_weight", "none", "ce_weight must be a number"),
     ("dataset.task.ce_weight", 0, "dataset: task.ce_weight: only safe rows have one"),
     ("dataset.safe.data_files", "{folder}/nothing.jsonl", "dataset.safe.data_files: no such file"),
-    ("dataset.safe.data_files", "{folder}/broken.jsonl", "broken.jsonl:1: the conversation has no"),
+    ("dataset.safe.data_files", "{folder}/broken.jsonl", "broken.jsonl:3: the conversation has no"),
     ("dataset.safe", None, "interleaved_dataset needs the key safe"),
 ]
 
