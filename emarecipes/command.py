@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from emarecipes.errors import UserCodeError, UserError
 from emarecipes.machine import set_threads
+from emarecipes.stop import stoppable
 
 _Result = TypeVar("_Result")
 
@@ -104,7 +105,8 @@ def run_alone(name: str, work: Callable[[Sequence[str]], None], argv: Sequence[s
         return _refuse_processes(name)
     set_threads()
     try:
-        work(argv)
+        with stoppable("the same command begins again, or goes on from what is kept"):
+            work(argv)
     except Exception as error:
         report(explain(error))
         return 1

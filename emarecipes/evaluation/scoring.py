@@ -24,11 +24,13 @@ from emarecipes.fingerprint import digest, sampled_digest
 from emarecipes.models.adapter import check_adapter, load_adapter
 from emarecipes.models.load import load_model
 from emarecipes.progress import Progress
+from emarecipes.stop import stoppable
 from emarecipes.training.batch import Batch, make_batch
 from emarecipes.training.loss_head import LossHead
 
 TokenNLLs = NDArray[np.float32]
 
+_KEPT = "likelihoods so far are kept; the same command goes on"
 # Batches after which what was computed is written, so that little is lost with a killed run.
 _BATCHES_A_SAVE = 16
 
@@ -118,7 +120,11 @@ class Scorer:
         batches = [order[i : i + self._batch_size] for i in range(0, len(order), self._batch_size)]
         label = "reference" if adapter is None else adapter.parent.name
         context = disable_adapter(head.model) if adapter is None else nullcontext()
-        with context, Progress(total=len(order), desc=label, unit="row") as bar:
+        with (
+            context,
+            stoppable(_KEPT, in_batches=True) as stop,
+            Progress(total=len(order), desc=label, unit="row") as bar,
+        ):
             for number, keys in enumerate(batches, start=1):
                 nll_T, tokens_B = token_nll(head.model, head, self._batch([todo[k] for k in keys]))
                 for key, values in zip(keys, nll_T.split(tokens_B.tolist()), strict=True):
@@ -128,9 +134,10 @@ class Scorer:
                         )
                         raise NotFiniteError(f"{folder}: an answer's likelihood is not finite")
                     known[key] = values.numpy().astype(np.float32)
-                if number % _BATCHES_A_SAVE == 0 or number == len(batches):
+                if number % _BATCHES_A_SAVE == 0 or number == len(batches) or stop.asked:
                     _write(cache, known)
                 bar.update(len(keys))
+                stop.heed()
 
     def head(self, adapter: Path | None) -> LossHead:
         """The model's loss head, with an adapter in place; None leaves any that is there.

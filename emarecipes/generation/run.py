@@ -28,9 +28,11 @@ from emarecipes.machine import set_threads, share_precision
 from emarecipes.models.adapter import load_adapter
 from emarecipes.models.load import load_model
 from emarecipes.progress import Progress
+from emarecipes.stop import stoppable
 from emarecipes.training.loss_head import LossHead
 from emarecipes.training.run_folder import environment
 
+_KEPT = "answers so far are kept; the same command goes on with the others"
 # How long a process waits for the slowest one.
 _PATIENCE = timedelta(days=7)
 
@@ -97,7 +99,10 @@ def _sample(run: CheckedGeneration, todo: list[tuple[Suite, Asked]]) -> None:
         except torch.OutOfMemoryError:
             raise UserError("out of the device's memory; lower batch_size") from None
         return
-    with Progress(total=len(todo), unit="answer", desc="sampling") as bar:
+    with (
+        stoppable(_KEPT),
+        Progress(total=len(todo), unit="answer", desc="sampling") as bar,
+    ):
         for suite in run.suites:
 
             def done(record: dict[str, Any], suite: Suite = suite) -> None:
@@ -124,6 +129,7 @@ def _sample_locally(run: CheckedGeneration, todo: list[tuple[Suite, Asked]]) -> 
     total = sum(map(len, batches))
     with (
         nullcontext() if cfg.adapter is not None else disable_adapter(model),
+        stoppable(_KEPT, in_batches=True) as stop,
         Progress(total=total, unit="answer", desc="sampling", disable=rank > 0) as bar,
     ):
         for rows in batches:
@@ -137,6 +143,7 @@ def _sample_locally(run: CheckedGeneration, todo: list[tuple[Suite, Asked]]) -> 
                 )
                 suite.append(rank, [record])
             bar.update(len(rows))
+            stop.heed()
 
 
 def _print(suites: Sequence[Suite]) -> None:

@@ -22,6 +22,7 @@ from emarecipes.progress import Progress
 from emarecipes.selection.checks import CheckedSelection, check_selection
 from emarecipes.selection.results import write_results
 from emarecipes.selection.score_file import Score
+from emarecipes.stop import stoppable
 from emarecipes.training.batch import Batch, make_batch
 from emarecipes.training.loss_head import LossHead
 
@@ -64,7 +65,10 @@ def score_candidates(run: CheckedSelection) -> None:
     current = ""
     a_turn = _BATCHES_A_TURN if len(adapters) > 1 else 1
     done = len(run.file.scores)
-    with Progress(total=len(run.scored), initial=done, desc="Scoring", unit="row") as bar:
+    with (
+        stoppable("scores so far are kept; the same command goes on", in_batches=True) as stop,
+        Progress(total=len(run.scored), initial=done, desc="Scoring", unit="row") as bar,
+    ):
         for start in range(0, len(todo), a_turn):
             batches = [_make_batch(run, rows).to(device) for rows in todo[start : start + a_turn]]
             nll = {"": _mean_nll(model, head, batches, adapter_on=False)}
@@ -78,6 +82,7 @@ def score_candidates(run: CheckedSelection) -> None:
             new = [score for score in scores if score.index not in run.file.scores]
             run.file.append(new)
             bar.update(len(new))
+            stop.heed()
 
 
 def _batches(run: CheckedSelection) -> list[list[int]]:
