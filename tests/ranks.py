@@ -1,10 +1,10 @@
 """A recipe on several processes as torchrun's workers run it, without the start-up of each.
 
-Processes are forked from a server that has imported everything once; gloo, FSDP2 and the recipe are
-what they are under `tune run`. The launcher itself is tested in test_launch.py and test_command.py.
+Processes are forked from the server of `warm`, which has imported everything; gloo, FSDP2 and the
+recipe are what they are under `tune run`. The launcher is tested in test_launch.py and
+test_command.py.
 """
 
-import multiprocessing
 import os
 import runpy
 import socket
@@ -14,9 +14,7 @@ import tempfile
 from pathlib import Path
 
 import toy_run
-
-_SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["emarecipes.training.run", "emarecipes.generation"])
+import warm
 
 
 def run_ranks(
@@ -29,7 +27,7 @@ def run_ranks(
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
-            _SERVER.Process(target=_rank, args=(arguments, rank, processes, port, folder))
+            warm.SERVER.Process(target=_rank, args=(arguments, rank, processes, port, folder))
             for rank in range(processes)
         ]
         for rank in ranks:

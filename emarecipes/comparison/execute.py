@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -20,6 +19,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from emarecipes.comparison import process
 from emarecipes.comparison.arms import Arm, Job, fingerprint
 from emarecipes.comparison.outcome import Half
 from emarecipes.comparison.results import (
@@ -68,7 +68,7 @@ class Runner:
     failures: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._children: set[subprocess.Popen[bytes]] = set()
+        self._children: set[process.Started] = set()
         self._stopping = False
         self.status = Status(len(self.places))
 
@@ -238,19 +238,8 @@ class Runner:
         note = log.with_suffix(".progress")
         log.parent.mkdir(parents=True, exist_ok=True)
         step.mark.unlink(missing_ok=True)
-        tune = str(Path(sys.executable).with_name("tune"))
-        with (
-            self.status.running(step.title, note),
-            log.open("w", encoding="utf-8") as file,
-        ):
-            child = subprocess.Popen(
-                [tune, "run", *command],
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                env=os.environ | place | {NOTE: str(note)},
-                # Out of the terminal's reach: Ctrl-C comes to us, and from us to what runs.
-                start_new_session=True,
-            )
+        with self.status.running(step.title, note):
+            child = process.start(command, log, os.environ | place | {NOTE: str(note)})
             self._children.add(child)
             if self._stopping:  # It was just about to start.
                 child.terminate()

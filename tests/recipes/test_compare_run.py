@@ -4,8 +4,6 @@ import contextlib
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +15,7 @@ import toy_run
 import yaml
 from omegaconf import OmegaConf
 
-from emarecipes.comparison import execute
+from emarecipes.comparison import process
 from emarecipes.comparison.run import run_compare
 from emarecipes.comparison.settings import check_compare_settings
 from emarecipes.comparison.steps import places
@@ -83,14 +81,13 @@ def test_runs_what_is_missing(
 ) -> None:
     threads: dict[str, set[str | None]] = {}
 
-    class Noted(subprocess.Popen[bytes]):
-        def __init__(self, command: list[str], **kwargs: Any) -> None:
-            if command[1] == "run":  # `tune run`, and not some other library's command.
-                given = kwargs["env"].get("OMP_NUM_THREADS")
-                threads.setdefault(command[2], set()).add(given)
-            super().__init__(command, **kwargs)
+    stock = process.start
 
-    monkeypatch.setattr(execute.subprocess, "Popen", Noted)
+    def start(arguments: list[str], log: Path, env: dict[str, str]) -> Any:
+        threads.setdefault(arguments[0], set()).add(env.get("OMP_NUM_THREADS"))
+        return stock(arguments, log, env)
+
+    monkeypatch.setattr(process, "start", start)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     toy = toy_run.write_toy_model(tmp_path / "model", model_dir)
@@ -136,15 +133,17 @@ def test_an_interrupted_training_goes_on_from_its_checkpoint(
     toy = toy_run.write_toy_model(tmp_path / "model", model_dir)
     config, run = toy_comparison(tmp_path, toy), tmp_path / "out/runs/undefended/narrow_seed3"
     # In the background of a script Ctrl-C is ignored, unless the recipe hears it.
-    program = "import sys, signal; signal.signal(signal.SIGINT, signal.SIG_IGN); "
-    program += "from emarecipes.comparison.run import run_compare as run; "
+    program = "import sys, signal\nfrom emarecipes.comparison.run import run_compare as run\n"
+    program += "if __name__ == '__main__':\n    signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+    program += "    sys.exit(run(sys.argv[1:]))\n"
+    (tmp_path / "program.py").write_text(program)
     changes = ["~arms.fewer", "~arms.kl", "~arms.broken", "arms.undefended.overrides=[epochs=15]"]
-    command = [sys.executable, "-c", program + "sys.exit(run(sys.argv[1:]))", "--config"]
-    command += [str(config), *changes]
-    first = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    command = [str(tmp_path / "program.py"), "--config", str(config), *changes]
+    first = toy_run.start(command)
+    assert first.pid is not None
     wait_for(lambda: len(toy_run.metrics(run)) > 8, first)  # After the first adapter.
     # A terminal sends Ctrl-C to all processes, kill its signal to the one that it is told.
-    os.killpg(first.pid, signal.SIGINT) if ctrl_c else first.terminate()
+    os.killpg(first.pid, signal.SIGINT) if ctrl_c else os.kill(first.pid, signal.SIGTERM)
     _, said = first.communicate(timeout=120)
     assert first.returncode == 1
     assert said.splitlines()[-1] == "error: stopped; the same command goes on where it was"
@@ -155,14 +154,15 @@ def test_an_interrupted_training_goes_on_from_its_checkpoint(
     [checkpoint] = (run / "checkpoints").glob("step_*")
     assert int(checkpoint.name.removeprefix("step_")) > 8
 
-    second = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=300)
-    assert second.returncode == 0, second.stderr[-2000:]
+    second = toy_run.start(command)
+    _, said = second.communicate(timeout=300)
+    assert second.returncode == 0, said[-2000:]
     steps = [row["step"] for row in toy_run.metrics(run)]
     assert steps == list(range(1, 61))
     assert OmegaConf.load(run / "config.yaml").resume == "auto"
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+def wait_for(condition: Callable[[], bool], process: Any) -> None:
     while process.poll() is None:
         with contextlib.suppress(FileNotFoundError, ValueError):
             if condition():

@@ -1,8 +1,6 @@
 """Two launchers that meet at an address, as two nodes do: one process each."""
 
-import os
 import socket
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -18,12 +16,7 @@ def run_two_launchers(*arguments: str, **more: str) -> str:
         endpoint = f"127.0.0.1:{probe.getsockname()[1]}"
     launch = [toy_run.TUNE, "run", "--nnodes", "2", "--nproc_per_node", "1", "--rdzv_id", "toy"]
     launch += ["--rdzv_backend", "c10d", "--rdzv_endpoint", endpoint, "recipes/ema_lora.py"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"} | more
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    nodes = [
-        subprocess.Popen([*launch, *arguments], cwd=toy_run.REPO, env=environment, **pipes)
-        for _ in range(2)
-    ]
+    nodes = [toy_run.start([*launch, *arguments], **more) for _ in range(2)]
     printed = ""
     for node in nodes:
         stdout, stderr = node.communicate(timeout=300)
