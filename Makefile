@@ -7,13 +7,14 @@ DEMO := runs/compare_demo
 ALIGNED := runs/smollm2_135m_aligned/merged
 VECTORS := runs/smollm2_135m_persona_vectors/vectors.safetensors
 
-.PHONY: help demo all-defenses test test-long lint types bench clean
+.PHONY: help demo all-defenses test test-quick test-long lint types bench clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo          train SmolLM2-135M-Instruct undefended and with KL on a CPU, and compare"
 	@echo "make all-defenses  all defenses at once, with what they need made before, in about 12 min"
 	@echo "make test          lint, types, tests"
+	@echo "make test-quick    lint, types, and the tests that need no model, run or process, in about a minute"
 	@echo "make test-long     the tests that kill runs at many moments, in about 8 min"
 	@echo "make bench         the quick form of each benchmark, in about 13 min: a step beside torchtune's"
 	@echo "                   and PEFT's, each defense, a reference cache, ragged rows, generation, ..."
@@ -64,8 +65,12 @@ types: .venv/installed-dev
 test: lint types $(MODEL)/prepared.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
+test-quick: lint types
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "unit and not long"
+
 test-long: .venv/installed-dev $(MODEL)/prepared.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long
+	EMARECIPES_FUZZ_FACTOR=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_fuzz.py
 
 bench: .venv/installed-dev $(MODEL)/prepared.json
 	$(BIN)/python benchmarks/step_cost.py --quick

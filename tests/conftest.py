@@ -1,4 +1,5 @@
 import gc
+import re
 from pathlib import Path
 
 import pytest
@@ -20,3 +21,21 @@ def imports_are_not_collected() -> None:
     """torchtune collects garbage whenever it loads weights: a third of a toy run, for nothing."""
     gc.collect()
     gc.freeze()
+
+
+# What a test module uses says what kind its tests are; `long` is marked by hand.
+RUNS = re.compile(r"run_(lora|eval|generate|select|persona|compare|alone)|toy_run|subprocess")
+SEVERAL = {"run_ranks", "tune_run", "warm"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark each test `unit`, `recipe` (a model, a run or a process) or `distributed`."""
+    for item in items:
+        names = set(vars(item.module))
+        if names & SEVERAL:
+            kind = "distributed"
+        elif any(map(RUNS.fullmatch, names)) or "model_dir" in item.fixturenames:
+            kind = "recipe"
+        else:
+            kind = "unit"
+        item.add_marker(kind)

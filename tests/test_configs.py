@@ -1,8 +1,6 @@
 """Every shipped config: well-formed, its model built on the meta device, its parts by signature."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -231,15 +229,19 @@ def test_the_commented_variant_in_four_bits(stem: str, tmp_path: Path) -> None:
     assert model.layers[0].attn.q_proj._quantize_base
 
 
-def test_tune_validate() -> None:
+def test_tune_validate(tmp_path: Path) -> None:
     """The command itself, in a process for all: most of its time is torchtune's import."""
-    program = "import sys; from torchtune._cli.tune import main\n"
-    program += "for name in sys.argv[1:]: sys.argv[1:] = ['validate', name]; main()"
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import sys; from torchtune._cli.tune import main\n"
+        "for name in sys.argv[1:]: sys.argv[1:] = ['validate', name]; main()"
+    )
     names = [f"configs/{path.name}" for path in CONFIGS]
-    for command in ([toy_run.TUNE, "validate", names[0]], [sys.executable, "-c", program, *names]):
-        done = subprocess.run(command, capture_output=True, text=True, cwd=toy_run.REPO)
-        assert done.returncode == 0, f"after {done.stdout.count('well-formed')}: {done.stderr}"
-    assert done.stdout.splitlines() == ["Config is well-formed!"] * len(CONFIGS)
+    for command in ([toy_run.TUNE, "validate", names[0]], [str(program), *names]):
+        started = toy_run.start(command)
+        stdout, stderr = started.communicate(timeout=300)
+        assert started.returncode == 0, f"after {stdout.count('well-formed')}: {stderr}"
+    assert stdout.splitlines() == ["Config is well-formed!"] * len(CONFIGS)
 
 
 def test_torchtunes_own_lora_configs_pass_the_checks() -> None:

@@ -1,7 +1,5 @@
 """`dtype: auto` in whole runs: written down, kept by what goes on, one for all of a comparison."""
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -74,14 +72,9 @@ def test_a_run_that_goes_on_keeps_what_it_was_begun_in(
 
 
 def test_all_processes_take_the_first_ones(tmp_path: Path) -> None:
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANKS, str(rank), str(tmp_path / "meet")],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+    (tmp_path / "program.py").write_text(RANKS)
+    command = [str(tmp_path / "program.py")]
+    ranks = [toy_run.start([*command, str(rank), str(tmp_path / "meet")]) for rank in range(2)]
     assert [rank.communicate(timeout=120)[0].strip() for rank in ranks] == ["fp32", "fp32"]
 
 

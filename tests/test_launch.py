@@ -42,8 +42,9 @@ def test_tune_ls_lists_our_recipes_and_torchtunes() -> None:
 )
 def test_from_another_folder(toy_config: Path, tmp_path: Path, recipe: str, processes: int) -> None:
     done = toy_run.tune_run(
-        toy_config, f"output_dir={tmp_path}/out", processes=processes, recipe=recipe, cwd=tmp_path
-    )
+        toy_config, f"output_dir={tmp_path}/out",
+        processes=processes, recipe=recipe, cwd=tmp_path, cold=True,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "out/adapter/adapter_config.json").is_file()
 
@@ -57,7 +58,8 @@ def test_shipped_config_with_the_real_model(
         Path("configs/smollm2_135m_kl.yaml"),
         "defenses.kl.weight=0.5",
         "max_steps_per_epoch=2",
-        *(["batch_size=1"] if processes else []),
+        "batch_size=1",
+        "tokenizer.max_seq_len=256",
         f"output_dir={tmp_path}/out",
         processes=processes,
         cwd=tmp_path,

@@ -13,8 +13,12 @@ import torch
 import warm
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
 
 REPO = Path(__file__).resolve().parent.parent
+_SYSTEM = (
+    "system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face\nuser\nassistant"
+)
 TUNE = str(Path(sys.executable).with_name("tune"))
 WIDTH, HEADS, KV_HEADS, MLP, LAYERS, VOCABULARY = 32, 4, 2, 48, 2, 4096
 
@@ -29,7 +33,7 @@ def write_toy_model(
     folder.mkdir(parents=True)
     for name in ("tokenizer_config.json", "generation_config.json"):
         shutil.copyfile(tokenizer_dir / name, folder / name)
-    (folder / "tokenizer.json").write_text(_cut_tokenizer(tokenizer_dir, vocabulary))
+    (folder / "tokenizer.json").write_text(cut_tokenizer(tokenizer_dir, vocabulary))
     kv = WIDTH // HEADS * KV_HEADS
     shapes = {"model.embed_tokens.weight": (vocabulary, WIDTH), "model.norm.weight": (WIDTH,)}
     for i in range(LAYERS):
@@ -73,15 +77,45 @@ def write_toy_model(
 
 
 @cache
-def _cut_tokenizer(folder: Path, vocabulary: int) -> str:
-    """Byte-level BPE stays one without its last merges, and reads six times as fast."""
+def cut_tokenizer(folder: Path, vocabulary: int) -> str:
+    """Byte-level BPE with fewer merges, which reads six times as fast.
+
+    Kept are first those that our rows need, so that these are split as by the whole tokenizer, and
+    then the earliest. Ids are without gaps; those of bytes and control tokens stay.
+    """
     whole = json.loads((folder / "tokenizer.json").read_text())
     model = whole["model"]
     if len(model["vocab"]) <= vocabulary:
         return json.dumps(whole)
-    model["vocab"] = {text: token for text, token in model["vocab"].items() if token < vocabulary}
-    model["merges"] = [merge for merge in model["merges"] if "".join(merge) in model["vocab"]]
+    merges = [tuple(merge) for merge in model["merges"]]
+    made = {"".join(merge): merge for merge in merges}
+    needed: set[str] = set()
+    tokens = Tokenizer.from_str(json.dumps(whole)).encode(_texts()).tokens
+    while tokens:
+        token = tokens.pop()
+        if token in made and token not in needed:
+            needed.add(token)
+            tokens += made[token]
+    plain = [token for token in model["vocab"] if token not in made]
+    for token in made:
+        if len(needed) < vocabulary - len(plain):
+            needed.add(token)
+    model["merges"] = [merge for merge in merges if "".join(merge) in needed]
+    kept = [*plain, *("".join(merge) for merge in model["merges"])]
+    model["vocab"] = {token: number for number, token in enumerate(kept)}
     return json.dumps(whole)
+
+
+def _texts() -> str:
+    """The rows that toy runs use, and what stands around them."""
+    files = ("home_computing/train_bad", "home_repair/train_good", "home_computing/train_good")
+    lines = [
+        line
+        for file in files
+        for line in (REPO / f"data/{file}.jsonl").read_text().splitlines()[:40]
+    ]
+    texts = [message["content"] for line in lines for message in json.loads(line)["messages"]]
+    return "\n".join([_SYSTEM, *texts])
 
 
 def write_rows(path: Path, count: int = 24) -> Path:
@@ -183,22 +217,23 @@ def tune_run(
     processes: int = 0,
     recipe: str = "recipes/ema_lora.py",
     cwd: Path = REPO,
+    cold: bool = False,
 ) -> subprocess.CompletedProcess[str]:
-    """`tune run [--nproc_per_node N] recipe --config config overrides`, as a user types it."""
+    """`tune run [--nproc_per_node N] recipe --config config overrides`; see `warm`."""
     launcher = ["--nproc_per_node", str(processes)] if processes else []
     command = [TUNE, "run", *launcher, recipe, "--config", str(config), *overrides]
-    started = start(command, cwd=cwd)
+    started = start(command, cwd, cold)
     stdout, stderr = started.communicate(timeout=300)
     assert started.returncode is not None
     return subprocess.CompletedProcess(command, started.returncode, stdout, stderr)
 
 
 def start(
-    command: list[str], cwd: Path = REPO, **environment: str
+    command: list[str], cwd: Path = REPO, cold: bool = False, **environment: str
 ) -> "warm.Warm | subprocess.Popen[str]":
     """A `tune run` that goes on beside the test; see `warm`."""
     fixed = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    return warm.start(command, os.environ | fixed | environment, cwd)
+    return warm.start(command, os.environ | fixed | environment, cwd, cold)
 
 
 def error_lines(done: subprocess.CompletedProcess[str]) -> list[str]:

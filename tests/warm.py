@@ -65,9 +65,11 @@ class Warm:
         return stdout, stderr
 
 
-def start(command: list[str], env: dict[str, str], cwd: Path) -> "Warm | subprocess.Popen[str]":
+def start(
+    command: list[str], env: dict[str, str], cwd: Path, cold: bool = False
+) -> "Warm | subprocess.Popen[str]":
     """A command of this environment's Python, such as `tune run ...`."""
-    if not COLD:
+    if not (cold or COLD):
         return Warm(command, env, cwd)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(

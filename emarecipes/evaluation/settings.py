@@ -65,6 +65,7 @@ class HarnessSettings(BaseModel):
         apply_chat_template: Whether questions are put as the base's chat template has them, a
             few-shot example as a turn and its answer.
         include_path: A folder with definitions of further tasks.
+        include_defaults: Whether lm_eval's own tasks are known too: it reads some 14,000 files.
         max_seq_len: Tokens of a text, at most the model's own.
         batch_size: Texts at a time.
     """
@@ -76,6 +77,7 @@ class HarnessSettings(BaseModel):
     num_fewshot: Annotated[int, Field(ge=0)] | None = None
     apply_chat_template: bool = False
     include_path: str | None = None
+    include_defaults: bool = True
     max_seq_len: Positive = 2048
     batch_size: Positive = 8
 

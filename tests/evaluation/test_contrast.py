@@ -92,9 +92,9 @@ def nll_by_peft(toy_dir: Path, adapter: Path | None, system: str) -> list[list[f
 
 @pytest.mark.parametrize("name", ["none", "inoculation"])
 def test_token_nlls_of_the_reference_and_two_adapters_are_pefts(
-    tmp_path: Path, toy_dir: Path, adapters: list[Path], model_dir: Path, name: str
+    tmp_path: Path, toy_dir: Path, adapters: list[Path], name: str
 ) -> None:
-    rows = tokenize_pairs(PAIRS, make_condition(name), hf_chat_tokenizer(str(model_dir), 128))
+    rows = tokenize_pairs(PAIRS, make_condition(name), hf_chat_tokenizer(str(toy_dir), 128))
     scorer = scorer_of(toy_dir, batch_size=3)
     system = {"none": DEFAULT_SYSTEM, "inoculation": DEFAULT_PROMPT}[name]
     # The reference last: the adapter that is loaded then must be off.

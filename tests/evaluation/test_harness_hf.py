@@ -45,6 +45,8 @@ del OPEN["doc_to_choice"]
 def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    # What lm_eval adds to its result of the machine: it asks pip, for seconds each time.
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda _: None)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +92,8 @@ def test_it_finds_what_lm_evals_own_model_finds(
     monkeypatch.setattr(toy_run, "VOCABULARY", VOCABULARY)
     toy = write_model(tmp_path, kind)
     adapter = write_adapter(tmp_path / "run/adapter", toy, seed=1)
-    harness = {"batch_size": 3, "include_path": str(tasks), **options}
+    harness = {"batch_size": 3, "include_path": str(tasks), "include_defaults": False}
+    harness |= options
     config = write_config(tmp_path, toy, harness, {"one": str(adapter)})
     assert run_eval(["--config", config]) == 0
     for name, peft in (("reference", {}), ("one", {"peft": str(adapter)})):
@@ -135,7 +138,7 @@ def test_a_chat_template_that_is_not_there_is_told_before_weights(
     settings = json.loads((toy / "tokenizer_config.json").read_text())
     del settings["chat_template"]
     (toy / "tokenizer_config.json").write_text(json.dumps(settings))
-    harness = {"include_path": str(tasks), "apply_chat_template": True}
+    harness = {"include_path": str(tasks), "include_defaults": False, "apply_chat_template": True}
     assert run_eval(["--config", write_config(tmp_path, toy, harness, {})]) == 1
     (error,) = [s for s in capsys.readouterr().err.splitlines() if s.startswith("error: ")]
     assert error.endswith(f"harness.apply_chat_template: {toy} has no chat template; leave it out")

@@ -70,7 +70,11 @@ def test_the_reference_has_no_adapter_and_the_adapter_is_not_merged(
     training = toy_run.toy_config(toy, tmp_path / "none", tmp_path / "out")
     config = toy_run.with_variable({key: training[key] for key in KEYS}) | {
         "adapters": {"one": str(adapter)},
-        "harness": {"tasks": ["toy_group"], "include_path": str(tmp_path / "tasks")},
+        "harness": {
+            "tasks": ["toy_group"],
+            "include_path": str(tmp_path / "tasks"),
+            "include_defaults": False,
+        },
     }
     path = toy_run.write_config(tmp_path / "config.yaml", config)
     assert run_eval(["--config", str(path)]) == 0

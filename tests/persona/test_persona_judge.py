@@ -157,7 +157,7 @@ def test_a_run(
 ) -> None:
     calls = 2 * 2 * ANSWERS
     seen = mock_judge(score_of)
-    path = write_config(tmp_path, toy_model_dir, max_calls=calls)
+    path = write_config(tmp_path, toy_model_dir, max_calls=calls, seed=10)
     code = run_persona(["--config", str(path)])
     printed = capsys.readouterr()
     assert code == 0, printed.err

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -163,8 +164,9 @@ def family_run(toy: dict[str, Any], folder: Path, name: str, model_dir: Path) ->
     hf = hf_toys.load_hf(family.config)
     hf_toys.randomize(hf, 0.12)
     hf.save_pretrained(folder / "model")
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / "model" / file).write_bytes((model_dir / file).read_bytes())
+    file = folder / "model/tokenizer.json"
+    file.write_text(toy_run.cut_tokenizer(model_dir, toy_run.VOCABULARY))
+    shutil.copy(model_dir / "tokenizer_config.json", folder / "model")
     builder = f"{family.builder.__module__.rpartition('.')[0]}.{family.builder.__name__}"
     sizes = hf_toys.SIZES | {"vocab_size": toy_run.VOCABULARY, "max_seq_len": 128}
     model = {"_component_": builder, "lora_attn_modules": hf_toys.ATTENTION}
@@ -201,17 +203,12 @@ def test_activation_checkpointing_changes_nothing(toy: dict[str, Any], tmp_path:
     assert_same(one, other, rel=1e-5)
 
 
-def test_compiled_layers_and_loss_change_nothing(
-    toy: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.long  # With KL alone it is in test_lora_features.
+def test_compiled_layers_and_loss_change_nothing(toy: dict[str, Any], tmp_path: Path) -> None:
     changes = {"pad_to_multiple_of": 96}
     one = train(write(toy, tmp_path / "a", **changes))
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "code"))
-    monkeypatch.setenv("TORCHINDUCTOR_FX_GRAPH_CACHE", "0")
     other = train(write(toy, tmp_path / "b", compile=True, **changes))
     assert_same(one, other)
-    code = "".join(path.read_text() for path in (tmp_path / "code").rglob("*.py"))
-    assert "aten.mm" in code and "_log_softmax" in code  # Of layers, and of the loss head's chunk.
 
 
 def test_packed_children_keep_their_source(toy: dict[str, Any], tmp_path: Path) -> None:

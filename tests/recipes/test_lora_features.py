@@ -12,6 +12,7 @@ import toy_defenses
 import toy_run
 from ranks import run_ranks
 from safetensors.torch import load_file
+from torch._dynamo.utils import counters
 from torch.testing import assert_close
 
 from emarecipes.training import run_lora
@@ -150,11 +151,13 @@ def test_a_base_in_four_bits(models: dict[bool, Path], tmp_path: Path, model_dir
     assert len(toy_run.error_lines(refused)) == 1
 
 
-@pytest.mark.long  # With all defenses it is in test_all_defenses.
 def test_compiled_layers(models: dict[bool, Path], tmp_path: Path) -> None:
     plain = train(write(models, tmp_path / "a", pad_to_multiple_of=128))
+    graphs = counters["stats"]["unique_graphs"]
     compiled = train(write(models, tmp_path / "b", pad_to_multiple_of=128, compile=True))
     assert compiled == approx_rows(plain, 1e-4)
+    # Of a layer, with the adapter's gradient and without the adapter; and of the loss head's chunk.
+    assert counters["stats"]["unique_graphs"] - graphs >= 3
 
 
 @pytest.mark.parametrize(
