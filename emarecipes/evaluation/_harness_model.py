@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torchtune.utils import get_device
 
+from emarecipes.clock import midnight
 from emarecipes.errors import UserError
 from emarecipes.generation.draw import Sampling
 from emarecipes.generation.sampler import sample_batch
@@ -15,7 +16,13 @@ from emarecipes.training.loss_head import LossHead
 
 
 def harness_model(
-    head: LossHead, base: str, *, device: str | None, max_seq_len: int, batch_size: int
+    head: LossHead,
+    base: str,
+    *,
+    device: str | None,
+    max_seq_len: int,
+    batch_size: int,
+    date: str | None = None,
 ) -> Any:
     """A torchtune decoder as an lm-evaluation-harness model; needs `lm_eval` and `transformers`.
 
@@ -30,9 +37,12 @@ def harness_model(
         device: The config's.
         max_seq_len: Tokens of a text; the model's own limit if that is lower.
         batch_size: Texts at a time.
+        date: The day that the chat template is told instead of today; None: it reads no clock.
     """
     from lm_eval.models.huggingface import HFLM
     from transformers import AutoConfig, AutoModelForCausalLM
+
+    clock = None if date is None else {"strftime_now": midnight(date).strftime}
 
     class HarnessModel(HFLM):
         def __init__(self) -> None:
@@ -44,6 +54,8 @@ def harness_model(
                 backend="causal",
                 max_length=min(max_seq_len, head.model.max_seq_len),
                 batch_size=batch_size,
+                # A variable of a template goes before the function of that name.
+                chat_template_args=clock,
             )
             self._device = get_device(device or "cpu")
             self._stop_tokens = (*_end_tokens(base), self.tokenizer.eos_token_id)

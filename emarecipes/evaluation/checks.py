@@ -26,6 +26,7 @@ from emarecipes.evaluation.judging import Judgement
 from emarecipes.evaluation.settings import check_eval_settings
 from emarecipes.evaluation.suites import Suite, read_suites
 from emarecipes.models.adapter import check_adapter
+from emarecipes.models.dates import adapter_date, check_answers_dates, settle_date
 from emarecipes.training.model_checks import (
     check_checkpoint_files,
     check_device,
@@ -72,6 +73,7 @@ def check_evaluation(argv: Sequence[str]) -> CheckedEvaluation:
         check_harness(cfg.harness, origin)
     _check_output(cfg, origin)
     check_checkpoint_files(cfg, origin)
+    _settle_date(cfg, origin)
     if cfg.harness is not None:
         check_harness_template(cfg, origin)
     suites = read_suites(cfg.probes, "probes", origin, cfg.max_rows)
@@ -105,6 +107,20 @@ def check_evaluation(argv: Sequence[str]) -> CheckedEvaluation:
     return CheckedEvaluation(
         cfg, source, tokenizer, adapters, tokenized, answers, problems, judgement
     )
+
+
+def _settle_date(cfg: DictConfig, origin: Origin) -> None:
+    """Answers are scored behind the prompts that they were sampled from; else as trained."""
+    answered = check_answers_dates(cfg.answers, origin)
+    trained = {f"adapters.{name}": adapter_date(path) for name, path in cfg.adapters.items()}
+    settle_date(cfg, origin, answered or trained)
+    date = cfg.tokenizer.get("date")
+    for key, day in answered.items():
+        if date is not None and day != date:
+            raise UserError(
+                f"{origin.at('tokenizer.date')}: is {date}, and {key} has answers to prompts of "
+                f"{day}; leave the key out, or sample them anew"
+            )
 
 
 def _check_output(cfg: DictConfig, origin: Origin) -> None:

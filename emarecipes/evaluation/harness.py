@@ -16,6 +16,7 @@ from emarecipes.config import Origin, suggestion
 from emarecipes.errors import UserError
 from emarecipes.evaluation.figures import Figure
 from emarecipes.evaluation.settings import HARNESS
+from emarecipes.models.tokenizer import printed_day
 from emarecipes.training.loss_head import LossHead
 
 # The normal distribution's 97.5 % quantile: the harness gives standard errors.
@@ -49,10 +50,16 @@ def check_harness(cfg: DictConfig, origin: Origin) -> None:
 def check_harness_template(cfg: DictConfig, origin: Origin) -> None:
     """See whether the base has the chat template that the entry `harness` asks for.
 
+    Where that reads the clock and the entry has no date, it gets the tokenizer's.
+
     Raises:
-        UserError: Its folder has none, or no tokenizer that transformers reads.
+        UserError: Its folder has none, or no tokenizer that transformers reads; the entry's date is
+            none, has no effect, or is needed.
     """
-    if not cfg.harness.apply_chat_template:
+    entry = cfg.harness
+    if not entry.apply_chat_template:
+        if entry.date is not None:
+            raise UserError(f"{origin.at('harness.date')}: needs apply_chat_template: true")
         return
     from transformers import AutoTokenizer
 
@@ -68,6 +75,17 @@ def check_harness_template(cfg: DictConfig, origin: Origin) -> None:
         raise UserError(
             f"{origin.at('harness.apply_chat_template')}: {base} has no chat template; leave it out"
         )
+    try:
+        printed = printed_day(base, template, entry.date)
+    except UserError as error:
+        raise UserError(f"{origin.at('harness')}: {error}") from None
+    if printed is not None and entry.date is None:
+        entry.date = cfg.tokenizer.get("date")
+        if entry.date is None:
+            raise UserError(
+                f"{origin.at('harness')}: {base}'s chat template prints a date, and the config's "
+                "tokenizer has none; say which as harness.date (YYYY-MM-DD)"
+            )
 
 
 def run_harness(
@@ -97,6 +115,7 @@ def run_harness(
         device=cfg.device,
         max_seq_len=entry.max_seq_len,
         batch_size=entry.batch_size,
+        date=entry.date,
     )
     try:
         with disable_adapter(head.model) if reference else nullcontext():
