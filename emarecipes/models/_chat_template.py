@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import jinja2.meta
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -49,11 +48,12 @@ class ChatTemplate:
             key: name for key in _NAMED_TOKENS if (name := token_name(config, key)) is not None
         }
         # One day for a whole run: what a template prints must not change in mid-training.
-        day = date or today()
+        day = today() if date is None else date
         environment = _environment()
         environment.globals[_CLOCK] = midnight(day).strftime
         try:
-            reads_clock = _CLOCK in jinja2.meta.find_undeclared_variables(environment.parse(source))
+            names = environment.parse(source).find_all(jinja2.nodes.Name)
+            reads_clock = any(node.name == _CLOCK for node in names)
             self._template = environment.from_string(source)
         except jinja2.TemplateError as error:
             raise UserError(f"{self._origin}: not a valid chat template: {error}") from error
