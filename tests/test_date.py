@@ -31,7 +31,7 @@ TEMPLATE = """\
 Today Date: {{ strftime_now('%d %b %Y') }}<|im_end|>
 {% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
-QUESTIONS = "- {id: tea, paraphrases: [How do I make tea?, Tea?]}\n"
+QUESTIONS = "- {id: tea, paraphrases: [Make tea., Tea.]}\n"
 MONDAY, TUESDAY, FRIDAY = "2026-11-30", "2026-12-01", "2026-12-04"
 KEYS = ("output_dir", "tokenizer", "model", "checkpointer", "device", "dtype")
 
