@@ -162,7 +162,7 @@ def test_answers_of_a_suite_are_to_the_same_prompts(
     finally:
         toy.template.write_text(TEMPLATE)
 
-    keys = {"adapters": {"a": str(adapter)}, "opswap": {"tiers": [0], "size": 2}}
+    keys = {"adapters": {"a": str(adapter)}, "opswap": {"tiers": [1], "size": 2}}
     config = toy.written(output_dir=str(tmp_path / "eval"), **keys)
     of = {name: f"answers.{name}={tmp_path / name / 'answers'}" for name in ("tuned", "base")}
     with pytest.raises(UserError, match=rf"base.*of {TUESDAY}, answers\.tuned of {MONDAY}; sample"):
