@@ -20,7 +20,11 @@ from emarecipes.evaluation.benign import held_out_problems
 from emarecipes.evaluation.coherence import CoherenceRows, coherence_rows
 from emarecipes.evaluation.contrast import AnswerRow
 from emarecipes.evaluation.figures import SCORES, SUMMARY
-from emarecipes.evaluation.harness import check_harness, check_harness_template
+from emarecipes.evaluation.harness import (
+    check_harness,
+    check_harness_template,
+    settle_harness_date,
+)
 from emarecipes.evaluation.judge import check_judge
 from emarecipes.evaluation.judging import Judgement
 from emarecipes.evaluation.settings import check_eval_settings
@@ -73,9 +77,9 @@ def check_evaluation(argv: Sequence[str]) -> CheckedEvaluation:
         check_harness(cfg.harness, origin)
     _check_output(cfg, origin)
     check_checkpoint_files(cfg, origin)
-    _settle_date(cfg, origin)
     if cfg.harness is not None:
         check_harness_template(cfg, origin)
+    _settle_date(cfg, origin)
     suites = read_suites(cfg.probes, "probes", origin, cfg.max_rows)
     found = {name: _read_answers(cfg, origin, name) for name in cfg.answers}
     _mark_harmless(cfg, origin, found)
@@ -114,6 +118,8 @@ def _settle_date(cfg: DictConfig, origin: Origin) -> None:
     answered = check_answers_dates(cfg.answers, origin)
     trained = {f"adapters.{name}": adapter_date(path) for name, path in cfg.adapters.items()}
     settle_date(cfg, origin, answered or trained)
+    if cfg.harness is not None:
+        settle_harness_date(cfg, origin)
     date = cfg.tokenizer.get("date")
     for key, day in answered.items():
         if date is not None and day != date:

@@ -50,33 +50,32 @@ def check_harness(cfg: DictConfig, origin: Origin) -> None:
 def check_harness_template(cfg: DictConfig, origin: Origin) -> None:
     """See whether the base has the chat template that the entry `harness` asks for.
 
-    Where that reads the clock and the entry has no date, it gets the tokenizer's.
+    Raises:
+        UserError: Its folder has none, or no tokenizer that transformers reads.
+    """
+    if cfg.harness.apply_chat_template and _template(cfg, origin) is None:
+        raise UserError(
+            f"{origin.at('harness.apply_chat_template')}: {cfg.checkpointer.checkpoint_dir} has no "
+            "chat template; leave it out"
+        )
+
+
+def settle_harness_date(cfg: DictConfig, origin: Origin) -> None:
+    """Put the tokenizer's date into the entry `harness` where its chat template reads the clock.
 
     Raises:
-        UserError: Its folder has none, or no tokenizer that transformers reads; the entry's date is
-            none, has no effect, or is needed.
+        UserError: The entry's own is no day, has no effect, or is needed.
     """
-    entry = cfg.harness
+    entry, base = cfg.harness, str(cfg.checkpointer.checkpoint_dir)
     if not entry.apply_chat_template:
         if entry.date is not None:
             raise UserError(f"{origin.at('harness.date')}: needs apply_chat_template: true")
         return
-    from transformers import AutoTokenizer
-
-    base = str(cfg.checkpointer.checkpoint_dir)
+    template = _template(cfg, origin)
     try:
-        template = AutoTokenizer.from_pretrained(base).chat_template
-    except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"{origin.at('harness')}: transformers cannot read {base}'s tokenizer: {reason}"
-        ) from None
-    if template is None:
-        raise UserError(
-            f"{origin.at('harness.apply_chat_template')}: {base} has no chat template; leave it out"
-        )
-    try:
-        printed = printed_day(base, template, entry.date)
+        # One of several named templates is for the folder itself to tell.
+        given = template if isinstance(template, str) else None
+        printed = printed_day(base, given, entry.date)
     except UserError as error:
         raise UserError(f"{origin.at('harness')}: {error}") from None
     if printed is not None and entry.date is None:
@@ -86,6 +85,20 @@ def check_harness_template(cfg: DictConfig, origin: Origin) -> None:
                 f"{origin.at('harness')}: {base}'s chat template prints a date, and the config's "
                 "tokenizer has none; say which as harness.date (YYYY-MM-DD)"
             )
+
+
+def _template(cfg: DictConfig, origin: Origin) -> Any:
+    """The base's chat template as transformers reads it."""
+    from transformers import AutoTokenizer
+
+    base = str(cfg.checkpointer.checkpoint_dir)
+    try:
+        return AutoTokenizer.from_pretrained(base).chat_template
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"{origin.at('harness')}: transformers cannot read {base}'s tokenizer: {reason}"
+        ) from None
 
 
 def run_harness(
