@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 # Enough of a weights file to tell it from another: its header and some values at either end.
 _SAMPLED_BYTES = 2**20
@@ -23,14 +23,14 @@ def digest(*parts: Any) -> str:
     return found.hexdigest()
 
 
-def stored_dtype(path: Path) -> str | None:
-    """What the result was computed in that a file of fingerprints belongs to, if it says so.
+def stored(path: Path, key: Literal["dtype", "date"]) -> str | None:
+    """What a file of fingerprints holds in plain text, if it does.
 
     A run that goes on keeps it; a broken file is for whoever compares the fingerprints to tell.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        return str(found.get("fingerprint", found)["dtype"])
+        return str(found.get("fingerprint", found)[key])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 

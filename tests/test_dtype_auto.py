@@ -4,15 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import toy_compare
 import toy_run
-import yaml
 from omegaconf import OmegaConf
 
 from emarecipes import machine
 from emarecipes.comparison.arms import expand_arms, make_jobs
 from emarecipes.comparison.precision import FILE, keep_dtype
-from emarecipes.comparison.settings import Plan, check_compare_settings
-from emarecipes.config import load_config
+from emarecipes.comparison.settings import Plan
 from emarecipes.errors import UserError
 from emarecipes.machine import Precision
 from emarecipes.training import run_lora
@@ -20,12 +19,14 @@ from emarecipes.training import run_lora
 RANKS = """
 import sys
 import torch.distributed as dist
-from emarecipes import machine
+from emarecipes import clock, machine
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
 machine._shared["cpu"] = machine.Precision(["fp32", "bf16"][rank], f"rank {rank} says so")
 machine.share_precision()
-print(machine.native_precision("cpu").dtype)
+clock._local_day = lambda: ["2026-11-27", "2026-11-28"][rank]  # Midnight passes between them.
+clock.share_today()
+print(machine.native_precision("cpu").dtype, clock.today())
 dist.barrier()
 dist.destroy_process_group()
 """
@@ -75,29 +76,12 @@ def test_all_processes_take_the_first_ones(tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(RANKS)
     command = [str(tmp_path / "program.py")]
     ranks = [toy_run.start([*command, str(rank), str(tmp_path / "meet")]) for rank in range(2)]
-    assert [rank.communicate(timeout=120)[0].strip() for rank in ranks] == ["fp32", "fp32"]
+    said = [rank.communicate(timeout=120)[0].strip() for rank in ranks]
+    assert said == ["fp32 2026-11-27", "fp32 2026-11-27"]
 
 
 def plan_of(folder: Path, toy: tuple[Path, Path], *dtypes: str) -> tuple[Plan, Any]:
-    """Arms whose configs have these dtypes, with evaluation and sampling that leave it open."""
-    training = toy_run.toy_config(*toy, folder / "unused")
-    scoring = {key: training[key] for key in ("output_dir", "tokenizer", "model", "checkpointer")}
-    toy_run.write_config(folder / "eval.yaml", scoring | {"opswap": {}})
-    toy_run.write_config(folder / "generate.yaml", scoring | {"questions": ["q.yaml"]})
-    arms = {}
-    for number, dtype in enumerate(dtypes):
-        file = toy_run.write_config(folder / f"arm{number}.yaml", training | {"dtype": dtype})
-        role = "defense" if number else "undefended"
-        arms[f"arm{number}"] = {"role": role, "config": str(file)}
-    task = {
-        "evaluate": {"config": str(folder / "eval.yaml")},
-        "generate": {"config": str(folder / "generate.yaml")},
-    }
-    compare = {"output_dir": str(folder / "out"), "seeds": [0], "tasks": {"narrow": task},
-               "arms": arms}  # fmt: skip
-    (folder / "compare.yaml").write_text(yaml.safe_dump(compare))
-    raw, origin = load_config(["--config", str(folder / "compare.yaml")])
-    return check_compare_settings(raw, origin), origin
+    return toy_compare.plan_of(folder, toy, [{"dtype": dtype} for dtype in dtypes])
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import toy_run
+import yaml
+
+from emarecipes.comparison.settings import Plan, check_compare_settings
+from emarecipes.config import Origin, load_config
 
 QUESTIONS = 40
 CATEGORIES = ("honesty", "power", "care", "law")
@@ -123,3 +128,33 @@ def _rows(suite: str) -> list[dict[str, Any]]:
 
 def _centred(values: np.ndarray) -> np.ndarray:
     return values - values.mean()
+
+
+def plan_of(
+    folder: Path, toy: tuple[Path, Path], arms: list[dict[str, Any]]
+) -> tuple[Plan, Origin]:
+    """Arms of the toy model whose configs have these keys, with evaluation and sampling.
+
+    Args:
+        folder: Where the configs are written.
+        toy: The model's folder and the rows' file.
+        arms: What is merged into each arm's training config; the first is undefended.
+    """
+    training = toy_run.toy_config(*toy, folder / "unused")
+    scoring = {key: training[key] for key in ("output_dir", "tokenizer", "model", "checkpointer")}
+    toy_run.write_config(folder / "eval.yaml", scoring | {"opswap": {}})
+    toy_run.write_config(folder / "generate.yaml", scoring | {"questions": ["q.yaml"]})
+    entries = {}
+    for number, own in enumerate(arms):
+        file = toy_run.write_config(folder / f"arm{number}.yaml", training | own)
+        role = "defense" if number else "undefended"
+        entries[f"arm{number}"] = {"role": role, "config": str(file)}
+    task = {
+        "evaluate": {"config": str(folder / "eval.yaml")},
+        "generate": {"config": str(folder / "generate.yaml")},
+    }
+    compare = {"output_dir": str(folder / "out"), "seeds": [0], "tasks": {"narrow": task},
+               "arms": entries}  # fmt: skip
+    (folder / "compare.yaml").write_text(yaml.safe_dump(compare))
+    raw, origin = load_config(["--config", str(folder / "compare.yaml")])
+    return check_compare_settings(raw, origin), origin

@@ -9,6 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from emarecipes.comparison.dates import settle_dates
 from emarecipes.comparison.precision import settle_dtypes
 from emarecipes.comparison.settings import ArmSettings, Plan, Role
 from emarecipes.components import check_components
@@ -16,6 +17,8 @@ from emarecipes.config import Origin, load_config
 from emarecipes.errors import UserError
 from emarecipes.fingerprint import digest, sampled_digest
 from emarecipes.training.settings import check_settings
+
+_MODEL_FILES = ("safetensors", "json", "jinja")
 
 
 @dataclass(frozen=True)
@@ -118,11 +121,12 @@ def _expand(name: str, arm: ArmSettings, all_tasks: list[str]) -> list[Arm]:
 def make_jobs(plan: Plan, arms: list[Arm], origin: Origin) -> list[Job]:
     """Every training run of the arms, its config checked; seed by seed, so that seeds come whole.
 
-    Where `dtype` is left to the machine it is set, to one for all, here and in the plan's tasks.
+    Where `dtype` is left to the machine it is set, to one for all, here and in the plan's tasks;
+    and so is the day that a chat template prints.
 
     Raises:
         UserError: A config that does not fit, with the arm that it is for; two that say different
-            dtypes.
+            dtypes or days.
     """
     runs = [
         (arm, task, seed, run_folder(plan, arm, task, seed))
@@ -132,8 +136,9 @@ def make_jobs(plan: Plan, arms: list[Arm], origin: Origin) -> list[Job]:
         for task in arm.tasks
     ]
     loaded = [_config(plan, *run, origin) for run in runs]
-    groups = [arm.group for arm, *_ in runs]
-    settle_dtypes(plan, list(zip(groups, loaded, strict=True)), origin)
+    trained = [(arm.group, cfg) for (arm, *_), cfg in zip(runs, loaded, strict=True)]
+    settle_dtypes(plan, trained, origin)
+    settle_dates(plan, trained, origin)
     return [
         Job(*run, cfg, fingerprint(cfg, run[-1])) for run, cfg in zip(runs, loaded, strict=True)
     ]
@@ -186,7 +191,7 @@ def fingerprint(cfg: DictConfig, folder: Path, *further: Any) -> str:
         if path.is_file():
             files.append(path)
         elif path.is_dir():
-            files += sorted([*path.glob("*.safetensors"), *path.glob("*.json")])
+            files += sorted(file for end in _MODEL_FILES for file in path.glob(f"*.{end}"))
     return digest(text, sampled_digest(files), *further)
 
 

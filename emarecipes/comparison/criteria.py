@@ -200,6 +200,8 @@ def choose(figures: Sequence[ArmFigures]) -> dict[str, str]:
 def _unlike(scores: Scores, reference: Scores, suites: Sequence[str]) -> str:
     if scores.base != reference.base:
         return "evaluated against another reference than the undefended arm; not compared"
+    if scores.date != reference.date:
+        return "evaluated on prompts of another day than the undefended arm; not compared"
     for suite in suites:
         if not scores.asks_what(reference, suite):
             return f"the probe {suite} has other questions than under the undefended arm"

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from emarecipes.comparison.settings import Plan
 from emarecipes.config import Origin, load_config
 from emarecipes.errors import UserError
-from emarecipes.fingerprint import stored_dtype
+from emarecipes.fingerprint import stored
 from emarecipes.machine import settle_dtype
 from emarecipes.training.run_folder import write_text
 
@@ -45,7 +45,7 @@ def settle_dtypes(plan: Plan, trained: Sequence[tuple[str, DictConfig]], origin:
     if plan.dtype is None:
         device = trained[0][1].get("device")
         choice = OmegaConf.create({"device": device, "dtype": "auto"})
-        settle_dtype(choice, origin, stored_dtype(Path(plan.settings.output_dir) / FILE))
+        settle_dtype(choice, origin, stored(Path(plan.settings.output_dir) / FILE, "dtype"))
         plan.dtype = str(choice.dtype)
     for _, cfg in trained:
         cfg.dtype = plan.dtype

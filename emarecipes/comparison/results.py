@@ -49,6 +49,7 @@ class Scores:
         figures: Of each seed, the whole-suite figures of `summary.json`, by (suite, figure, judge).
         suites: `summary.json`'s description of each suite.
         base: Fingerprint of the reference.
+        date: The day in the prompts, where the chat template prints one.
         sensitivity: The thresholds under which misaligned rates were also taken.
         answers: Of the first seed: id to question and answer, if answers were scored.
     """
@@ -60,6 +61,7 @@ class Scores:
     figures: list[dict[tuple[str, str, str], dict[str, Any]]] = field(default_factory=list)
     suites: dict[str, dict[str, Any]] = field(default_factory=dict)
     base: str = ""
+    date: str | None = None
     sensitivity: tuple[str, ...] = ()
     answers: dict[str, tuple[str, str]] = field(default_factory=dict)
 
@@ -97,6 +99,7 @@ def read_scores(folder: Path, adapters: Mapping[str, int]) -> Scores:
             figures=[_figures(summary["figures"], name) for name in adapters],
             suites=summary["suites"],
             base=summary["base"]["fingerprint"],
+            date=summary.get("date"),
             sensitivity=tuple(
                 dict.fromkeys(str(f["thresholds"]) for f in summary.get("sensitivity", ()))
             ),
@@ -148,6 +151,8 @@ def stack(parts: Sequence[Scores]) -> Scores:
     for part in parts[1:]:
         if part.base != first.base:
             raise UserError("runs of one arm were evaluated against different references")
+        if part.date != first.date:
+            raise UserError("runs of one arm were evaluated on prompts of different days")
         if set(part.probes) != set(first.probes) or not all(
             part.asks_what(first, suite) for suite in first.probes
         ):

@@ -22,6 +22,7 @@ from emarecipes.command import run_alone
 from emarecipes.comparison.arms import Arm, Job, expand_arms, make_jobs
 from emarecipes.comparison.checks import check_tasks
 from emarecipes.comparison.criteria import ArmFigures, choose, measure
+from emarecipes.comparison.dates import keep_date
 from emarecipes.comparison.execute import Runner
 from emarecipes.comparison.opening import OPENING, Opening
 from emarecipes.comparison.outcome import Half, Outcome
@@ -57,6 +58,7 @@ def _compare(argv: Sequence[str]) -> None:
     jobs = make_jobs(plan, arms, origin)
     runner = Runner(plan, places(plan, origin))
     keep_dtype(plan)
+    keep_date(plan)
     runner.status.expect(pieces_of(jobs, arms))
     try:
         with _signals_interrupt(runner), runner.status.shown():

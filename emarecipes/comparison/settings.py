@@ -93,16 +93,18 @@ class CompareSettings(BaseModel):
 
 
 class Plan(_Strict):
-    """A checked config: `CompareSettings` with its arms and tasks, and what all of it computes in.
+    """A checked config: `CompareSettings` with its arms and tasks, and what they have in common.
 
     Attributes:
-        dtype: Set by `make_jobs`; None while, or if, nothing is trained.
+        dtype: What all compute in. Set by `make_jobs`; None while, or if, nothing is trained.
+        date: The day in all prompts, likewise; None also where no chat template prints one.
     """
 
     settings: CompareSettings
     arms: dict[str, ArmSettings]
     tasks: dict[str, TaskSettings]
     dtype: str | None = None
+    date: str | None = None
 
 
 def check_compare_settings(cfg: DictConfig, origin: Origin) -> Plan:

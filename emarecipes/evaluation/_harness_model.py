@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from datetime import datetime
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torchtune.utils import get_device
 
+from emarecipes.clock import midnight
 from emarecipes.errors import UserError
 from emarecipes.generation.draw import Sampling
 from emarecipes.generation.sampler import sample_batch
@@ -15,7 +20,13 @@ from emarecipes.training.loss_head import LossHead
 
 
 def harness_model(
-    head: LossHead, base: str, *, device: str | None, max_seq_len: int, batch_size: int
+    head: LossHead,
+    base: str,
+    *,
+    device: str | None,
+    max_seq_len: int,
+    batch_size: int,
+    date: str | None = None,
 ) -> Any:
     """A torchtune decoder as an lm-evaluation-harness model; needs `lm_eval` and `transformers`.
 
@@ -30,6 +41,7 @@ def harness_model(
         device: The config's.
         max_seq_len: Tokens of a text; the model's own limit if that is lower.
         batch_size: Texts at a time.
+        date: The day that the chat template is told instead of today; None: it reads no clock.
     """
     from lm_eval.models.huggingface import HFLM
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -69,10 +81,30 @@ def harness_model(
                 row[: len(answer.tokens)] = torch.tensor(answer.tokens)
             return torch.cat([context, answers.to(context.device)], dim=1)
 
+        def apply_chat_template(self, *chat: Any, **options: Any) -> str:
+            with nullcontext() if date is None else _clock_stands_at(date):
+                return str(super().apply_chat_template(*chat, **options))
+
         def get_model_info(self) -> dict[str, Any]:
             return {}  # The class would ask the hub about the folder.
 
     return HarnessModel()
+
+
+@contextmanager
+def _clock_stands_at(day: str) -> Iterator[None]:
+    """transformers' templates are told this day.
+
+    It offers no way: a function given as a variable of the template becomes its type's name (5.23).
+    """
+
+    class Day(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Day:
+            return cls.fromisoformat(midnight(day).isoformat())
+
+    with patch("transformers.utils.chat_template_utils.datetime", Day):
+        yield
 
 
 def _end_tokens(base: str) -> list[int]:

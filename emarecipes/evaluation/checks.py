@@ -20,12 +20,17 @@ from emarecipes.evaluation.benign import held_out_problems
 from emarecipes.evaluation.coherence import CoherenceRows, coherence_rows
 from emarecipes.evaluation.contrast import AnswerRow
 from emarecipes.evaluation.figures import SCORES, SUMMARY
-from emarecipes.evaluation.harness import check_harness, check_harness_template
+from emarecipes.evaluation.harness import (
+    check_harness,
+    check_harness_template,
+    settle_harness_date,
+)
 from emarecipes.evaluation.judge import check_judge
 from emarecipes.evaluation.judging import Judgement
 from emarecipes.evaluation.settings import check_eval_settings
 from emarecipes.evaluation.suites import Suite, read_suites
 from emarecipes.models.adapter import check_adapter
+from emarecipes.models.dates import adapter_date, check_answers_dates, settle_date
 from emarecipes.training.model_checks import (
     check_checkpoint_files,
     check_device,
@@ -74,6 +79,7 @@ def check_evaluation(argv: Sequence[str]) -> CheckedEvaluation:
     check_checkpoint_files(cfg, origin)
     if cfg.harness is not None:
         check_harness_template(cfg, origin)
+    _settle_date(cfg, origin)
     suites = read_suites(cfg.probes, "probes", origin, cfg.max_rows)
     found = {name: _read_answers(cfg, origin, name) for name in cfg.answers}
     _mark_harmless(cfg, origin, found)
@@ -105,6 +111,22 @@ def check_evaluation(argv: Sequence[str]) -> CheckedEvaluation:
     return CheckedEvaluation(
         cfg, source, tokenizer, adapters, tokenized, answers, problems, judgement
     )
+
+
+def _settle_date(cfg: DictConfig, origin: Origin) -> None:
+    """Answers are scored behind the prompts that they were sampled from; else as trained."""
+    answered = check_answers_dates(cfg.answers, origin)
+    trained = {f"adapters.{name}": adapter_date(path) for name, path in cfg.adapters.items()}
+    settle_date(cfg, origin, answered or trained)
+    if cfg.harness is not None:
+        settle_harness_date(cfg, origin)
+    date = cfg.tokenizer.get("date")
+    for key, day in answered.items():
+        if date is not None and day != date:
+            raise UserError(
+                f"{origin.at('tokenizer.date')}: is {date}, and {key} has answers to prompts of "
+                f"{day}; leave the key out, or sample them anew"
+            )
 
 
 def _check_output(cfg: DictConfig, origin: Origin) -> None:

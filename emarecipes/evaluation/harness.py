@@ -16,6 +16,7 @@ from emarecipes.config import Origin, suggestion
 from emarecipes.errors import UserError
 from emarecipes.evaluation.figures import Figure
 from emarecipes.evaluation.settings import HARNESS
+from emarecipes.models.tokenizer import printed_day
 from emarecipes.training.loss_head import LossHead
 
 # The normal distribution's 97.5 % quantile: the harness gives standard errors.
@@ -52,22 +53,52 @@ def check_harness_template(cfg: DictConfig, origin: Origin) -> None:
     Raises:
         UserError: Its folder has none, or no tokenizer that transformers reads.
     """
-    if not cfg.harness.apply_chat_template:
+    if cfg.harness.apply_chat_template and _template(cfg, origin) is None:
+        raise UserError(
+            f"{origin.at('harness.apply_chat_template')}: {cfg.checkpointer.checkpoint_dir} has no "
+            "chat template; leave it out"
+        )
+
+
+def settle_harness_date(cfg: DictConfig, origin: Origin) -> None:
+    """Put the tokenizer's date into the entry `harness` where its chat template reads the clock.
+
+    Raises:
+        UserError: The entry's own is no day, has no effect, or is needed.
+    """
+    entry, base = cfg.harness, str(cfg.checkpointer.checkpoint_dir)
+    if not entry.apply_chat_template:
+        if entry.date is not None:
+            raise UserError(f"{origin.at('harness.date')}: needs apply_chat_template: true")
         return
+    template = _template(cfg, origin)
+    try:
+        # One of several named templates is for the folder itself to tell.
+        given = template if isinstance(template, str) else None
+        printed = printed_day(base, given, entry.date)
+    except UserError as error:
+        raise UserError(f"{origin.at('harness')}: {error}") from None
+    if printed is not None and entry.date is None:
+        entry.date = cfg.tokenizer.get("date")
+        if entry.date is None:
+            raise UserError(
+                f"{origin.at('harness')}: {base}'s chat template prints a date, and the config's "
+                "tokenizer has none; say which as harness.date (YYYY-MM-DD)"
+            )
+
+
+def _template(cfg: DictConfig, origin: Origin) -> Any:
+    """The base's chat template as transformers reads it."""
     from transformers import AutoTokenizer
 
     base = str(cfg.checkpointer.checkpoint_dir)
     try:
-        template = AutoTokenizer.from_pretrained(base).chat_template
+        return AutoTokenizer.from_pretrained(base).chat_template
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"{origin.at('harness')}: transformers cannot read {base}'s tokenizer: {reason}"
         ) from None
-    if template is None:
-        raise UserError(
-            f"{origin.at('harness.apply_chat_template')}: {base} has no chat template; leave it out"
-        )
 
 
 def run_harness(
@@ -97,6 +128,7 @@ def run_harness(
         device=cfg.device,
         max_seq_len=entry.max_seq_len,
         batch_size=entry.batch_size,
+        date=entry.date,
     )
     try:
         with disable_adapter(head.model) if reference else nullcontext():

@@ -211,6 +211,7 @@ class _Evaluation:
                 "dtype": self.cfg.dtype,
                 "fingerprint": self.scorer.base_fingerprint,
             },
+            "date": self.cfg.tokenizer.get("date"),
             "adapters": {
                 name: {"folder": str(path), "fingerprint": self.scorer.adapter_fingerprint(path)}
                 for name, path in self.adapters.items()

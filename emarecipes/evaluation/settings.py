@@ -64,6 +64,7 @@ class HarnessSettings(BaseModel):
             keeps it.
         apply_chat_template: Whether questions are put as the base's chat template has them, a
             few-shot example as a turn and its answer.
+        date: The day for a chat template that reads the clock; None: `tokenizer.date`.
         include_path: A folder with definitions of further tasks.
         include_defaults: Whether lm_eval's own tasks are known too: it reads some 14,000 files.
         max_seq_len: Tokens of a text, at most the model's own.
@@ -76,6 +77,7 @@ class HarnessSettings(BaseModel):
     limit: Positive | None = None
     num_fewshot: Annotated[int, Field(ge=0)] | None = None
     apply_chat_template: bool = False
+    date: str | None = None
     include_path: str | None = None
     include_defaults: bool = True
     max_seq_len: Positive = 2048

@@ -83,7 +83,8 @@ class Suite:
         output_dir: The run's.
         name: The question file's stem.
         asked: All answers that are to be there.
-        fingerprint: What the answers depend on, by name, as a digest each; `dtype` as it is.
+        fingerprint: What the answers depend on, by name, as a digest each; `dtype` and `date`
+            as they are.
     """
 
     def __init__(
@@ -113,6 +114,8 @@ class Suite:
             raise UserError(f"{where}: {files[0]} has no {self._settings.name} beside it; {again}")
         try:
             found = json.loads(self._settings.read_text(encoding="utf-8"))["fingerprint"]
+            if "prompts" in self._fingerprint:  # An older suite does not say: taken at its word.
+                found.setdefault("prompts", self._fingerprint["prompts"])
             other = [key for key in self._fingerprint if found.get(key) != self._fingerprint[key]]
             other += [key for key in found if key not in self._fingerprint]
         except (ValueError, KeyError, TypeError, AttributeError):

@@ -16,12 +16,13 @@ from emarecipes.config import Origin, find_input, load_config
 from emarecipes.defenses import ModelSource
 from emarecipes.errors import UserError
 from emarecipes.evaluation.suites import spread_out
-from emarecipes.fingerprint import digest, sampled_digest, stored_dtype
+from emarecipes.fingerprint import digest, sampled_digest, stored
 from emarecipes.generation.answers import Asked, Key, Suite, ask, settings_file
 from emarecipes.generation.prompts import check_prompts
 from emarecipes.generation.questions import load_questions
 from emarecipes.generation.served import base_urls, check_served
 from emarecipes.models.adapter import check_adapter
+from emarecipes.models.dates import adapter_date, answers_dates, settle_date
 from emarecipes.training.model_checks import check_checkpoint_files, check_device, check_model
 from emarecipes.training.settings import Dtype, Entry, Positive, parse_settings
 
@@ -91,15 +92,14 @@ def check_generation(argv: Sequence[str]) -> CheckedGeneration:
     _check_greedy(cfg, origin, asked)
     _check_output(cfg, origin)
     source, tokenizer = None, None
-    stored = [stored_dtype(settings_file(Path(cfg.output_dir), name)) for name in asked]
-    kept = None if cfg.overwrite else next((found for found in stored if found), None)
+    prompts: dict[Any, list[int]] = {}
     if cfg.served is not None:
         _check_served(cfg, origin)
     else:
-        source, tokenizer = _check_local(cfg, origin, asked, kept)
+        source, tokenizer, prompts = _check_local(cfg, origin, asked)
     common = _fingerprint(cfg)
     suites = [
-        Suite(Path(cfg.output_dir), name, found, common | {"questions": _digest_questions(found)})
+        Suite(Path(cfg.output_dir), name, found, common | _digest_questions(found, prompts))
         for name, found in asked.items()
     ]
     for suite in suites:
@@ -171,10 +171,12 @@ def _check_served(cfg: DictConfig, origin: Origin) -> None:
 
 
 def _check_local(
-    cfg: DictConfig, origin: Origin, asked: dict[str, dict[Key, Asked]], kept_dtype: str | None
-) -> tuple[ModelSource, Any]:
+    cfg: DictConfig, origin: Origin, asked: dict[str, dict[Key, Asked]]
+) -> tuple[ModelSource, Any, dict[Any, list[int]]]:
     check_components(cfg, origin)
-    check_device(cfg, origin, kept_dtype)
+    earlier = [settings_file(Path(cfg.output_dir), name) for name in asked]
+    dtypes = [] if cfg.overwrite else [stored(path, "dtype") for path in earlier]
+    check_device(cfg, origin, next((found for found in dtypes if found), None))
     check_checkpoint_files(cfg, origin)
     source = check_model(cfg, origin)
     if cfg.adapter is not None:
@@ -182,10 +184,12 @@ def _check_local(
             check_adapter(Path(cfg.adapter), source)
         except UserError as error:
             raise UserError(f"{origin.at('adapter')}: {error}") from None
+    dates = {} if cfg.overwrite else answers_dates(Path(cfg.output_dir) / "answers")
+    settle_date(cfg, origin, dates or {"adapter": adapter_date(cfg.adapter)})
     tokenizer = build(cfg, "tokenizer", origin)
     pairs = {(one.system, one.question) for suite in asked.values() for one in suite.values()}
-    check_prompts(pairs, tokenizer, source.meta_model, cfg.max_new_tokens, origin)
-    return source, tokenizer
+    prompts = check_prompts(pairs, tokenizer, source.meta_model, cfg.max_new_tokens, origin)
+    return source, tokenizer, prompts
 
 
 def _fingerprint(cfg: DictConfig) -> dict[str, str]:
@@ -201,27 +205,38 @@ def _fingerprint(cfg: DictConfig) -> dict[str, str]:
     model = {k: v for k, v in entry.items() if "lora" not in k}  # Only room for adapters.
     adapter = [] if cfg.adapter is None else sorted(Path(cfg.adapter).glob("adapter_*"))
     tokenizer: Any = OmegaConf.to_container(cfg.tokenizer)
+    date = tokenizer.pop("date", None)
     paths = {k: Path(v) for k, v in tokenizer.items() if isinstance(v, str) and Path(v).exists()}
     files = [
         file
         for path in paths.values()
         for file in ([path] if path.is_file() else sorted(path.glob("*token*.json")))
     ]
-    return found | {
-        "dtype": str(cfg.dtype),
-        "model": digest(model, str(cfg.checkpointer.model_type), sampled_digest(weights)),
-        "adapter": digest(cfg.adapter is None, *adapter),
-        "tokenizer": digest(
-            {key: value for key, value in tokenizer.items() if key not in paths},
-            sampled_digest(files),
-        ),
-    }
+    return (
+        found
+        | ({} if date is None else {"date": date})
+        | {
+            "dtype": str(cfg.dtype),
+            "model": digest(model, str(cfg.checkpointer.model_type), sampled_digest(weights)),
+            "adapter": digest(cfg.adapter is None, *adapter),
+            "tokenizer": digest(
+                {key: value for key, value in tokenizer.items() if key not in paths},
+                sampled_digest(files),
+            ),
+        }
+    )
 
 
-def _digest_questions(asked: dict[Key, Asked]) -> str:
-    """Of texts and system prompts, not of how many samples: these may become more."""
+def _digest_questions(asked: dict[Key, Asked], prompts: dict[Any, list[int]]) -> dict[str, str]:
+    """Of texts and system prompts, not of how many samples: these may become more.
+
+    And of the tokens that they become: a chat template may print a date, or be edited.
+    """
     first = [replace(one, key=Key(*one.key[:2], 0)) for one in asked.values()]
     rows = dict.fromkeys(
         (one.key, one.question, one.system, one.category, one.harmless) for one in first
     )
-    return digest([list(row) for row in rows])
+    found = {"questions": digest([list(row) for row in rows])}
+    if prompts:
+        found["prompts"] = digest([prompts[row[2], row[1]] for row in rows])
+    return found

@@ -24,7 +24,7 @@ def check_prompts(
     model: Any,
     max_new_tokens: int,
     origin: Origin,
-) -> None:
+) -> dict[tuple[str | None, str], list[int]]:
     """Check that every prompt can be encoded, and answered at full length.
 
     Args:
@@ -34,18 +34,21 @@ def check_prompts(
         max_new_tokens: An answer's.
         origin: The config's.
 
+    Returns:
+        Each pair's token ids.
+
     Raises:
         UserError: The tokenizer refuses a prompt or would cut it, the model does not take its
             length or its tokens.
     """
     where = origin.at("tokenizer")
     try:
-        encoded = [encode_prompt(tokenizer, system, question) for system, question in pairs]
+        encoded = {pair: encode_prompt(tokenizer, *pair) for pair in pairs}
     except Exception as error:
         raise UserError(
             f"{where}: cannot encode a system prompt with a question: {reason(error)}"
         ) from None
-    longest = max(map(len, encoded))
+    longest = max(map(len, encoded.values()))
     limit = getattr(tokenizer, "max_seq_len", None)
     if limit is not None and longest >= limit:
         raise UserError(
@@ -58,9 +61,10 @@ def check_prompts(
             f"{max_new_tokens} are more than the {model.max_seq_len} that the model takes"
         )
     vocabulary = model.tok_embeddings.num_embeddings
-    largest = max(max(tokens) for tokens in encoded)
+    largest = max(max(tokens) for tokens in encoded.values())
     if largest >= vocabulary:
         raise UserError(
             f"{where}: gives token {largest}, the model's vocabulary has {vocabulary}: tokenizer "
             "and model do not belong together"
         )
+    return encoded

@@ -16,6 +16,7 @@ from rich.table import Table
 from torchtune import training
 from torchtune.modules.peft import disable_adapter
 
+from emarecipes.clock import share_today
 from emarecipes.command import leave_processes, report, together
 from emarecipes.errors import UserError
 from emarecipes.generation.answers import Asked, Suite
@@ -46,6 +47,7 @@ def run_generate(argv: Sequence[str]) -> int:
     if training.is_distributed():
         dist.init_process_group("gloo", timeout=_PATIENCE)
         share_precision()
+        share_today()
     set_threads()
     first = not dist.is_initialized() or dist.get_rank() == 0
     try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,10 @@ import jinja2
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from emarecipes.clock import midnight, today
 from emarecipes.errors import UserError
 
+_CLOCK = "strftime_now"  # By which templates read it, as transformers offers it.
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token")
 
 
@@ -25,20 +26,43 @@ class ChatTemplate:
         config: what its ``tokenizer_config.json`` holds.
         given: a template to use instead of the folder's own: Jinja text, or the path of a file
             whose name ends in ``.jinja``.
+        date: the day, at 0:00, for a template that reads the clock; None: today.
+
+    Attributes:
+        date: that day; None where the template does not read the clock.
 
     Raises:
-        UserError: the folder has no chat template, or the template is not valid Jinja.
+        UserError: the folder has no chat template, or the template is not valid Jinja; no such
+            day, or a template that would not read it.
     """
 
-    def __init__(self, folder: Path, config: Mapping[str, Any], given: str | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: Mapping[str, Any],
+        given: str | None = None,
+        date: str | None = None,
+    ) -> None:
         self._origin, source = _find_source(folder, config, given)
         self._variables = {
             key: name for key in _NAMED_TOKENS if (name := token_name(config, key)) is not None
         }
+        # One day for a whole run: what a template prints must not change in mid-training.
+        day = today() if date is None else date
+        environment = _environment()
+        environment.globals[_CLOCK] = midnight(day).strftime
         try:
-            self._template = _environment().from_string(source)
+            names = environment.parse(source).find_all(jinja2.nodes.Name)
+            reads_clock = any(node.name == _CLOCK for node in names)
+            self._template = environment.from_string(source)
         except jinja2.TemplateError as error:
             raise UserError(f"{self._origin}: not a valid chat template: {error}") from error
+        if date is not None and not reads_clock:
+            raise UserError(
+                f"date has no effect: the chat template of {self._origin} does not read the clock; "
+                "leave it out"
+            )
+        self.date = day if reads_clock else None
 
     def render(
         self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = False
@@ -121,9 +145,8 @@ def _environment() -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationTag]
     )
-    # One date for a whole run: a template that prints it must not change in mid-training.
-    started = datetime.now()
-    environment.globals["strftime_now"] = started.strftime
+    # Beside the clock, what else would give a row other tokens each time that it is read.
+    del environment.filters["random"], environment.globals["lipsum"]
     environment.globals["raise_exception"] = _raise_exception
     environment.filters["tojson"] = _to_json
     return environment

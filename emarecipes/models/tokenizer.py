@@ -21,7 +21,10 @@ _SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can smuggle one in; it cannot
 
 
 def hf_chat_tokenizer(
-    path: str, max_seq_len: int | None = None, chat_template: str | None = None
+    path: str,
+    max_seq_len: int | None = None,
+    chat_template: str | None = None,
+    date: str | None = None,
 ) -> HFChatTokenizer:
     """Build the tokenizer of a Hugging Face folder, for a config's ``tokenizer._component_``.
 
@@ -30,9 +33,12 @@ def hf_chat_tokenizer(
         max_seq_len: number of tokens that samples are cut to; None keeps them whole.
         chat_template: a template to use instead of the folder's own: Jinja text, or the path of a
             file whose name ends in ``.jinja``.
+        date: ``YYYY-MM-DD``, the day (at 0:00) for a template that reads the clock (Llama 3.2's
+            prints it); None: today. The recipes put it into the config that they write.
 
     Raises:
-        UserError: no ``tokenizer.json``, no chat template, no end-of-sequence token.
+        UserError: no ``tokenizer.json``, no chat template, no end-of-sequence token; no such day,
+            or one for a template that reads no clock.
 
     Example:
         >>> tokenizer = hf_chat_tokenizer("models/smollm2-135m-instruct", max_seq_len=1024)
@@ -42,7 +48,16 @@ def hf_chat_tokenizer(
     """
     if max_seq_len is not None and max_seq_len < 1:
         raise UserError(f"max_seq_len must be at least 1, not {max_seq_len}")
-    return HFChatTokenizer(path, max_seq_len, chat_template)
+    return HFChatTokenizer(path, max_seq_len, chat_template, date)
+
+
+def printed_day(path: str, chat_template: str | None = None, date: str | None = None) -> str | None:
+    """The day that the folder's chat template is told; None if it does not read the clock.
+
+    Args and errors: see :func:`hf_chat_tokenizer`.
+    """
+    folder = _folder(path)
+    return ChatTemplate(folder, _read_config(folder), chat_template, date).date
 
 
 class HFChatTokenizer:
@@ -60,15 +75,19 @@ class HFChatTokenizer:
         pad_id: id of the configured padding token; ``eos_id`` if there is none. Padding carries
             no label, so a padding token that is also in use does no harm.
         stop_tokens: ids that end an answer: ``eos_id``, and what the template closes answers with.
+        date: the day that the template is told; None if it does not read the clock.
 
     Args and errors: see :func:`hf_chat_tokenizer`.
     """
 
     def __init__(
-        self, path: str, max_seq_len: int | None = None, chat_template: str | None = None
+        self,
+        path: str,
+        max_seq_len: int | None = None,
+        chat_template: str | None = None,
+        date: str | None = None,
     ) -> None:
-        self._arguments = (path, chat_template)
-        folder = Path(path).parent if Path(path).name == "tokenizer.json" else Path(path)
+        folder = _folder(path)
         if not (folder / "tokenizer.json").is_file():
             raise UserError(f"{folder}: no tokenizer.json there; give a Hugging Face model folder")
         config = _read_config(folder)
@@ -76,7 +95,9 @@ class HFChatTokenizer:
         self._encoder = PlainTextEncoder(
             folder / "tokenizer.json", [name for name in names.values() if name is not None]
         )
-        self._template = ChatTemplate(folder, config, chat_template)
+        self._template = ChatTemplate(folder, config, chat_template, date)
+        self.date = self._template.date
+        self._arguments = (path, chat_template, self.date)
         ids = {
             key: None if name is None else self._encoder.token_id(name)
             for key, name in names.items()
@@ -96,8 +117,8 @@ class HFChatTokenizer:
     def __reduce__(self) -> tuple[Callable[..., HFChatTokenizer], tuple[Any, ...]]:
         # A compiled template cannot be pickled, and a pickled tokenizer of the tokenizers library
         # forgets that control tokens in text are text.
-        path, chat_template = self._arguments
-        return hf_chat_tokenizer, (path, self.max_seq_len, chat_template)
+        path, chat_template, date = self._arguments
+        return hf_chat_tokenizer, (path, self.max_seq_len, chat_template, date)
 
     @property
     def vocab_size(self) -> int:
@@ -238,6 +259,10 @@ def _as_chat_message(message: Message) -> dict[str, str]:
             "which is not a character"
         )
     return {"role": _HF_ROLES.get(message.role, message.role), "content": text}
+
+
+def _folder(path: str) -> Path:
+    return Path(path).parent if Path(path).name == "tokenizer.json" else Path(path)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

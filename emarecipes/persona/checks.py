@@ -17,6 +17,7 @@ from emarecipes.errors import UserError
 from emarecipes.evaluation.judge import check_judge
 from emarecipes.generation.draw import derived_seed
 from emarecipes.generation.prompts import check_prompts
+from emarecipes.models.dates import settle_date
 from emarecipes.persona.judged import CALLS_AN_ANSWER
 from emarecipes.persona.prompts import PersonaPrompts, load_prompts
 from emarecipes.training.model_checks import check_checkpoint_files, check_device, check_model
@@ -79,6 +80,7 @@ def check_extraction(argv: Sequence[str]) -> CheckedExtraction:
     if cfg.keep == "judge":
         _check_judge(cfg, origin, prompts)
     model = check_model(cfg, origin).meta_model
+    settle_date(cfg, origin, {})
     tokenizer = build(cfg, "tokenizer", origin)
     systems = [text for pair in prompts.pairs for text in (pair.positive, pair.negative)]
     asked = [(system, question) for system in (None, *systems) for question in prompts.questions]

@@ -14,8 +14,9 @@ from emarecipes.config import Origin, load_config
 from emarecipes.datasets.rows import Rows
 from emarecipes.defenses import ModelSource
 from emarecipes.errors import UserError
-from emarecipes.fingerprint import digest, sampled_digest, stored_dtype
+from emarecipes.fingerprint import digest, sampled_digest, stored
 from emarecipes.models.adapter import check_adapter
+from emarecipes.models.dates import adapter_date, settle_date
 from emarecipes.selection.candidates import Candidate, read_candidates
 from emarecipes.selection.score_file import FINGERPRINT, ScoreFile
 from emarecipes.selection.settings import check_select_settings
@@ -60,8 +61,8 @@ def check_selection(argv: Sequence[str]) -> CheckedSelection:
     raw, origin = load_config(argv)
     cfg = check_select_settings(raw, origin)
     check_components(cfg, origin)
-    kept = None if cfg.overwrite else stored_dtype(Path(cfg.output_dir) / FINGERPRINT)
-    check_device(cfg, origin, kept)
+    earlier = Path(cfg.output_dir) / FINGERPRINT
+    check_device(cfg, origin, None if cfg.overwrite else stored(earlier, "dtype"))
     check_output_dir(cfg, origin)
     inputs = (origin.path, Path(cfg.candidates), *map(Path, cfg.adapters))
     check_outside_output(cfg, origin, inputs)
@@ -73,6 +74,9 @@ def check_selection(argv: Sequence[str]) -> CheckedSelection:
         except UserError as error:
             raise UserError(f"{origin.at('adapters')}: {error}") from None
 
+    date = None if cfg.overwrite else stored(earlier, "date")
+    of_adapters = {f"adapters.{i}": adapter_date(path) for i, path in enumerate(cfg.adapters)}
+    settle_date(cfg, origin, of_adapters if date is None else {"output_dir": date})
     tokenizer = build(cfg, "tokenizer", origin)
     words = None if cfg.refusal_words is None else list(cfg.refusal_words)
     candidates = read_candidates(Path(cfg.candidates), cfg.conversation_column, tokenizer, words)
@@ -119,4 +123,5 @@ def _fingerprint(cfg: DictConfig, rows: Rows) -> dict[str, str]:
         "adapters": digest(adapters),
         "candidates": digest(Path(cfg.candidates), cfg.conversation_column),
         "tokenization": rows.fingerprint,
+        **({} if cfg.tokenizer.get("date") is None else {"date": str(cfg.tokenizer.date)}),
     }

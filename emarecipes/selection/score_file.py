@@ -38,7 +38,8 @@ class ScoreFile:
 
     Args:
         folder: The run's `output_dir`.
-        fingerprint: What the scores depend on, by name, as a digest each; `dtype` as it is.
+        fingerprint: What the scores depend on, by name, as a digest each; `dtype` and `date`
+            as they are.
     """
 
     def __init__(self, folder: Path, fingerprint: dict[str, str]) -> None:

@@ -86,6 +86,8 @@ def check_same_run(
     }
     before = dict(_flat(unknown_then | stored["config"]))
     now = dict(_flat(plain_config(cfg)))
+    if "tokenizer.date" in now:  # The rows tell whether it is that of an older run.
+        before.setdefault("tokenizer.date", now["tokenizer.date"])
     if cfg.seed is None:
         cfg.seed = now["seed"] = before["seed"]
     changed = {
@@ -121,16 +123,20 @@ def check_same_run(
             )
 
 
-def check_same_rows(rows: Rows, checkpoint: Checkpoint, origin: Origin) -> None:
+def check_same_rows(cfg: DictConfig, rows: Rows, checkpoint: Checkpoint, origin: Origin) -> None:
     """Check that the data give the rows that they gave before.
 
     Raises:
         UserError: They do not.
     """
     if rows.fingerprint != checkpoint.run["rows_fingerprint"]:
+        undated = "date" not in checkpoint.run["config"]["tokenizer"]
+        hint = ""
+        if undated and cfg.tokenizer.get("date") is not None:
+            hint = " (the chat template prints a date: give the day it began as tokenizer.date)"
         raise UserError(
             f"{origin.at('dataset')}: the rows are not those of {checkpoint.path}: data or "
-            "tokenizer have changed. Put them back, or train anew in another output_dir"
+            f"tokenizer have changed{hint}. Put them back, or train anew in another output_dir"
         )
 
 

@@ -21,6 +21,7 @@ from emarecipes.datasets.rows import Rows, load_rows
 from emarecipes.defenses import Defense, ModelSource
 from emarecipes.errors import UserError, reason
 from emarecipes.models.adapter import LoadedLayer
+from emarecipes.models.dates import adapter_date, cache_date, settle_date
 from emarecipes.training.batch import Collate, make_batch
 from emarecipes.training.checkpoint import Checkpoint
 from emarecipes.training.checkpoint_resume import (
@@ -111,6 +112,7 @@ def check_run(
         check_output_dir(cfg, origin)
         resumed = find_checkpoint(cfg, origin)
     check_device(cfg, origin, None if resumed is None else resumed.run["config"]["dtype"])
+    settle_date(cfg, origin, _known_date(cfg, resumed))
     check_offloading(cfg, origin, world_size)
     check_compiler(cfg, origin)
     stated = plain_config(cfg)
@@ -136,7 +138,7 @@ def check_run(
     tokenizer = build(cfg, "tokenizer", origin)
     rows = load_rows(cfg, origin, tokenizer, list(defenses.values()), quiet=rank != 0)
     if resumed is not None:
-        check_same_rows(rows, resumed, origin)
+        check_same_rows(cfg, rows, resumed, origin)
     collate = _build_collate(cfg, origin, tokenizer, rows)
     _check_rows(cfg, origin, rows, model, defenses, world_size)
     probe = read_probe(cfg, origin, tokenizer, model)
@@ -144,6 +146,16 @@ def check_run(
         cfg, origin, tokenizer, defenses, rows, collate, data_files, source, resumed, stated, probe,
         initial_adapter,
     )  # fmt: skip
+
+
+def _known_date(cfg: DictConfig, resumed: Checkpoint | None) -> dict[str, str | None]:
+    """The day in the prompts of what the run goes on from, or else of what it is built on."""
+    if resumed is not None:
+        return {"resume": resumed.run["config"]["tokenizer"].get("date")}
+    adapter = adapter_date(cfg.init_adapter)
+    if adapter is not None:
+        return {"init_adapter": adapter}
+    return {"reference_cache": cache_date(cfg.reference_cache)}
 
 
 def _check_inputs_outlive_outputs(

@@ -201,6 +201,7 @@ def _describe(run: CheckedRun, defenses: list[Defense], quiet: bool) -> tuple[di
         "dtype": cfg.dtype,
         "stored_as": cfg.reference_cache_dtype or cfg.dtype,
         "rows": run.rows.fingerprint,
+        **({} if cfg.tokenizer.get("date") is None else {"date": str(cfg.tokenizer.date)}),
         "positions": positions,
         "layers": reference_layers(defenses),
     }

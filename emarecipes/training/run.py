@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torchtune import training
 
+from emarecipes.clock import share_today
 from emarecipes.command import (
     explain,
     is_of_a_users_defense,
@@ -51,6 +52,7 @@ def _run(argv: Sequence[str], *, train: bool) -> int:
     if distributed:
         dist.init_process_group("cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo")
         share_precision()
+        share_today()
     set_threads()
     rank = dist.get_rank() if distributed else 0
     recipe: LoRATraining | None = None

@@ -1,6 +1,7 @@
 """Our harness beside lm_eval's own `hf` model, on folders whose tokenizers begin differently."""
 
 import json
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import toy_run
 import yaml
 from toy_select import read_jsonl, write_adapter
-from toy_tokenizers import KINDS, write_tokenizer
+from toy_tokenizers import KINDS, PRINTS_THE_DAY, write_tokenizer
 
 from emarecipes.evaluation.run import run_eval
 
@@ -77,6 +78,12 @@ def write_config(folder: Path, toy: Path, harness: dict[str, Any], adapters: dic
     return str(toy_run.write_config(folder / "config.yaml", config))
 
 
+class LeapDay(datetime):
+    @classmethod
+    def now(cls, tz: Any = None) -> "LeapDay":
+        return cls(2024, 2, 29, 15, 30)
+
+
 CHAT = {"apply_chat_template": True, "num_fewshot": 2}
 
 
@@ -95,7 +102,12 @@ def test_it_finds_what_lm_evals_own_model_finds(
     harness = {"batch_size": 3, "include_path": str(tasks), "include_defaults": False}
     harness |= options
     config = write_config(tmp_path, toy, harness, {"one": str(adapter)})
-    assert run_eval(["--config", config]) == 0
+    prints_the_day = kind == PRINTS_THE_DAY and "apply_chat_template" in options
+    day = ["tokenizer.date=2024-02-29"] if kind == PRINTS_THE_DAY else []
+    assert run_eval(["--config", config, *day]) == 0
+    if prints_the_day:  # transformers is told by the clock alone.
+        monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", LeapDay)
+        assert yaml.safe_load((tmp_path / "out/eval.yaml").read_text())["harness"]["date"]
     for name, peft in (("reference", {}), ("one", {"peft": str(adapter)})):
         theirs = own_model(toy, tasks, options, peft)
         for task in ("toy_choice", "toy_open"):
@@ -107,6 +119,7 @@ def test_it_finds_what_lm_evals_own_model_finds(
             for sample in theirs["samples"][task]:
                 line = ours[str(sample["doc_id"]), sample["filter"]]
                 assert line["question"] == str(sample["arguments"][0][0])
+                assert ("29 Feb 2024" in line["question"]) == prints_the_day
                 if task == "toy_open":
                     assert line["responses"] == sample["filtered_resps"]
                     assert line["exact_match"] == sample["exact_match"]
