@@ -17,6 +17,9 @@ from emarecipes.errors import UserError
 from emarecipes.fingerprint import digest, sampled_digest
 from emarecipes.training.settings import check_settings
 
+# Of a folder that a config names: a model, an adapter, answers.
+_READ_OF_FOLDERS = (".safetensors", ".bin", ".json", ".jsonl", ".jinja")
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -186,7 +189,7 @@ def fingerprint(cfg: DictConfig, folder: Path, *further: Any) -> str:
         if path.is_file():
             files.append(path)
         elif path.is_dir():
-            files += sorted([*path.glob("*.safetensors"), *path.glob("*.json")])
+            files += sorted(file for file in path.iterdir() if file.suffix in _READ_OF_FOLDERS)
     return digest(text, sampled_digest(files), *further)
 
 
