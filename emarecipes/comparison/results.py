@@ -49,6 +49,7 @@ class Scores:
         figures: Of each seed, the whole-suite figures of `summary.json`, by (suite, figure, judge).
         suites: `summary.json`'s description of each suite.
         base: Fingerprint of the reference.
+        adapters: Fingerprint of each seed's adapter; empty where it is not known.
         sensitivity: The thresholds under which misaligned rates were also taken.
         answers: Of the first seed: id to question and answer, if answers were scored.
     """
@@ -60,6 +61,7 @@ class Scores:
     figures: list[dict[tuple[str, str, str], dict[str, Any]]] = field(default_factory=list)
     suites: dict[str, dict[str, Any]] = field(default_factory=dict)
     base: str = ""
+    adapters: tuple[str, ...] = ()
     sensitivity: tuple[str, ...] = ()
     answers: dict[str, tuple[str, str]] = field(default_factory=dict)
 
@@ -97,6 +99,7 @@ def read_scores(folder: Path, adapters: Mapping[str, int]) -> Scores:
             figures=[_figures(summary["figures"], name) for name in adapters],
             suites=summary["suites"],
             base=summary["base"]["fingerprint"],
+            adapters=tuple(summary["adapters"][name].get("fingerprint", "") for name in adapters),
             sensitivity=tuple(
                 dict.fromkeys(str(f["thresholds"]) for f in summary.get("sensitivity", ()))
             ),
@@ -155,6 +158,7 @@ def stack(parts: Sequence[Scores]) -> Scores:
     return replace(
         first,
         seeds=tuple(seed for part in parts for seed in part.seeds),
+        adapters=tuple(found for part in parts for found in part.adapters),
         probes={suite: _joined([part.probes[suite] for part in parts]) for suite in first.probes},
         correct=_joined([part.correct for part in parts]),
         figures=[figures for part in parts for figures in part.figures],

@@ -60,6 +60,8 @@ class PersonaSteering(Defense):
             raise UserError(f"vector must be persona or random, not {vector}")
         if not abs(alpha) < float("inf"):
             raise UserError(f"alpha must be a finite number, not {alpha}")
+        if alpha == 0 and mode == "add":
+            raise UserError("alpha 0 adds nothing: leave the defense out")
         self._path = Path(vectors)
         self._layer = layer
         self._alpha = alpha

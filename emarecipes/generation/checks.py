@@ -22,6 +22,7 @@ from emarecipes.generation.prompts import check_prompts
 from emarecipes.generation.questions import load_questions
 from emarecipes.generation.served import base_urls, check_served
 from emarecipes.models.adapter import check_adapter
+from emarecipes.provider import switched_off
 from emarecipes.training.model_checks import check_checkpoint_files, check_device, check_model
 from emarecipes.training.settings import Dtype, Entry, Positive, parse_settings
 
@@ -194,6 +195,8 @@ def _fingerprint(cfg: DictConfig) -> dict[str, str]:
     found = {key: digest(cfg[key]) for key in sampling} | {"seed": digest(cfg.seed)}
     if cfg.served is not None:
         urls = base_urls(cfg.served)
+        off = switched_off(cfg.served)
+        found |= {"defaults": digest(off)} if off else {}
         return found | {"model": digest(cfg.served)} | ({"base_url": digest(urls)} if urls else {})
     base = Path(cfg.checkpointer.checkpoint_dir)
     weights = sorted([*base.glob("*.safetensors"), *base.glob("*.bin"), base / "config.json"])

@@ -217,7 +217,8 @@ def _is_target(config: dict[str, Any], name: str) -> bool:
     if layers is None or layers == [] or name in (targets if isinstance(targets, list) else ()):
         return True
     number = re.search(r"\.(\d+)\.", name)
-    return bool(number) and int(number[1]) in (layers if isinstance(layers, list) else [layers])
+    wanted = layers if isinstance(layers, list) else [layers]
+    return number is not None and int(number[1]) in wanted
 
 
 def _names(modules: Any, name: str) -> bool:
