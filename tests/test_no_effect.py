@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from emarecipes.defenses import ModelSource, PersonaSteering
 from emarecipes.defenses.projection import ModuleProjection
 from emarecipes.defenses.safelora import write_report
 from emarecipes.evaluation.run import _Evaluation
@@ -49,3 +51,22 @@ def test_a_projection_that_changed_no_layer(
     assert not caplog.text
     write_report(tmp_path / "a.csv", [one])
     assert "SafeLoRA changed none of 1 layers" in caplog.text
+
+
+def test_vectors_of_another_model(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Of the same shape, they would steer as any direction does."""
+
+    def told(model: str | None) -> str:
+        caplog.clear()
+        path = tmp_path / "v.safetensors"
+        metadata = None if model is None else {"model": model}
+        save_file({"persona": torch.ones(3, 4)}, path, metadata=metadata)
+        layers: Any = SimpleNamespace(
+            layers=[0, 0], tok_embeddings=SimpleNamespace(embedding_dim=4)
+        )
+        source = ModelSource(layers, tmp_path / "trained", "LLAMA3")
+        PersonaSteering(str(path), layer=1).check(source)
+        return caplog.text
+
+    assert told(None) == told("trained") == ""
+    assert "was made with other, and trained is trained" in told("other")

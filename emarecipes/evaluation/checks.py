@@ -26,6 +26,7 @@ from emarecipes.evaluation.judging import Judgement
 from emarecipes.evaluation.settings import check_eval_settings
 from emarecipes.evaluation.suites import Suite, read_suites
 from emarecipes.models.adapter import check_adapter
+from emarecipes.training.conversation_form import warn_of_another_form
 from emarecipes.training.model_checks import (
     check_checkpoint_files,
     check_device,
@@ -90,6 +91,7 @@ def check_evaluation(argv: Sequence[str]) -> CheckedEvaluation:
             check_adapter(folder, source)
         except UserError as error:
             raise UserError(f"{origin.at(f'adapters.{name}')}: {error}") from None
+        warn_of_another_form(folder, cfg.tokenizer, origin.at(f"adapters.{name}"))
 
     tokenizer = build(cfg, "tokenizer", origin)
     tokenized = [(suite, suite.rows(tokenizer)) for suite in suites]

@@ -23,6 +23,7 @@ from emarecipes.generation.questions import load_questions
 from emarecipes.generation.served import base_urls, check_served
 from emarecipes.models.adapter import check_adapter
 from emarecipes.provider import switched_off
+from emarecipes.training.conversation_form import warn_of_another_form
 from emarecipes.training.model_checks import check_checkpoint_files, check_device, check_model
 from emarecipes.training.settings import Dtype, Entry, Positive, parse_settings
 
@@ -183,6 +184,7 @@ def _check_local(
             check_adapter(Path(cfg.adapter), source)
         except UserError as error:
             raise UserError(f"{origin.at('adapter')}: {error}") from None
+        warn_of_another_form(Path(cfg.adapter), cfg.tokenizer, origin.at("adapter"))
     tokenizer = build(cfg, "tokenizer", origin)
     pairs = {(one.system, one.question) for suite in asked.values() for one in suite.values()}
     check_prompts(pairs, tokenizer, source.meta_model, cfg.max_new_tokens, origin)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import toy_run
 from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
 
 from emarecipes.training import run_lora
 
@@ -200,6 +201,18 @@ def test_a_tokenizer_with_other_numbers(case: Case) -> None:
     case.config["tokenizer"]["path"] = str(case.folder / "renamed")
     case.config["defenses"]["kl"]["weight"] = -1.0  # The next mistake that is found.
     assert "weight must be" in case.error()
+
+
+def test_an_output_layer_of_its_own_that_the_config_calls_tied(case: Case) -> None:
+    """transformers tied it over for some releases, and lost what the file holds."""
+    base = Path(case.config["checkpointer"]["checkpoint_dir"])
+    shutil.copytree(base, other := case.folder / "model")
+    weights = load_file(base / "model.safetensors")
+    weights["lm_head.weight"] = 2 * weights["model.embed_tokens.weight"]
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    case.config["checkpointer"]["checkpoint_dir"] = str(other)
+    expected = f"output.weight is {toy_run.VOCABULARY}x{toy_run.WIDTH} there and missing in the"
+    assert expected in case.error()
 
 
 def test_line_of_the_key_is_named(case: Case) -> None:
