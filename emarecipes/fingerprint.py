@@ -26,6 +26,11 @@ def digest(*parts: Any) -> str:
     return found.hexdigest()
 
 
+def adapter_digest(folder: Path | None) -> str:
+    """Of an adapter's files, or of none, as sampled answers say what they are of."""
+    return digest(folder is None, *([] if folder is None else sorted(folder.glob("adapter_*"))))
+
+
 def stored_dtype(path: Path) -> str | None:
     """What the result was computed in that a file of fingerprints belongs to, if it says so.
 

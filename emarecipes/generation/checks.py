@@ -16,16 +16,16 @@ from emarecipes.config import Origin, find_input, load_config
 from emarecipes.defenses import ModelSource
 from emarecipes.errors import UserError
 from emarecipes.evaluation.suites import spread_out
-from emarecipes.fingerprint import digest, sampled_digest, stored_dtype
+from emarecipes.fingerprint import adapter_digest, digest, sampled_digest, stored_dtype
 from emarecipes.generation.answers import Asked, Key, Suite, ask, settings_file
 from emarecipes.generation.prompts import check_prompts
 from emarecipes.generation.questions import load_questions
 from emarecipes.generation.served import base_urls, check_served
 from emarecipes.models.adapter import check_adapter
 from emarecipes.provider import switched_off
-from emarecipes.training.conversation_form import warn_of_another_form
 from emarecipes.training.model_checks import check_checkpoint_files, check_device, check_model
 from emarecipes.training.settings import Dtype, Entry, Positive, parse_settings
+from emarecipes.training.trained_with import check_origin
 
 _LOCAL = ("model", "tokenizer", "checkpointer")
 
@@ -184,7 +184,7 @@ def _check_local(
             check_adapter(Path(cfg.adapter), source)
         except UserError as error:
             raise UserError(f"{origin.at('adapter')}: {error}") from None
-        warn_of_another_form(Path(cfg.adapter), cfg.tokenizer, origin.at("adapter"))
+        check_origin(Path(cfg.adapter), cfg, origin.at("adapter"))
     tokenizer = build(cfg, "tokenizer", origin)
     pairs = {(one.system, one.question) for suite in asked.values() for one in suite.values()}
     check_prompts(pairs, tokenizer, source.meta_model, cfg.max_new_tokens, origin)
@@ -204,7 +204,6 @@ def _fingerprint(cfg: DictConfig) -> dict[str, str]:
     weights = sorted([*base.glob("*.safetensors"), *base.glob("*.bin"), base / "config.json"])
     entry: Any = OmegaConf.to_container(cfg.model)
     model = {k: v for k, v in entry.items() if "lora" not in k}  # Only room for adapters.
-    adapter = [] if cfg.adapter is None else sorted(Path(cfg.adapter).glob("adapter_*"))
     tokenizer: Any = OmegaConf.to_container(cfg.tokenizer)
     paths = {k: Path(v) for k, v in tokenizer.items() if isinstance(v, str) and Path(v).exists()}
     files = [
@@ -215,7 +214,7 @@ def _fingerprint(cfg: DictConfig) -> dict[str, str]:
     return found | {
         "dtype": str(cfg.dtype),
         "model": digest(model, str(cfg.checkpointer.model_type), sampled_digest(weights)),
-        "adapter": digest(cfg.adapter is None, *adapter),
+        "adapter": adapter_digest(None if cfg.adapter is None else Path(cfg.adapter)),
         "tokenizer": digest(
             {key: value for key, value in tokenizer.items() if key not in paths},
             sampled_digest(files),

@@ -19,7 +19,6 @@ from emarecipes.models.adapter import check_adapter
 from emarecipes.selection.candidates import Candidate, read_candidates
 from emarecipes.selection.score_file import FINGERPRINT, ScoreFile
 from emarecipes.selection.settings import check_select_settings
-from emarecipes.training.conversation_form import warn_of_another_form
 from emarecipes.training.model_checks import (
     check_checkpoint_files,
     check_device,
@@ -27,6 +26,7 @@ from emarecipes.training.model_checks import (
     check_rows_fit,
 )
 from emarecipes.training.run_folder import check_output_dir, check_outside_output
+from emarecipes.training.trained_with import check_origin
 
 
 @dataclass
@@ -73,7 +73,7 @@ def check_selection(argv: Sequence[str]) -> CheckedSelection:
             check_adapter(Path(adapter), source)
         except UserError as error:
             raise UserError(f"{origin.at('adapters')}: {error}") from None
-        warn_of_another_form(Path(adapter), cfg.tokenizer, origin.at("adapters"))
+        check_origin(Path(adapter), cfg, origin.at("adapters"))
 
     tokenizer = build(cfg, "tokenizer", origin)
     words = None if cfg.refusal_words is None else list(cfg.refusal_words)

@@ -14,8 +14,8 @@ from torchtune.modules.peft import disable_adapter
 from emarecipes._torchtune import assign_base_weights, full_state
 from emarecipes.machine import DTYPES
 from emarecipes.training.checks import CheckedRun
-from emarecipes.training.conversation_form import TEMPLATE_FILE, template_text
 from emarecipes.training.export import merge_adapter, rounding_error, save_adapter, save_merged
+from emarecipes.training.trained_with import TEMPLATE_FILE, template_text
 
 log = utils.get_logger("INFO")
 
