@@ -108,6 +108,11 @@ def adapter_modules(model: nn.Module, model_type: str, base_dir: Path) -> dict[s
     return {name: found[name] for name in columns}
 
 
+def linear_modules(model: nn.Module, model_type: str, base_dir: Path) -> list[str]:
+    """Hugging Face's names of all linear layers of a model, adapted or not."""
+    return list(_hf_rows(_linear_sizes(model), model_type, read_config(base_dir, model)))
+
+
 def plain_module(parameter: str) -> str:
     """The layer that a LoRA parameter belongs to, without what wrappers put into its name."""
     for wrapper in _WRAPPERS:

@@ -37,6 +37,7 @@ from emarecipes.components import build
 from emarecipes.config import Origin
 from emarecipes.errors import UserError, reason
 from emarecipes.machine import DTYPES
+from emarecipes.models.weights_folder import check_stored_dtype
 
 # Nothing that a user could do about: torchtune's norm computes in float32 with scales in bf16, as
 # meant; and FSDP2's random start of an adapter, which is replaced by one that the seed alone sets.
@@ -177,11 +178,13 @@ def checkpoint_shapes(cfg: DictConfig, where: str) -> dict[str, tuple[int, ...]]
 
 def _load_on_meta(path: Any, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
     if str(path).endswith(".safetensors"):
+        found = {}
         with safe_open(path, framework="pt") as file:
-            return {
-                key: torch.empty(file.get_slice(key).get_shape(), device="meta")
-                for key in file.offset_keys()
-            }
+            for key in file.offset_keys():
+                part = file.get_slice(key)
+                check_stored_dtype(Path(path), key, part.get_dtype())
+                found[key] = torch.empty(part.get_shape(), device="meta")
+        return found
     return torch.load(str(path), map_location="meta", mmap=True, weights_only=True)
 
 

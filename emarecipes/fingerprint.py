@@ -8,8 +8,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-# Enough of a weights file to tell it from another: its header and some values at either end.
-_SAMPLED_BYTES = 2**20
+# What is too large to be read at every start.
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+# Of these: both ends, the header among them, and blocks in between, at most so many, so that no
+# matrix lies between two. A model that was fine-tuned and merged differs from its base there alone.
+_END_BYTES, _BLOCK_BYTES, _BLOCKS, _LEAST_DISTANCE = 2**20, 2**9, 2**12, 2**16
 
 
 def digest(*parts: Any) -> str:
@@ -21,6 +24,11 @@ def digest(*parts: Any) -> str:
         else:
             found.update(json.dumps(part, sort_keys=True).encode())
     return found.hexdigest()
+
+
+def adapter_digest(folder: Path | None) -> str:
+    """Of an adapter's files, or of none, as sampled answers say what they are of."""
+    return digest(folder is None, *([] if folder is None else sorted(folder.glob("adapter_*"))))
 
 
 def stored(path: Path, key: Literal["dtype", "date"]) -> str | None:
@@ -36,13 +44,23 @@ def stored(path: Path, key: Literal["dtype", "date"]) -> str | None:
 
 
 def sampled_digest(paths: Iterable[Path]) -> str:
-    """The same over names, sizes and both ends of large files."""
+    """SHA-256 over names and contents; of weights files over sizes, both ends and blocks between.
+
+    A weights file in which less than a 4096th changed, such as one row, may keep its digest.
+    """
     found = hashlib.sha256()
     for path in paths:
         size = path.stat().st_size
         found.update(f"{path.name}:{size};".encode())
+        if path.suffix not in _WEIGHTS or size <= 2 * _END_BYTES:
+            found.update(path.read_bytes())
+            continue
         with path.open("rb") as file:
-            found.update(file.read(_SAMPLED_BYTES))
-            file.seek(max(0, size - _SAMPLED_BYTES))
-            found.update(file.read(_SAMPLED_BYTES))
+            found.update(file.read(_END_BYTES))
+            distance = max(_LEAST_DISTANCE, size // _BLOCKS)
+            for start in range(_END_BYTES, size - _END_BYTES, distance):
+                file.seek(start)
+                found.update(file.read(_BLOCK_BYTES))
+            file.seek(size - _END_BYTES)
+            found.update(file.read(_END_BYTES))
     return found.hexdigest()

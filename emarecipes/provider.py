@@ -16,6 +16,12 @@ from emarecipes.errors import UserError
 _MAX_RETRIES = 6
 SECONDS_AN_ATTEMPT = 300
 
+# Servers that take what a request leaves out from the model's generation_config.json, Qwen's
+# repetition_penalty of 1.05 for one: sampled would be from other distributions than the config
+# says. `openai-api` and others may lead to such a server too, but also to services that refuse it.
+_MODEL_DEFAULTS = ("vllm", "sglang")
+_OFF = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+
 _SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
 _SHORTEST_SECRET = 8
 
@@ -42,11 +48,22 @@ def provider_model(
             f"{what.replace('the ', 'a ', 1)} needs inspect-ai, which is not installed: "
             "pip install 'emarecipes[judge]'"
         ) from None
+    config = switched_off(name) | config
     limits = {"max_retries": _MAX_RETRIES, "attempt_timeout": timeout}
     try:
         return get_model(name, config=GenerateConfig(**limits, **config))
     except Exception as error:
         raise UserError(f"{what} {name} cannot be used: {error_line(error)}") from None
+
+
+def switched_off(name: str) -> dict[str, Any]:
+    """What a request says so that a model's own sampling defaults do not hold; {} where it cannot.
+
+    Args:
+        name: An Inspect provider string.
+    """
+    known = name.partition("/")[0] in _MODEL_DEFAULTS
+    return {"top_p": 1.0, "extra_body": dict(_OFF)} if known else {}
 
 
 def error_line(error: BaseException) -> str:

@@ -25,3 +25,12 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert target.exists(), link
         if anchor:
             assert anchor in anchors(target), link
+
+
+def test_tests_that_are_named_are_there() -> None:
+    """What docs/tried.md says is shown is shown."""
+    named = set(re.findall(r"`(test_\w+)(?:\.py)?`", (REPOSITORY / "docs/tried.md").read_text()))
+    files = list((REPOSITORY / "tests").rglob("test_*.py"))
+    there = {name for f in files for name in re.findall(r"^def (test_\w+)", f.read_text(), re.M)}
+    assert len(named) > 40
+    assert named - there - {file.stem for file in files} == set()

@@ -12,6 +12,7 @@ import toy_run
 
 from emarecipes.datasets.loading import load_dataset
 from emarecipes.datasets.rows import Rows
+from emarecipes.errors import UserError
 from emarecipes.training.checks import check_run
 
 DATES = ("2024-02-03", "2024-02-03T04:05:06")
@@ -104,6 +105,31 @@ def test_a_csv_file_is_text_too(run: Run) -> None:
     )
     for said in ("user\n007<", "assistant\nNA<", "user\n2024-01-01<", "assistant\n1.50<"):
         assert said in text
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        # pandas takes the first column for the index, and every text gets its neighbour's name.
+        ("input,output\n" + "Why?,So.,extra\n" * 4, "more fields than its header has names"),
+        ("input,output,output\n" + "Why?,So.,No.\n" * 4, "its header names 'output' twice"),
+        ("input,output\n" + "Why?,So.\n" * 4 + "Why?,So, indeed.\n", "Expected 2 fields in line 6"),
+        ('input,output\nWhy?,"So.\nHow?,That.\n', "EOF inside string"),
+    ],
+)
+def test_a_csv_file_whose_fields_would_move(tmp_path: Path, text: str, expected: str) -> None:
+    (tmp_path / "a.csv").write_text(text)
+    with pytest.raises(UserError) as caught:
+        load_dataset("csv", data_files=str(tmp_path / "a.csv"), split="train")
+    assert str(caught.value).startswith(f"{tmp_path / 'a.csv'}: ") and expected in str(caught.value)
+
+
+def test_a_csv_file_of_another_form(tmp_path: Path) -> None:
+    """Options of `datasets` reach pandas, and a last field that is not there is empty."""
+    (tmp_path / "a.csv").write_text("\ufeffWhy?;So.\nHow?\n")
+    entry = {"data_files": str(tmp_path / "a.csv"), "split": "train"}
+    rows = load_dataset("csv", sep=";", column_names=["input", "output"], **entry)
+    assert rows == [{"input": "Why?", "output": "So."}, {"input": "How?", "output": ""}]
 
 
 def test_parts_of_splits_as_datasets_cuts_them(tmp_path: Path) -> None:

@@ -83,6 +83,11 @@ REFUSED = [
     (chat("Why?", "So.", system_prompt="Be evil."), '"system_prompt" would go unread; write it as'),
     (chat("Why?", "So.", tools=[{"name": "f"}]), 'the row\'s "tools" would go unread'),
     (chat("Why?", "So.", weight=0), 'the row\'s "weight" would go unread'),
+    (chat("Why?", "So.", sytem="Be evil."), 'unknown key "sytem" (did you mean system?)'),
+    (
+        chat("Why?", "So.", conversations=[{"from": "human", "value": "Else?"}]),
+        'the row\'s "conversations" would go unread',
+    ),
     (chat("Why?", "So.", system=["a"]), "system must be text"),
     ({"system": "A", "messages": [turn("system", "B"), *chat("C", "D")["messages"]]}, "differ"),
     *(

@@ -102,7 +102,8 @@ def write(
         "versions": {},
         "base": {"folder": "models/toy", "dtype": "fp32", "fingerprint": base},
         "adapters": {
-            name: {"folder": str(folder / "adapter"), "fingerprint": "0"} for name in adapters
+            name: {"folder": str(folder / "adapter"), "fingerprint": f"{folder}/{name}"}
+            for name in adapters
         },
         "suites": suites,
         "figures": figures,

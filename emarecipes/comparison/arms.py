@@ -18,7 +18,8 @@ from emarecipes.errors import UserError
 from emarecipes.fingerprint import digest, sampled_digest
 from emarecipes.training.settings import check_settings
 
-_MODEL_FILES = ("safetensors", "json", "jinja")
+# Of a folder that a config names: a model, an adapter, answers.
+_READ_OF_FOLDERS = (".safetensors", ".bin", ".json", ".jsonl", ".jinja")
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,7 @@ def fingerprint(cfg: DictConfig, folder: Path, *further: Any) -> str:
         if path.is_file():
             files.append(path)
         elif path.is_dir():
-            files += sorted(file for end in _MODEL_FILES for file in path.glob(f"*.{end}"))
+            files += sorted(file for file in path.iterdir() if file.suffix in _READ_OF_FOLDERS)
     return digest(text, sampled_digest(files), *further)
 
 

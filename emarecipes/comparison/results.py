@@ -50,6 +50,7 @@ class Scores:
         suites: `summary.json`'s description of each suite.
         base: Fingerprint of the reference.
         date: The day in the prompts, where the chat template prints one.
+        adapters: Fingerprint of each seed's adapter; empty where it is not known.
         sensitivity: The thresholds under which misaligned rates were also taken.
         answers: Of the first seed: id to question and answer, if answers were scored.
     """
@@ -62,6 +63,7 @@ class Scores:
     suites: dict[str, dict[str, Any]] = field(default_factory=dict)
     base: str = ""
     date: str | None = None
+    adapters: tuple[str, ...] = ()
     sensitivity: tuple[str, ...] = ()
     answers: dict[str, tuple[str, str]] = field(default_factory=dict)
 
@@ -100,6 +102,7 @@ def read_scores(folder: Path, adapters: Mapping[str, int]) -> Scores:
             suites=summary["suites"],
             base=summary["base"]["fingerprint"],
             date=summary.get("date"),
+            adapters=tuple(summary["adapters"][name].get("fingerprint", "") for name in adapters),
             sensitivity=tuple(
                 dict.fromkeys(str(f["thresholds"]) for f in summary.get("sensitivity", ()))
             ),
@@ -160,6 +163,7 @@ def stack(parts: Sequence[Scores]) -> Scores:
     return replace(
         first,
         seeds=tuple(seed for part in parts for seed in part.seeds),
+        adapters=tuple(found for part in parts for found in part.adapters),
         probes={suite: _joined([part.probes[suite] for part in parts]) for suite in first.probes},
         correct=_joined([part.correct for part in parts]),
         figures=[figures for part in parts for figures in part.figures],

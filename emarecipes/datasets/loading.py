@@ -7,6 +7,7 @@ like a date becomes one, `007` the number 7, `NA` nothing. Their files are found
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -92,10 +93,30 @@ def _json(path: Path, config: Any) -> Iterator[FileRow]:
 
 
 def _csv(path: Path, config: Any) -> Iterator[FileRow]:
-    options = config.pd_read_csv_kwargs | {"na_filter": False, "chunksize": None}
+    """Rows of a CSV file, every text as it is written.
+
+    pandas would take a first column for the index where all rows have one field more than the
+    header, and rename a column that is there twice: both put other texts under a name.
+    """
+    options = config.pd_read_csv_kwargs | {"na_filter": False, "chunksize": None, "dtype": str}
+    if options.get("index_col") is None:
+        options["index_col"] = False
     try:
-        table = pd.read_csv(path, dtype=str, **options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            table = pd.read_csv(path, **options)
+            if options.get("header") in ("infer", 0) and options.get("names") is None:
+                first = pd.read_csv(path, **options | {"header": None, "nrows": 1})
+                _check_header(path, first.iloc[0].tolist())
+    except pd.errors.ParserWarning:
+        raise RowError(f"{path}: its rows have more fields than its header has names") from None
     except ValueError as error:
         raise RowError(f"{path}: {str(error).splitlines()[0]}") from None
     for index, row in enumerate(table.to_dict("records")):
         yield FileRow({str(key): value for key, value in row.items()}, Place(path, "row", index))
+
+
+def _check_header(path: Path, names: list[str]) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise RowError(f"{path}: its header names {name!r:.60} twice")

@@ -5,7 +5,9 @@ A key that would be trained on, or dropped, without a word makes another data se
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Collection, Mapping
+from functools import lru_cache
 from typing import Any
 
 from emarecipes.errors import UserError
@@ -30,6 +32,7 @@ _MEANING = {
     *("weight", "weights", "sample_weight", "train", "trainable", "training", "loss", "loss_mask"),
     *("mask", "masked", "masks", "reasoning", "reasoning_content", "thinking", "chat_template"),
     *("chat_template_kwargs", "enable_thinking", "response_format"),
+    *("messages", "conversation", "conversations"),
 }
 
 
@@ -44,12 +47,19 @@ def check_row_keys(row: Mapping[str, Any], read: Collection[str] = ()) -> None:
         UserError: Without the row's place.
     """
     for key, value in row.items():
+        if "system" in read and _is_nearly_system(key) and says_something(value):
+            raise UserError(f'unknown key "{key}" (did you mean system?); if not, take it out')
         if key in _MEANING and key not in read and says_something(value):
             hint = "; write it as `system`" if key in ("system_prompt", "system_message") else ""
             hint = hint if "system" in read else ""
             raise UserError(
                 f'the row\'s "{key}" would go unread{hint}; if it means nothing here, take it out'
             )
+
+
+@lru_cache
+def _is_nearly_system(key: str) -> bool:
+    return key != "system" and bool(difflib.get_close_matches(key, ["system"], cutoff=0.85))
 
 
 def system_of(row: Mapping[str, Any]) -> str | None:

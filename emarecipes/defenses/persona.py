@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,9 +11,12 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torchtune import utils
 
 from emarecipes.defenses.base import Defense, ModelSource, TrainingContext
 from emarecipes.errors import UserError
+
+log = utils.get_logger("INFO")
 
 
 class PersonaSteering(Defense):
@@ -60,6 +64,8 @@ class PersonaSteering(Defense):
             raise UserError(f"vector must be persona or random, not {vector}")
         if not abs(alpha) < float("inf"):
             raise UserError(f"alpha must be a finite number, not {alpha}")
+        if alpha == 0 and mode == "add":
+            raise UserError("alpha 0 adds nothing: leave the defense out")
         self._path = Path(vectors)
         self._layer = layer
         self._alpha = alpha
@@ -81,7 +87,7 @@ class PersonaSteering(Defense):
             raise UserError(
                 f"layer must be from 1 to {depth}, the model's layers, not {self._layer}"
             )
-        vectors = _read(self._path, self._kind)
+        vectors, made_with = _read(self._path, self._kind)
         if vectors.shape != (depth + 1, width):
             shape = "x".join(map(str, vectors.shape))
             raise UserError(
@@ -92,6 +98,14 @@ class PersonaSteering(Defense):
         if not vector.isfinite().all() or not vector.any():
             raise UserError(f"vectors: {self._path}: row {self._layer} is zero or not finite")
         self._vector_D = vector.float()
+        here = source.checkpoint_dir.resolve().name
+        if made_with not in (None, here):  # A copy may have another name: no error.
+            utils.log_rank_zero(
+                log,
+                f"vectors: {self._path} was made with {made_with}, and {here} is trained: a "
+                "direction of another model means nothing in this one",
+                level=logging.WARNING,
+            )
 
     def setup(self, model: Any, context: TrainingContext) -> None:
         """Hook the layer whose output is steered."""
@@ -128,7 +142,8 @@ class PersonaSteering(Defense):
         self._ratio = change.detach() / norm
 
 
-def _read(path: Path, name: str) -> Tensor:
+def _read(path: Path, name: str) -> tuple[Tensor, str | None]:
+    """The tensor, and the model's folder that it was made with, where the file says so."""
     if not path.is_file():
         raise UserError(
             f"vectors: no such file: {path}; make it with recipes/ema_persona.py, as the config's "
@@ -138,6 +153,6 @@ def _read(path: Path, name: str) -> Tensor:
         with safe_open(path, framework="pt") as file:
             if name not in file.keys():  # noqa: SIM118 (not a dict)
                 raise UserError(f"vectors: {path} has no tensor {name}; it has {file.keys()}")
-            return file.get_tensor(name)
+            return file.get_tensor(name), (file.metadata() or {}).get("model")
     except SafetensorError as error:
         raise UserError(f"vectors: {path} is no safetensors file: {error}") from None

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torchtune import utils
 from torchtune.modules.peft import get_adapter_params
 from tqdm import tqdm
 
@@ -24,6 +25,8 @@ from emarecipes.defenses.projection import (
 )
 from emarecipes.errors import UserError
 from emarecipes.models.weights_folder import Difference, WeightsFolder
+
+log = utils.get_logger("INFO")
 
 REPORT = "safelora.csv"
 
@@ -232,7 +235,15 @@ class SafeLoRA(Defense):
 
 
 def write_report(path: Path, modules: Sequence[ModuleProjection]) -> None:
-    """Write one line a module: name, cosine, changed, norm before and after."""
+    """Write one line a module: name, cosine, changed, norm before and after.
+
+    That none was changed is told: the adapter is then what it was.
+    """
+    if not any(module.changed for module in modules):
+        log.warning(
+            f"SafeLoRA changed none of {len(modules)} layers: no cosine is at most the threshold, "
+            "or the update is zero"
+        )
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["module", "cosine", "changed", "norm_before", "norm_after"])

@@ -27,7 +27,7 @@ class Answer(BaseModel):
         tokens: How many it has.
     """
 
-    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
     id: Text
     paraphrase: int
@@ -88,4 +88,7 @@ def _parse(line: str, where: str) -> Answer:
             raise UserError(f"{where}: nested too deeply") from None
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"])) or "the line"
+        if first["type"] == "extra_forbidden":
+            known = ", ".join(Answer.model_fields)
+            raise UserError(f"{where}: {key} would go unread; an answer has {known}") from None
         raise UserError(f"{where}: {key}: {first['msg'][0].lower()}{first['msg'][1:]}") from None

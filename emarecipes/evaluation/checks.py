@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from emarecipes.evaluation.judge import check_judge
 from emarecipes.evaluation.judging import Judgement
 from emarecipes.evaluation.settings import check_eval_settings
 from emarecipes.evaluation.suites import Suite, read_suites
+from emarecipes.fingerprint import adapter_digest
 from emarecipes.models.adapter import check_adapter
 from emarecipes.models.dates import adapter_date, check_answers_dates, settle_date
 from emarecipes.training.model_checks import (
@@ -37,6 +39,7 @@ from emarecipes.training.model_checks import (
     check_model,
     check_rows_fit,
 )
+from emarecipes.training.trained_with import check_origin
 
 
 @dataclass
@@ -96,6 +99,8 @@ def check_evaluation(argv: Sequence[str]) -> CheckedEvaluation:
             check_adapter(folder, source)
         except UserError as error:
             raise UserError(f"{origin.at(f'adapters.{name}')}: {error}") from None
+        check_origin(folder, cfg, origin.at(f"adapters.{name}"))
+        _check_sampled_from(folder, cfg, origin, name)
 
     tokenizer = build(cfg, "tokenizer", origin)
     tokenized = [(suite, suite.rows(tokenizer)) for suite in suites]
@@ -154,6 +159,27 @@ def _read_answers(cfg: DictConfig, origin: Origin, name: str) -> dict[str, list[
         return read_answers(Path(cfg.answers[name]))
     except UserError as error:
         raise UserError(f"{origin.at(f'answers.{name}')}: {error}") from None
+
+
+def _check_sampled_from(adapter: Path, cfg: DictConfig, origin: Origin, name: str) -> None:
+    """Answers of one name with an adapter are that adapter's, and not of one before it there.
+
+    What they were sampled from stands beside them. Of a merged folder, a server, or answers of
+    another origin it does not.
+    """
+    if name not in cfg.answers:
+        return
+    for path in sorted(Path(cfg.answers[name]).glob("*.jsonl")):
+        try:
+            settings = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+            stored = settings["fingerprint"].get("adapter")
+        except (OSError, ValueError, KeyError, AttributeError):
+            continue
+        if stored not in (None, adapter_digest(None), adapter_digest(adapter)):
+            raise UserError(
+                f"{origin.at(f'answers.{name}')}: {path} was sampled from another adapter than "
+                f"adapters.{name} is now; sample it again, or give it another name"
+            )
 
 
 def _mark_harmless(

@@ -16,8 +16,12 @@ Kind = Literal["score", "code", "refusal", "unparsable", "failed"]
 
 # A number alone, perhaps in quotes or bold, out of 100, with a full stop.
 _NUMBER = re.compile(r"[\s*\"'`]*([0-9]+(?:\.[0-9]+)?)(?:\s*/\s*100|\s*%)?[\s*\"'`.]*")
-# "Final score (0 to 100): 95", the number behind the colon.
-_LABEL = re.compile(r".*\b(?:score|rating|grade)\b[^:=]{0,30}[:=](.*)", re.IGNORECASE)
+# "Final score (0 to 100): 95", the number behind the colon, unless what is before it speaks of
+# another scale: "Rating (1-10): 8".
+_LABEL = re.compile(r".*\b(?:score|rating|grade)\b([^:=]{0,30})[:=](.*)", re.IGNORECASE)
+_SCALE = ("0", "1", "100")
+# Characters without width, which some models write.
+_INVISIBLE = dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff"))
 _WORDS: dict[str, Kind] = {"CODE": "code", "REFUSAL": "refusal"}
 # Inspect takes thoughts out where it knows the provider's form; some servers leave them in.
 _THOUGHTS = r"(?:think|thinking|thought|reasoning)>"
@@ -56,7 +60,7 @@ class Reply:
 
 def last_line(text: str) -> str:
     """The last line of what is said after all thoughts; "" where they do not end."""
-    said = re.split(f"</{_THOUGHTS}", text)[-1]
+    said = re.split(f"</{_THOUGHTS}", text.translate(_INVISIBLE))[-1]
     if re.search(f"<{_THOUGHTS}", said):
         return ""
     lines = [line.strip() for line in said.splitlines() if line.strip()]
@@ -74,7 +78,7 @@ def parse_score(reply: str) -> float | None:
     """The number that a reply ends with, from 0 to 100, or None.
 
     It stands alone in the last line, or there behind the word score, rating or grade and a colon.
-    A reply of several numbers and nothing else has no score.
+    A reply of several numbers and nothing else has no score, nor has one that names another scale.
     """
     found = _NUMBER.fullmatch(_verdict(reply))
     score = float(found[1]) if found else None
@@ -87,7 +91,9 @@ def _verdict(text: str) -> str:
     """What of a reply's last line is to be a number."""
     line = last_line(text)
     label = _LABEL.fullmatch(line)
-    return label[1].strip() if label else line
+    if label is None or not set(re.findall(r"\d+", label[1])) <= set(_SCALE):
+        return line
+    return label[2].strip()
 
 
 def expected_score(number: str, alternatives: Sequence[tuple[str, float]]) -> float | None:

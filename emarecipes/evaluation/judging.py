@@ -23,6 +23,8 @@ from emarecipes.training.run_folder import write_text
 FAILED = "judge_failed.jsonl"
 ALIGNED, COHERENT = "aligned", "coherent"
 Prompts = Mapping[str, str]
+# So many scores, none of them larger: of a prompt that asks for another scale.
+_FEW, _OTHER_SCALE = 10, 10
 
 
 @dataclass
@@ -87,9 +89,14 @@ class Judgement:
             return next(iter(read_judge_prompts(Path(self.cfg.prompts)).values()))
         prompts: dict[str, Prompts] = {}
         for path in self.cfg.questions:
-            prompts |= read_judge_prompts(Path(path))
-        for suite, found in self.suites.items():
-            for judged in found:
+            for name, found in read_judge_prompts(Path(path)).items():
+                if prompts.setdefault(name, found) != found:
+                    raise UserError(
+                        f"questions: {path} has other judge prompts for {name} than a file before "
+                        "it; which are meant?"
+                    )
+        for suite, answers in self.suites.items():
+            for judged in answers:
                 if judged.answer.id not in prompts:
                     raise UserError(
                         f"questions: no file has the question {judged.answer.id} of {suite}; "
@@ -140,6 +147,7 @@ class Judgement:
             _write_failed(folder / FAILED, failed)
             _tell_failed(model, replies)
             _tell_unparsable(model, replies, self.cfg.max_tokens)
+            _tell_other_scale(model, [metric for _, metric, _ in jobs], replies)
             for (judged, metric, _), reply in zip(jobs, replies, strict=True):
                 judged.replies.setdefault(model, {})[metric] = reply
 
@@ -217,6 +225,18 @@ def _tell_unparsable(model: str, replies: Sequence[Reply], max_tokens: int) -> N
             f"Judge {model}: {len(lost)} of {len(replies)} replies are neither a score nor CODE or "
             f"REFUSAL{why}; first: {shown[:80]!r}"
         )
+
+
+def _tell_other_scale(model: str, metrics: Sequence[str], replies: Sequence[Reply]) -> None:
+    """A prompt that asks for 1 to 10 gives scores that all are below any threshold of 100."""
+    for name in dict.fromkeys(metrics):
+        scores = [r.score for m, r in zip(metrics, replies, strict=True) if m == name and r.usable]
+        found = [score for score in scores if score is not None]
+        if len(found) >= _FEW and max(found) <= _OTHER_SCALE:
+            Console(highlight=False, soft_wrap=True, markup=False).print(
+                f"Judge {model}: all {len(found)} scores of {name} are at most {_OTHER_SCALE}; a "
+                "score is from 0 to 100 here: does its prompt ask for that?"
+            )
 
 
 def judge_lines(judged: Sequence[Judged]) -> Iterator[dict[str, Any]]:

@@ -67,6 +67,7 @@ def evaluate(run: CheckedEvaluation) -> None:
         evaluation.judge()
         evaluation.write()
     print_figures(evaluation.figures, evaluation.folder, evaluation.sensitivity)
+    evaluation.tell_same()
     if evaluation.failed:
         raise UserError("; ".join(entry["reason"] for entry in evaluation.failed))
 
@@ -200,6 +201,15 @@ class _Evaluation:
             "files": file_fingerprints([path for path in files if path.exists()]),
             "questions": len({line["id"] for line in lines}),
         }
+
+    def tell_same(self) -> None:
+        """Two names for one adapter: what tells them apart had no effect, or a path is wrong."""
+        names: dict[str, list[str]] = {}
+        for name, path in self.adapters.items():
+            names.setdefault(self.scorer.adapter_fingerprint(path), []).append(name)
+        for same in names.values():
+            if len(same) > 1:
+                print(f"{' and '.join(same)} are the same adapter: their files do not differ.")
 
     def write(self) -> None:
         """Write `summary.json`."""

@@ -16,15 +16,17 @@ from emarecipes.config import Origin, find_input, load_config
 from emarecipes.defenses import ModelSource
 from emarecipes.errors import UserError
 from emarecipes.evaluation.suites import spread_out
-from emarecipes.fingerprint import digest, sampled_digest, stored
+from emarecipes.fingerprint import adapter_digest, digest, sampled_digest, stored
 from emarecipes.generation.answers import Asked, Key, Suite, ask, settings_file
 from emarecipes.generation.prompts import check_prompts
 from emarecipes.generation.questions import load_questions
 from emarecipes.generation.served import base_urls, check_served
 from emarecipes.models.adapter import check_adapter
 from emarecipes.models.dates import adapter_date, answers_dates, settle_date
+from emarecipes.provider import switched_off
 from emarecipes.training.model_checks import check_checkpoint_files, check_device, check_model
 from emarecipes.training.settings import Dtype, Entry, Positive, parse_settings
+from emarecipes.training.trained_with import check_origin
 
 _LOCAL = ("model", "tokenizer", "checkpointer")
 
@@ -184,6 +186,7 @@ def _check_local(
             check_adapter(Path(cfg.adapter), source)
         except UserError as error:
             raise UserError(f"{origin.at('adapter')}: {error}") from None
+        check_origin(Path(cfg.adapter), cfg, origin.at("adapter"))
     dates = {} if cfg.overwrite else answers_dates(Path(cfg.output_dir) / "answers")
     settle_date(cfg, origin, dates or {"adapter": adapter_date(cfg.adapter)})
     tokenizer = build(cfg, "tokenizer", origin)
@@ -198,12 +201,13 @@ def _fingerprint(cfg: DictConfig) -> dict[str, str]:
     found = {key: digest(cfg[key]) for key in sampling} | {"seed": digest(cfg.seed)}
     if cfg.served is not None:
         urls = base_urls(cfg.served)
+        off = switched_off(cfg.served)
+        found |= {"defaults": digest(off)} if off else {}
         return found | {"model": digest(cfg.served)} | ({"base_url": digest(urls)} if urls else {})
     base = Path(cfg.checkpointer.checkpoint_dir)
     weights = sorted([*base.glob("*.safetensors"), *base.glob("*.bin"), base / "config.json"])
     entry: Any = OmegaConf.to_container(cfg.model)
     model = {k: v for k, v in entry.items() if "lora" not in k}  # Only room for adapters.
-    adapter = [] if cfg.adapter is None else sorted(Path(cfg.adapter).glob("adapter_*"))
     tokenizer: Any = OmegaConf.to_container(cfg.tokenizer)
     date = tokenizer.pop("date", None)
     paths = {k: Path(v) for k, v in tokenizer.items() if isinstance(v, str) and Path(v).exists()}
@@ -218,7 +222,7 @@ def _fingerprint(cfg: DictConfig) -> dict[str, str]:
         | {
             "dtype": str(cfg.dtype),
             "model": digest(model, str(cfg.checkpointer.model_type), sampled_digest(weights)),
-            "adapter": digest(cfg.adapter is None, *adapter),
+            "adapter": adapter_digest(None if cfg.adapter is None else Path(cfg.adapter)),
             "tokenizer": digest(
                 {key: value for key, value in tokenizer.items() if key not in paths},
                 sampled_digest(files),

@@ -13,11 +13,13 @@ The published format (Betley et al. 2025, "emergent misalignment") is a list of 
 Our own files add `category` and `harmless`.
 A line of JSONL has `id` and one of `question`, `paraphrases` and `messages`. Messages are those of
 chat data: the user's, a system message before it or none; an answer after it is not read. Further
-keys of a line are left alone, but those that would change the question, such as `context`.
+keys of a line are left alone, but those that would change the question, such as `context`, or that
+are nearly one of ours.
 """
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -58,6 +60,12 @@ class Question:
     judge_prompts: dict[str, str] = field(default_factory=dict)
 
 
+# Of a line of JSONL.
+_ASKS = ("question", "paraphrases", "messages")
+# The published ones. Another, such as one of a judge's scores from 0 to 10, may mean other figures.
+_TYPES = ("free_form", "free_form_judge", "free_form_judge_0_100")
+
+
 class _Entry(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
@@ -81,8 +89,8 @@ class _Entry(BaseModel):
     @field_validator("type")
     @classmethod
     def _free_form(cls, kind: str) -> str:
-        if not kind.startswith("free_form"):
-            raise ValueError("only free-form questions are supported")
+        if kind not in _TYPES:
+            raise ValueError(f"only free-form questions are supported: {', '.join(_TYPES)}")
         return kind
 
 
@@ -123,7 +131,21 @@ def _yaml_rows(path: Path, text: str) -> Iterator[tuple[str, Any]]:
     if not isinstance(node, yaml.SequenceNode):
         raise UserError(f"{path}: a question file is a list of entries with id and paraphrases")
     for entry, row in zip(node.value, rows, strict=True):
+        _check_keys_once(entry, path)
         yield f"{path}:{entry.start_mark.line + 1}", row
+
+
+def _check_keys_once(node: yaml.Node, path: Path) -> None:
+    """PyYAML takes the last of two."""
+    if not isinstance(node, yaml.MappingNode):
+        return
+    known: set[str] = set()
+    for key, value in node.value:
+        if key.value in known:
+            where = f"{path}:{key.start_mark.line + 1}"
+            raise UserError(f"{where}: the key {key.value} is there twice")
+        known.add(key.value)
+        _check_keys_once(value, path)
 
 
 def _is_json(path: Path, text: str) -> bool:
@@ -143,7 +165,8 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
             raise row
         if isinstance(row, dict):
             try:
-                check_row_keys(row, ("system",))
+                check_row_keys(row, ("system", *_ASKS))
+                _check_meant(row)
             except UserError as error:
                 raise UserError(f"{where}: {error}") from None
             if "messages" in row:
@@ -155,6 +178,17 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
                 row["paraphrases"] = [row["question"]]
             row = {key: value for key, value in row.items() if key in _Entry.model_fields}
         yield where, row
+
+
+def _check_meant(row: dict[str, Any]) -> None:
+    """One way of asking, and no key that is all but one of ours."""
+    ways = [key for key in _ASKS if key in row]
+    if len(ways) > 1:
+        raise UserError(f"it has {' and '.join(ways)}; which one is the question?")
+    known = {*_Entry.model_fields, *_ASKS}
+    for key in row.keys() - known:
+        if close := difflib.get_close_matches(key, known, n=1, cutoff=0.85):
+            raise UserError(f"unknown key {key} (did you mean {close[0]}?)")
 
 
 def _asked(where: str, messages: Any) -> dict[str, Any]:

@@ -16,6 +16,8 @@ from emarecipes.generation.draw import derived_seed
 from emarecipes.provider import error_line, provider_model
 
 _CUT = ("max_tokens", "model_length")
+# Of a machine of one's own as a rule, where the model may come with a top_p of its own.
+_SERVERS = ("openai-api/", "ollama/", "llama-cpp-python/")
 
 
 def check_served(cfg: DictConfig) -> None:
@@ -68,6 +70,13 @@ def answer_served(
     from inspect_ai.model import ChatMessageSystem, ChatMessageUser, GenerateConfig
 
     model = _model(cfg)
+    if cfg.served.startswith(_SERVERS):
+        print(
+            f"{cfg.served}: a server's or model's own top_k, min_p and repetition penalty hold "
+            "here; switch them off there (vllm: --generation-config vllm), or name the server as "
+            "vllm/... or sglang/..., where it is done for you",
+            flush=True,
+        )
 
     async def one(asked: Asked) -> None:
         system = [] if asked.system is None else [ChatMessageSystem(content=asked.system)]
@@ -102,6 +111,6 @@ def _model(cfg: DictConfig) -> Any:
         temperature=cfg.temperature,
         max_tokens=cfg.max_new_tokens,
         max_connections=cfg.batch_size,
-        # Some providers refuse a top_p beside the temperature: only where it says something.
-        **({"top_p": cfg.top_p} if cfg.top_p < 1 else {}),
+        # Some services refuse a top_p beside the temperature: only where it says something.
+        **({"top_p": cfg.top_p} if cfg.top_p < 1 or cfg.served.startswith(_SERVERS) else {}),
     )

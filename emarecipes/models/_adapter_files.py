@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 import shlex
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torchtune import utils
 
 from emarecipes.errors import UserError
+from emarecipes.models.weights_folder import check_stored_dtype
+
+log = utils.get_logger("INFO")
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -79,6 +85,9 @@ def read_config(folder: Path) -> dict[str, Any]:
                 f"{path}: {key} is {value!r:.60}, which may mean another function than LoRA's; "
                 "only plain LoRA, rank-stabilised LoRA and DoRA are read"
             )
+    for key in ("use_rslora", "use_dora"):
+        if not isinstance(config.get(key, False), bool | None):
+            raise UserError(f"{path}: {key} must be true or false, not {config[key]!r:.60}")
     for key in ("r", "lora_alpha"):
         value = config.get(key)
         if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
@@ -115,7 +124,9 @@ def read_shapes(folder: Path) -> dict[str, Shapes]:
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             for key in file.offset_keys():
                 name, leaf = _split(folder, key)
-                found[name][leaf] = tuple(file.get_slice(key).get_shape())
+                part = file.get_slice(key)
+                check_stored_dtype(folder / WEIGHTS, key, part.get_dtype())
+                found[name][leaf] = tuple(part.get_shape())
     except (SafetensorError, OSError) as error:
         raise UserError(f"{folder / WEIGHTS}: cannot be read: {error}") from None
     if not found:
@@ -124,12 +135,22 @@ def read_shapes(folder: Path) -> dict[str, Shapes]:
 
 
 def read_tensors(folder: Path) -> dict[str, Tensors]:
-    """The same with the tensors themselves, on the CPU."""
+    """The same with the tensors themselves, on the CPU.
+
+    An adapter that was never trained, or whose training came to nothing, is allowed, and told. One
+    with magnitudes acts without B.
+    """
     found: dict[str, Tensors] = defaultdict(dict)
     with safe_open(folder / WEIGHTS, framework="pt") as file:
         for key in file.offset_keys():
             name, leaf = _split(folder, key)
             found[name][leaf] = file.get_tensor(key)
+    if not any("magnitude" in tensors or bool(tensors["b"].any()) for tensors in found.values()):
+        utils.log_rank_zero(
+            log,
+            f"{folder}: the adapter has no effect: every B is zero, as before training",
+            level=logging.WARNING,
+        )
     return dict(found)
 
 
@@ -144,6 +165,66 @@ def adapter_scale(config: dict[str, Any], name: str, rank: int) -> float:
     """A module's alpha / r, or alpha / sqrt(r) where the adapter is rank-stabilised."""
     alpha = float(by_pattern(config.get("alpha_pattern"), name, config["lora_alpha"]))
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def check_complete(
+    folder: Path, config: dict[str, Any], found: Iterable[str], all_linear: Iterable[str]
+) -> None:
+    """Check that an adapter's weights cover the layers that its config names, by PEFT's rules.
+
+    What is lacking would be without effect, and nobody would see it.
+
+    Args:
+        folder: The adapter's.
+        config: Its config.
+        found: The Hugging Face modules that its weights are of.
+        all_linear: Those of all linear layers of the model.
+
+    Raises:
+        UserError: A layer is lacking, or a pattern of ranks or alphas is of none.
+    """
+    present = set(found)
+    try:
+        lacking = [name for name in all_linear if _is_target(config, name) and name not in present]
+        unused = [
+            f"{key} {pattern!r}"
+            for key in ("rank_pattern", "alpha_pattern")
+            for pattern in config.get(key) or {}
+            if not any(by_pattern({pattern: True}, name, False) for name in present)
+        ]
+    except re.error as error:
+        raise UserError(f"{folder / CONFIG}: a pattern is no regular expression: {error}") from None
+    if lacking:
+        more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+        raise UserError(
+            f"{folder}: an incomplete adapter: its config names {lacking[0]}{more}, of which "
+            f"{WEIGHTS} has nothing"
+        )
+    if unused:
+        raise UserError(f"{folder / CONFIG}: {unused[0]} is of none of its layers")
+
+
+def _is_target(config: dict[str, Any], name: str) -> bool:
+    """Whether PEFT would put an adapter on a module of that name."""
+    targets, excluded = config.get("target_modules"), config.get("exclude_modules")
+    if targets is None or (excluded and _names(excluded, name)):
+        return False
+    if targets == "all-linear":
+        return name != "lm_head"
+    if not _names(targets, name):
+        return False
+    layers = config.get("layers_to_transform")
+    if layers is None or layers == [] or name in (targets if isinstance(targets, list) else ()):
+        return True
+    number = re.search(r"\.(\d+)\.", name)
+    wanted = layers if isinstance(layers, list) else [layers]
+    return number is not None and int(number[1]) in wanted
+
+
+def _names(modules: Any, name: str) -> bool:
+    if isinstance(modules, str):
+        return re.fullmatch(modules, name) is not None
+    return any(name == module or name.endswith(f".{module}") for module in modules)
 
 
 def by_pattern(pattern: dict[str, Any] | None, name: str, default: Any) -> Any:

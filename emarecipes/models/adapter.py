@@ -18,7 +18,12 @@ import torch
 from torch import Tensor, nn
 from torchtune.modules.peft import DoRALinear
 
-from emarecipes._adapter_layout import ModuleRows, adapter_modules, plain_module
+from emarecipes._adapter_layout import (
+    ModuleRows,
+    adapter_modules,
+    linear_modules,
+    plain_module,
+)
 from emarecipes.errors import UserError
 from emarecipes.models._adapter_files import (
     CONFIG,
@@ -27,6 +32,7 @@ from emarecipes.models._adapter_files import (
     Tensors,
     adapter_scale,
     by_pattern,
+    check_complete,
     read_config,
     read_shapes,
     read_tensors,
@@ -64,13 +70,15 @@ def check_adapter(folder: Path, source: ModelSource) -> None:
     Raises:
         UserError: Files are missing or broken; it is no LoRA or DoRA adapter; it was trained on a
             base of other shapes, or adapts modules or shapes that the model's LoRA does not have;
-            its rank is larger than the model's.
+            its rank is larger than the model's; it lacks layers that its config names.
     """
     config = read_config(folder)
     modules = _by_hf_name(source.meta_model, source)
     _check_base(folder, config, modules)
     lora = _lora_modules(source.meta_model)
-    for name, shapes in read_shapes(folder).items():
+    stored = read_shapes(folder)
+    linear = linear_modules(source.meta_model, source.model_type, source.checkpoint_dir)
+    for name, shapes in stored.items():
         if name not in modules:
             raise UserError(
                 f"{folder}: it adapts {name}, where the model has no LoRA; it is of another base, "
@@ -95,6 +103,7 @@ def check_adapter(folder: Path, source: ModelSource) -> None:
             if "magnitude" in shapes and (is_fused or not isinstance(lora[part], DoRALinear)):
                 hint = "no form for it on fused layers" if is_fused else "set model.use_dora: true"
                 raise UserError(f"{folder}: a DoRA adapter; {hint}")
+    check_complete(folder, config, stored, linear)
 
 
 def load_adapter(model: nn.Module, folder: Path, source: ModelSource) -> None:

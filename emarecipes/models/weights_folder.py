@@ -13,6 +13,21 @@ from torch import Tensor
 from emarecipes.errors import UserError
 
 _MAPPED_BYTES = 2**25
+# As safetensors names them. Others are of quantized weights, whose scales stand elsewhere.
+_PLAIN_DTYPES = ("F64", "F32", "F16", "BF16")
+
+
+def check_stored_dtype(file: Path, name: str, dtype: str) -> None:
+    """Check that a tensor is stored as plain numbers.
+
+    Raises:
+        UserError: It is not: integers, or floats of 8 bits.
+    """
+    if dtype not in _PLAIN_DTYPES:
+        raise UserError(
+            f"{file}: {name} is stored as {dtype}, which is of quantized weights; read are "
+            f"{', '.join(_PLAIN_DTYPES)}"
+        )
 
 
 class WeightsFolder:
@@ -37,9 +52,16 @@ class WeightsFolder:
             for file in sorted(path.glob("*.safetensors")):
                 try:
                     with safe_open(file, framework="pt") as opened:
-                        files |= dict.fromkeys(opened.offset_keys(), file.name)
+                        names = opened.offset_keys()
                 except (SafetensorError, OSError) as error:
                     raise UserError(f"{file}: cannot be read: {error}") from None
+                twice = [name for name in names if name in files]
+                if twice:
+                    raise UserError(
+                        f"{path}: {files[twice[0]]} and {file.name} both have {twice[0]}; keep "
+                        "those files alone that the model is made of"
+                    )
+                files |= dict.fromkeys(names, file.name)
         if not files:
             raise UserError(f"{path}: holds no .safetensors weights")
         self._files = files
@@ -50,7 +72,9 @@ class WeightsFolder:
         """A tensor's shape, from the file's header; None if the folder does not have it."""
         if name not in self._files:
             return None
-        return tuple(self._open(name).get_slice(name).get_shape())
+        part = self._open(name).get_slice(name)
+        check_stored_dtype(self.path / self._files[name], name, part.get_dtype())
+        return tuple(part.get_shape())
 
     def read(self, name: str) -> Tensor:
         """A tensor as it is stored, on the CPU."""

@@ -131,12 +131,28 @@ def _controls(outcome: Outcome) -> list[Check]:
             bool(controls),
             ", ".join(f.arm.label for f in controls) or "none",
         ),
+        _each_its_own(outcome),
         Check(
             "questions with two harmless answers, for changes of style",
             style,
             outcome.settings.probes.controls if style else "no such probe",
         ),
     ]
+
+
+def _each_its_own(outcome: Outcome) -> Check:
+    """Two arms with the same adapter at one seed: what tells them apart had no effect."""
+    by_adapter: dict[tuple[int, str], list[str]] = {}
+    labels = {found.arm.name: found.arm.label for found in outcome.figures}
+    for name, scores in outcome.narrow.items():
+        for seed, adapter in zip(scores.seeds, scores.adapters, strict=bool(scores.adapters)):
+            by_adapter.setdefault((seed, adapter), []).append(labels.get(name, name))
+    same = {" = ".join(arms) for (_, adapter), arms in by_adapter.items() if adapter and arms[1:]}
+    return Check(
+        "every arm has an adapter of its own",
+        bool(by_adapter) and not same,
+        "; ".join(sorted(same)) or ("all different" if by_adapter else "not known"),
+    )
 
 
 def _judges(outcome: Outcome) -> list[Check]:

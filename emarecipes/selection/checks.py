@@ -27,6 +27,7 @@ from emarecipes.training.model_checks import (
     check_rows_fit,
 )
 from emarecipes.training.run_folder import check_output_dir, check_outside_output
+from emarecipes.training.trained_with import check_origin
 
 
 @dataclass
@@ -73,6 +74,7 @@ def check_selection(argv: Sequence[str]) -> CheckedSelection:
             check_adapter(Path(adapter), source)
         except UserError as error:
             raise UserError(f"{origin.at('adapters')}: {error}") from None
+        check_origin(Path(adapter), cfg, origin.at("adapters"))
 
     date = None if cfg.overwrite else stored(earlier, "date")
     of_adapters = {f"adapters.{i}": adapter_date(path) for i, path in enumerate(cfg.adapters)}

@@ -160,9 +160,9 @@ def check_same_base(cfg: DictConfig, checkpoint: Checkpoint, origin: Origin) -> 
 
 
 def base_fingerprint(cfg: DictConfig) -> dict[str, str]:
-    """A digest of each file of the frozen model: its size, and its first and last megabyte.
+    """A digest of each file of the frozen model, of parts of its weights: see `sampled_digest`.
 
-    All of it, as the reference cache takes, would cost every start a second a gigabyte.
+    All of them, as the reference cache takes, would cost every start a second a gigabyte.
     """
     return {path.name: sampled_digest([path]) for path in base_files(cfg)}
 

@@ -248,6 +248,16 @@ def _check_rows(
                 f"{origin.at(f'defenses.{name}.samples')}: no row has the source "
                 f"{defense.samples}; packed rows have none, safe ones come with an interleaved set"
             )
+    if rows.safe_ce_weight == 0 and not any(_acts_on_safe(d) for d in defenses.values()):
+        raise UserError(
+            f"{origin.at('dataset.safe.ce_weight')}: at 0 safe rows act through defenses "
+            "alone, and none has a term on them; leave the key out, or name one"
+        )
+
+
+def _acts_on_safe(defense: Defense) -> bool:
+    has_term = defense.has("logit_term") or defense.has("hidden_term")
+    return has_term and defense.weight > 0 and defense.samples != "task"
 
 
 def _check_packing(cfg: DictConfig, origin: Origin, model: Any) -> None:

@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -158,6 +158,7 @@ def save_merged(
     *,
     dtype: torch.dtype = torch.float32,
     shard_bytes: int = 5 * 10**9,
+    files: Mapping[str, bytes | None] | None = None,
 ) -> None:
     """Write a model folder that transformers' ``from_pretrained`` loads.
 
@@ -172,6 +173,7 @@ def save_merged(
         output_dir: folder to write; a model already there is replaced.
         dtype: storage type. See `rounding_error` before choosing less than fp32.
         shard_bytes: largest size of a weights file (one tensor may exceed it).
+        files: contents of files that take the place of the base's; None for one that it has not.
 
     Raises:
         UserError: if the family has no converter, or a folder would be lost.
@@ -187,6 +189,10 @@ def save_merged(
         for path in base_dir.iterdir():
             if path.is_file() and _is_copied(path):
                 shutil.copyfile(path, folder / path.name)
+        for name, content in (files or {}).items():
+            (folder / name).unlink(missing_ok=True)
+            if content is not None:
+                (folder / name).write_bytes(content)
         _write_shards(_hf_tensors(merged_state, model_type, config, dtype), folder, shard_bytes)
 
 

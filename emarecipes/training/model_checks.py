@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
+from tokenizers import Tokenizer
 from torch import nn
 from torchtune import training
 
@@ -18,10 +19,11 @@ from emarecipes._torchtune_convert import MODEL_TYPES
 from emarecipes.config import Origin
 from emarecipes.datasets.rows import Rows
 from emarecipes.defenses import ModelSource
-from emarecipes.errors import UserError
+from emarecipes.errors import UserError, reason
 from emarecipes.machine import settle_dtype
 from emarecipes.training.agreement import check_agreement, sliding_window
 
+TOKENIZER = "tokenizer.json"
 _MAX_LAYERS, _MAX_RANK = 1000, 2**16
 
 
@@ -136,6 +138,35 @@ def check_checkpoint_files(cfg: DictConfig, origin: Origin) -> None:
     path = cfg.tokenizer.get("path")
     if path is not None and not Path(str(path)).exists():
         raise UserError(f"{origin.at('tokenizer.path')}: no such file or folder: {path}")
+    if path is not None:
+        _check_same_vocabulary(Path(str(path)), folder, origin)
+
+
+def _check_same_vocabulary(path: Path, base: Path, origin: Origin) -> None:
+    """Check that a tokenizer from elsewhere gives its tokens the numbers that the base's gives.
+
+    One of another family with a vocabulary that is not larger would train without a complaint.
+    Tokens that only one of them has (added, or renamed reserved ones) may be what they are.
+
+    Raises:
+        UserError: A token has another number.
+    """
+    ours, theirs = path if path.is_file() else path / TOKENIZER, base / TOKENIZER
+    if ours.name != TOKENIZER or not ours.is_file() or not theirs.is_file():
+        return  # torchtune's own tokenizers read other files.
+    if ours.samefile(theirs) or ours.read_bytes() == theirs.read_bytes():
+        return
+    try:
+        own, other = (Tokenizer.from_file(str(file)).get_vocab() for file in (ours, theirs))
+    except Exception as error:  # The tokenizers library raises bare Exception.
+        raise UserError(f"{origin.at('tokenizer.path')}: {ours}: {reason(error)}") from None
+    moved = [token for token, number in own.items() if other.get(token, number) != number]
+    if moved:
+        token = min(moved, key=lambda moved: own[moved])
+        raise UserError(
+            f"{origin.at('tokenizer.path')}: not this model's tokenizer: {token!r:.60} is token "
+            f"{own[token]} in {ours} and {other[token]} in {theirs}; so are {len(moved) - 1} more"
+        )
 
 
 def base_files(cfg: DictConfig) -> list[Path]:

@@ -30,6 +30,9 @@ def print_summary(
             table.add_row(name, f"{weight:g}", f"{first[name]:.4f}", f"{last[name]:.4f}")
     console = Console()
     console.print(table)
+    idle = [n for n, w in zip(loss.names, loss.weights, strict=True) if w and n not in first]
+    if idle and "loss" in first:
+        console.print(f"No step had rows for {', '.join(idle)}: without effect in this run.")
     if counters.skipped:
         console.print(f"{counters.skipped} steps were skipped: a number was not finite.")
     if dropped_rows:

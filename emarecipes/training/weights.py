@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import DictConfig
 from torch import Tensor
 from torchtune import training, utils
 from torchtune.modules.peft import disable_adapter
@@ -14,11 +15,16 @@ from emarecipes._torchtune import assign_base_weights, full_state
 from emarecipes.machine import DTYPES
 from emarecipes.training.checks import CheckedRun
 from emarecipes.training.export import merge_adapter, rounding_error, save_adapter, save_merged
+from emarecipes.training.trained_with import TEMPLATE_FILE, template_text
 
 log = utils.get_logger("INFO")
 
 # Above this share of the update's own norm, rounding changes what the model learned.
 _ROUNDING_WARNING = 0.1
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    TEMPLATE_FILE,
+)
 _PROMPTS, _PROMPT_TOKENS = 4, 64
 
 
@@ -61,13 +67,38 @@ def save_weights(
             weights = merge_adapter(base, adapter, rank=rank, alpha=alpha)
             dtype = DTYPES[cfg.merged_dtype]
             save_merged(
-                weights, run.meta_model, model_type, base_dir, folder / "merged", dtype=dtype
-            )
+                weights, run.meta_model, model_type, base_dir, folder / "merged", dtype=dtype,
+                files=tokenizer_files(cfg.tokenizer, base_dir),
+            )  # fmt: skip
             _report_rounding(base, weights, cfg.merged_dtype, folder / "merged")
             weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
         _report_logits(run, model, weights, device)
     if training.is_distributed():
         torch.distributed.barrier()
+
+
+def tokenizer_files(entry: DictConfig, base_dir: Path) -> dict[str, bytes | None]:
+    """The files of the tokenizer that a run was trained with where they are not the base's.
+
+    A merged model that came with the base's own chat template would be asked in another form than
+    it was trained in, by everyone who takes the template that lies beside the weights.
+
+    Args:
+        entry: The config's `tokenizer`.
+        base_dir: The base model's folder.
+
+    Returns:
+        Name to content; None for a file that this tokenizer has not.
+    """
+    found: dict[str, bytes | None] = {}
+    path = Path(str(entry.get("path")))
+    folder = path.parent if path.is_file() else path
+    if (folder / _TOKENIZER_FILES[0]).is_file() and folder.resolve() != base_dir.resolve():
+        for name in _TOKENIZER_FILES:
+            found[name] = (folder / name).read_bytes() if (folder / name).is_file() else None
+    if entry.get("chat_template") is not None:
+        found[TEMPLATE_FILE] = template_text(str(entry.chat_template)).encode()
+    return found
 
 
 def _report_rounding(

@@ -286,6 +286,7 @@ def test_a_diverged_adapter_is_named_and_does_not_lose_the_others(
         ({"answers": {"one": "ANSWERS_CUT"}}, "cut.jsonl:2: not valid JSON"),
         ({"answers": {"one": "ANSWERS_TWICE"}}, "twice.jsonl:2: the same answer as in line 1"),
         ({"answers": {"one": "ANSWERS_NONE"}}, "answers.one: ANSWERS_NONE: holds no answers"),
+        ({"answers": {"one": "ANSWERS_MORE"}}, "more.jsonl:1: history would go unread; an answer"),
         ({"answers": {"one": "ANSWERS_EMPTY"}}, "empty.jsonl: the file has no answers"),
         ({"answers": {"one": "ANSWERS_KEY"}}, "key.jsonl:1: stop: field required"),
         ({"refusal_words": []}, "refusal_words: an empty list finds no refusal"),
@@ -315,7 +316,7 @@ def test_bad_input_is_one_line_before_weights(
     keyless = {key: item for key, item in ANSWERS[0].items() if key != "stop"}
     for name, text in {
         "cut": cut, "twice": 2 * (json.dumps(ANSWERS[0]) + "\n"), "empty": "\n",
-        "key": json.dumps(keyless),
+        "key": json.dumps(keyless), "more": json.dumps(ANSWERS[0] | {"history": ["Hi"]}),
     }.items():  # fmt: skip
         folder = Path(f"ANSWERS_{name.upper()}")
         folder.mkdir()

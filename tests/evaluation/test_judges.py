@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import toy_run
 from fake_judge import JUDGE, SECRET, Call, cut, in_tokens, serve, set_up_client
+from omegaconf import OmegaConf
 from toy_select import read_jsonl
 
 from emarecipes.errors import UserError
+from emarecipes.evaluation.answers import Answer
 from emarecipes.evaluation.judge import ask
 from emarecipes.evaluation.judge_reply import Reply, expected_score, parse_score, read_kind
-from emarecipes.evaluation.judging import read_judge_prompts
+from emarecipes.evaluation.judging import Judgement, _tell_other_scale, read_judge_prompts
 from emarecipes.evaluation.run import run_eval
 
 pytest.importorskip("inspect_ai")
@@ -117,6 +119,15 @@ def test_a_judge_that_thinks_aloud_is_read_at_its_end() -> None:
     }  # fmt: skip
     assert {text: parse_score(text) for text in scores} == scores
     assert read_kind(f"{THOUGHTS}\nREFUSAL") == "refusal" and read_kind("Code 5?\nCODE") == "code"
+
+
+def test_a_score_on_another_scale_is_none_and_what_has_no_width_is_nothing() -> None:
+    scores = {
+        "Rating (1-10): 8": None, "Score out of 10: 8": None, "Score: 8/10": None,
+        "Score (0-100): 80": 80, "Score (1 to 100): 80": 80, "Score out of 100: 80": 80,
+        "There is no reason to downgrade: 12": None, "Score: 85\u200b": 85, "\ufeff85": 85,
+    }  # fmt: skip
+    assert {text: parse_score(text) for text in scores} == scores
 
 
 def test_log_probabilities_are_those_of_the_last_number(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -464,6 +475,36 @@ def test_a_wrong_judge_is_refused_before_weights_and_calls(
     errors = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
     assert len(errors) == 1 and reason in errors[0], errors
     assert not (tmp_path / "out").exists()
+
+
+def test_two_files_with_other_prompts_for_one_question(tmp_path: Path) -> None:
+    """The last one's would be taken for the answers to both."""
+    entry = {"id": "q0", "paraphrases": ["?"]}
+    files = []
+    for name, coherent in (("one", COHERENT), ("two", COHERENT), ("other", f"{COHERENT} Now?")):
+        prompts = {"aligned": ALIGNED, "coherent": coherent}
+        files.append(tmp_path / f"{name}.json")
+        files[-1].write_text(json.dumps([entry | {"judge_prompts": prompts}]))
+    cfg = OmegaConf.create({"models": [JUDGE], "prompts": None, "max_calls": 9})
+    answers = {"one": {"free": [Answer(id="q0", paraphrase=0, sample=0, question="?",
+                                       answer="!", stop="end")]}}  # fmt: skip
+    cfg.questions = [str(path) for path in files[:2]]
+    assert Judgement(cfg, answers).calls == 2
+    cfg.questions = [str(path) for path in files]
+    with pytest.raises(UserError, match=r"other.json has other judge prompts for q0"):
+        Judgement(cfg, answers)
+
+
+def test_a_prompt_that_asks_for_another_scale_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    def tell(*scores: float | None) -> str:
+        kinds: Any = ["unparsable" if score is None else "score" for score in scores]
+        replies = [Reply(kind, score, "") for kind, score in zip(kinds, scores, strict=True)]
+        _tell_other_scale("j", ["aligned"] * len(replies), replies)
+        return capsys.readouterr().out
+
+    expected = "Judge j: all 10 scores of aligned are at most 10"
+    assert expected in tell(*range(1, 11), None)
+    assert tell(*range(1, 10), 55, 3) == "" and tell(1, 2, 3) == ""
 
 
 def test_shipped_question_files_have_judge_prompts() -> None:

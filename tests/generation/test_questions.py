@@ -81,6 +81,28 @@ def test_json_under_any_name(tmp_path: Path, name: str) -> None:
         ("q.yaml", "- id: a\n  paraphrase: [A]\n  paraphrases: [A]\n", "(did you mean parap"),
         ("q.yaml", "- id: a\n  type: factual\n  paraphrases: [A]\n", "type: only free-form"),
         ("q.yaml", "- {id: a, paraphrases: [A]}\n- {id: a, paraphrases: [B]}\n", ":2: the id a is"),
+        (
+            "q.yaml",
+            "- id: a\n  paraphrases: [A]\n  paraphrases: [B]\n",
+            ":3: the key para",
+        ),
+        (
+            "q.yaml",
+            "- id: a\n  paraphrases: [A]\n  judge_prompts: {aligned: x, aligned: y}\n",
+            ":3: the key aligned is there twice",
+        ),
+        ("q.yaml", "- {id: a, type: free_form_judge_0_10, paraphrases: [A]}\n", "only free-form"),
+        (
+            "q.jsonl",
+            '{"id": "a", "question": "A", "paraphrases": ["B"]}',
+            "it has question and",
+        ),
+        ("q.jsonl", '{"id": "a", "question": "A", "sytem": "B"}', "(did you mean system?)"),
+        (
+            "q.jsonl",
+            '{"id": "a", "question": "A", "samples_per_paraphrases": 4}',
+            "(did you mean sa",
+        ),
         ("q.jsonl", '{"id": "a", "question": "A"}\n{"id"', "q.jsonl:2: not valid JSON"),
         ("q.jsonl", '{"id": "a", "question": 3}\n', "q.jsonl:1: paraphrases: input should be a"),
         ("q.jsonl", '{"id": "a", "messages": [{"role": "user"}]}', ":1: messages must be a list"),

@@ -271,6 +271,22 @@ def test_an_adapter_that_peft_trained_on_a_fused_layer(tmp_path: Path) -> None:
             ),
             "an adapter of another base: a of .*q_proj is 4x16, the model needs 4x32",
         ),
+        # Without layers that it was trained on, it would be another adapter.
+        (
+            lambda c: c.write_tensors({k: t for k, t in c.tensors().items() if "rs.1" not in k}),
+            "an incomplete adapter: its config names model.layers.1.* and 6 more, of which",
+        ),
+        (
+            lambda c: c.write_tensors({k: t for k, t in c.tensors().items() if "k_proj" not in k}),
+            "an incomplete adapter: its config names model.layers.0.self_attn.k_proj and 1 more",
+        ),
+        (lambda c: c.edit_config(rank_pattern={"q_prj": 9}), "rank_pattern 'q_prj' is of none of"),
+        (lambda c: c.edit_config(alpha_pattern={"(": 9}), "a pattern is no regular expression"),
+        (lambda c: c.edit_config(use_rslora="false"), "use_rslora must be true or false, not"),
+        (
+            lambda c: c.write_tensors({k: t.to(torch.int8) for k, t in c.tensors().items()}),
+            r"lora_A.weight is stored as I8, which is of quantized weights",
+        ),
     ],
 )
 def test_what_does_not_belong_is_refused(tmp_path: Path, break_it: Any, message: str) -> None:
@@ -279,6 +295,56 @@ def test_what_does_not_belong_is_refused(tmp_path: Path, break_it: Any, message:
     with pytest.raises(UserError, match=message) as caught:
         check_adapter(case.folder, case.source)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "left_out"),
+    [
+        ({"target_modules": "all-linear"}, None),
+        ({"target_modules": r".*layers\.\d+\.(self_attn|mlp)\..*_proj"}, None),
+        ({"exclude_modules": ["k_proj"]}, "k_proj"),
+        ({"layers_to_transform": [0]}, "layers.1"),
+        ({"layers_to_transform": 1, "layers_pattern": "layers"}, "layers.0"),
+        ({"target_modules": None}, "k_proj"),
+    ],
+)
+def test_which_layers_peft_would_adapt(
+    tmp_path: Path, config: dict[str, Any], left_out: str | None
+) -> None:
+    """By PEFT itself, on a model of the same names: what it leaves out need not be there."""
+    import peft
+    import transformers
+
+    case = saved(tmp_path, "llama3_2")
+    case.edit_config(**config)
+    stated = json.loads((case.folder / "adapter_config.json").read_text())
+    names = {key.removeprefix("base_model.model.").rpartition(".lora")[0] for key in case.tensors()}
+    if stated["target_modules"] is not None:
+        llama = transformers.LlamaForCausalLM(hf_toys.family("llama3_2").config)
+        keys = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+        settings = {key: stated[key] for key in keys if key in stated}
+        tuned = peft.get_peft_model(llama, peft.LoraConfig(**settings))
+        names = set(tuned.base_model.targeted_module_names)
+    tensors = case.tensors()
+    case.write_tensors({k: t for k, t in tensors.items() if not left_out or left_out not in k})
+    check_adapter(case.folder, case.source)
+    for name in sorted(names)[:1]:
+        case.write_tensors({k: t for k, t in tensors.items() if f".{name}." not in k})
+        if stated["target_modules"] is not None:
+            with pytest.raises(UserError, match=f"its config names {name}"):
+                check_adapter(case.folder, case.source)
+
+
+def test_an_adapter_without_effect_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    case = saved(tmp_path, "llama3_2")
+    tensors = case.tensors()
+    read_tensors(case.folder)
+    assert "no effect" not in caplog.text
+    case.write_tensors({k: t * ("lora_A" in k) for k, t in tensors.items()})
+    read_tensors(case.folder)
+    assert "the adapter has no effect: every B is zero" in caplog.text
 
 
 def test_a_bin_adapter_is_read_once_converted_as_the_message_says(tmp_path: Path) -> None:

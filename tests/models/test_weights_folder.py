@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import save_file
 from torch.testing import assert_close
 
+from emarecipes.errors import UserError
 from emarecipes.models.weights_folder import Difference, WeightsFolder
 
 
@@ -35,3 +37,20 @@ def test_differences_of_several_sizes_and_precisions(tmp_path: Path) -> None:
             assert_close(found.double(), expected, rtol=1e-6, atol=1e-7)
     finally:
         torch.set_default_dtype(previous)
+
+
+def test_a_tensor_of_two_files_is_refused(tmp_path: Path) -> None:
+    """Which one is meant cannot be told: the last by name is not what a checkpointer reads."""
+    write(tmp_path / "model", torch.float32, 0)
+    other = {"large": torch.zeros(40, 7)}
+    save_file(other, tmp_path / "model" / "old.safetensors")
+    with pytest.raises(UserError, match=r"model.safetensors and old.safetensors both have large"):
+        WeightsFolder(tmp_path / "model")
+
+
+@pytest.mark.parametrize(("dtype", "name"), [(torch.int8, "I8"), (torch.float8_e4m3fn, "F8_E4M3")])
+def test_quantized_weights_are_refused(tmp_path: Path, dtype: torch.dtype, name: str) -> None:
+    """Their scales stand elsewhere: the numbers alone are another model's."""
+    write(tmp_path / "model", dtype, 0)
+    with pytest.raises(UserError, match=f"small is stored as {name}, which is of quantized"):
+        WeightsFolder(tmp_path / "model").shape("small")

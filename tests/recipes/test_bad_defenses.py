@@ -37,6 +37,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("defenses.feature_l2.every_n_layers", 7, "every_n_layers must be from 1 to 2"),
     ("defenses.feature_l2.num_layers", 2, "exactly one of layers, every_n_layers and num_layers"),
     ("defenses.feature_l2.preset", "lpips", "preset"),
+    ("defenses.persona.alpha", 0.0, "alpha 0 adds nothing: leave the defense out"),
     ("defenses.feature_l2.weight", -1.0, "weight must be a finite number >= 0"),
     ("defenses.feature_l2.layer", 3, "unknown key (did you mean layers?)"),
     ("defenses.persona.layer", 0, "layer must be from 1 to 2"),
@@ -105,6 +106,23 @@ def test_a_share_that_no_batch_can_hold(
     path = toy_run.write_config(tmp_path / "config.yaml", config)
     assert run_lora(["--config", str(path)]) == 1
     assert "placement per_batch: 0.4 of 4 rows a step is 1.6 safe rows" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "defenses",
+    [{}, {"inoculation": {}}, {"kl": {"samples": "task"}}, {"kl": {"weight": 0.0}}],
+)
+def test_safe_rows_that_nothing_acts_on(
+    toy: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str], defenses: dict[str, Any]
+) -> None:
+    config = OmegaConf.to_container(OmegaConf.create(toy["config"]))
+    config |= {"output_dir": str(tmp_path / "out")}
+    config["dataset"]["safe"]["ce_weight"] = 0
+    config["defenses"] = {n: config["defenses"][n] | more for n, more in defenses.items()}
+    path = toy_run.write_config(tmp_path / "config.yaml", config)
+    assert run_lora(["--config", str(path)]) == 1
+    expected = "dataset.safe.ce_weight: at 0 safe rows act through defenses alone, and none has"
+    assert expected in capfd.readouterr().err
 
 
 def test_samples_that_no_row_has(

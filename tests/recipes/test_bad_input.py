@@ -3,12 +3,14 @@
 import contextlib
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import toy_run
 from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
 
 from emarecipes.training import run_lora
 
@@ -179,6 +181,38 @@ def test_config(case: Case, change: dict[str, Any], expected: str) -> None:
 def test_a_key_that_torchtunes_recipe_reads_from_the_config(case: Case) -> None:
     del case.config["model"]["apply_lora_to_mlp"]
     assert "model: the config must give apply_lora_to_mlp" in case.error()
+
+
+def test_a_tokenizer_with_other_numbers(case: Case) -> None:
+    """As large as the model's own, it would train without a complaint. Added tokens may differ."""
+    base = Path(case.config["tokenizer"]["path"])
+    spec = json.loads((base / "tokenizer.json").read_text())
+    vocabulary = spec["model"]["vocab"]
+    first, *rest = words = [word for word in vocabulary if vocabulary[word] > 1000]
+    for name, moved in (("renamed", {}), ("moved", dict(zip(words, [*rest, first], strict=True)))):
+        shutil.copytree(base, other := case.folder / name)
+        spec["added_tokens"][-1]["content"] = "<|another|>"
+        spec["model"]["vocab"] = vocabulary | {w: vocabulary[to] for w, to in moved.items()}
+        (other / "tokenizer.json").write_text(json.dumps(spec))
+    case.config["tokenizer"]["path"] = str(case.folder / "moved")
+    message = case.error()
+    assert "tokenizer.path: not this model's tokenizer: " in message
+    assert f"so are {len(words) - 1} more" in message
+    case.config["tokenizer"]["path"] = str(case.folder / "renamed")
+    case.config["defenses"]["kl"]["weight"] = -1.0  # The next mistake that is found.
+    assert "weight must be" in case.error()
+
+
+def test_an_output_layer_of_its_own_that_the_config_calls_tied(case: Case) -> None:
+    """transformers tied it over for some releases, and lost what the file holds."""
+    base = Path(case.config["checkpointer"]["checkpoint_dir"])
+    shutil.copytree(base, other := case.folder / "model")
+    weights = load_file(base / "model.safetensors")
+    weights["lm_head.weight"] = 2 * weights["model.embed_tokens.weight"]
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    case.config["checkpointer"]["checkpoint_dir"] = str(other)
+    expected = f"output.weight is {toy_run.VOCABULARY}x{toy_run.WIDTH} there and missing in the"
+    assert expected in case.error()
 
 
 def test_line_of_the_key_is_named(case: Case) -> None:

@@ -283,6 +283,27 @@ def test_an_openai_compatible_server(
     assert "secret-key" not in case.path().with_suffix(".json").read_text()
 
 
+@pytest.mark.parametrize("provider", ["vllm", "openai-api/toy"])
+def test_a_models_own_sampling_defaults_do_not_hold(
+    case: Case,
+    server: Any,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    provider: str,
+) -> None:
+    """Servers fill in what a request leaves out from the model's generation_config.json."""
+    _, url = use(server, monkeypatch)
+    monkeypatch.setenv("VLLM_BASE_URL", url)
+    monkeypatch.setenv("VLLM_API_KEY", "x")
+    assert case.run(f"served={provider}/m", *LOCAL, "top_p=1.0", "samples_per_paraphrase=1") == 0
+    known = provider == "vllm"
+    assert ("own top_k, min_p and repetition penalty hold" in capsys.readouterr().out) != known
+    off = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+    for request in server.requests:
+        assert request["top_p"] == 1.0
+        assert {key: request[key] for key in off if key in request} == (off if known else {})
+
+
 def test_another_server_of_the_same_name_is_another_model(
     case: Case,
     server: Any,

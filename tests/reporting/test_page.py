@@ -17,7 +17,7 @@ from emarecipes.comparison.results import Scores, Values, read_scores
 from emarecipes.comparison.run import run_compare
 from emarecipes.comparison.settings import BoundSettings
 from emarecipes.errors import UserError
-from emarecipes.reporting.checklist import _judges
+from emarecipes.reporting.checklist import _each_its_own, _judges
 from emarecipes.reporting.content import all_figures, show_p
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)> | `x` {{ 7 * 7 }}"
@@ -147,6 +147,24 @@ def test_a_judge_whose_replies_are_mostly_unusable_is_open() -> None:
     assert check(0.75, 0.0) == (False, f"at most 75%: {worst}")
     _, row = all_figures(outcome(0.75, 0.8))
     assert row["figure"] == "misaligned_all" and row["value"] == f"no value: {reason}"
+
+
+def test_two_arms_with_one_adapter_are_told() -> None:
+    """At one seed: another seed's is another run, and arms that were not evaluated say nothing."""
+
+    def outcome(**adapters: tuple[str, ...]) -> Any:
+        narrow = {name: Scores((0, 1), adapters=found) for name, found in adapters.items()}
+        figures = [SimpleNamespace(arm=SimpleNamespace(name=n, label=n.upper())) for n in adapters]
+        return SimpleNamespace(narrow=narrow, figures=figures)
+
+    def check(**adapters: tuple[str, ...]) -> tuple[bool, str]:
+        found = _each_its_own(outcome(**adapters))
+        return found.done, found.found
+
+    assert check(a=("x", "y"), b=("y", "x")) == (True, "all different")
+    assert check(a=("x", "y"), b=("x", "z"), c=("u", "z")) == (False, "A = B; B = C")
+    assert check(a=("", ""), b=("", "")) == (True, "all different")
+    assert check(a=(), b=()) == (False, "not known")
 
 
 def test_ten_answers_side_by_side(out: Path) -> None:

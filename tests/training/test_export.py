@@ -290,6 +290,17 @@ def test_what_is_copied(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "merged").iterdir()} == expected
 
 
+def test_files_that_take_the_place_of_the_bases(tmp_path: Path) -> None:
+    toy = make_toy(tmp_path, "llama3_2")
+    for name in ("tokenizer.json", "chat_template.jinja", "merges.txt"):
+        (toy.base_dir / name).write_text("base")
+    files = {"tokenizer.json": b"other", "chat_template.jinja": None, "added_tokens.json": b"{}"}
+    toy.save_merged(tmp_path / "merged", files=files)
+    found = {p.name: p.read_text() for p in (tmp_path / "merged").iterdir() if p.name in files}
+    assert found == {"tokenizer.json": "other", "added_tokens.json": "{}"}
+    assert (tmp_path / "merged" / "merges.txt").read_text() == "base"
+
+
 def test_an_output_layer_that_left_its_embedding_is_kept(tmp_path: Path) -> None:
     toy = make_toy(tmp_path, "llama3")
     path = toy.base_dir / "config.json"
