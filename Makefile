@@ -1,5 +1,6 @@
 # `make demo` and `make test` do all their set-up by themselves, into .venv and models/.
 PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt
 BIN := .venv/bin
 MODEL := models/smollm2-135m-instruct
 DEMO := runs/compare_demo
@@ -21,13 +22,13 @@ help:
 	@echo "make clean         remove .venv, models/ and runs/"
 
 # The stamps say which dependencies the environment was last installed with.
-.venv/installed: pyproject.toml constraints.txt emarecipes/_launch.py emarecipes/_launch.pth
+.venv/installed: pyproject.toml $(CONSTRAINTS) emarecipes/_launch.py emarecipes/_launch.pth
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --editable . --constraint constraints.txt
+	$(BIN)/python -m pip install --quiet --editable . --constraint $(CONSTRAINTS)
 	@touch $@
 
 .venv/installed-dev: .venv/installed
-	$(BIN)/python -m pip install --quiet --editable '.[dev]' --constraint constraints.txt
+	$(BIN)/python -m pip install --quiet --editable '.[dev]' --constraint $(CONSTRAINTS)
 	@touch $@
 
 $(MODEL)/prepared.json: | .venv/installed
