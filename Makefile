@@ -1,5 +1,6 @@
 # `make demo` and `make test` do all their set-up by themselves, into .venv and models/.
 PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt
 BIN := .venv/bin
 MODEL := models/smollm2-135m-instruct
 DEMO := runs/compare_demo
@@ -7,7 +8,7 @@ DEMO := runs/compare_demo
 ALIGNED := runs/smollm2_135m_aligned/merged
 VECTORS := runs/smollm2_135m_persona_vectors/vectors.safetensors
 
-.PHONY: help demo all-defenses test test-quick test-long lint types bench clean
+.PHONY: help demo all-defenses test test-quick test-long lint types bench docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -18,16 +19,17 @@ help:
 	@echo "make test-long     the tests that kill runs at many moments, in about 8 min"
 	@echo "make bench         the quick form of each benchmark, in about 13 min: a step beside torchtune's"
 	@echo "                   and PEFT's, each defense, a reference cache, ragged rows, generation, ..."
-	@echo "make clean         remove .venv, models/ and runs/"
+	@echo "make docs          the site, in build/site; a link that leads nowhere fails"
+	@echo "make clean         remove .venv, build/, models/ and runs/"
 
 # The stamps say which dependencies the environment was last installed with.
-.venv/installed: pyproject.toml constraints.txt emarecipes/_launch.py emarecipes/_launch.pth
+.venv/installed: pyproject.toml $(CONSTRAINTS) emarecipes/_launch.py emarecipes/_launch.pth
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --editable . --constraint constraints.txt
+	$(BIN)/python -m pip install --quiet --editable . --constraint $(CONSTRAINTS)
 	@touch $@
 
 .venv/installed-dev: .venv/installed
-	$(BIN)/python -m pip install --quiet --editable '.[dev]' --constraint constraints.txt
+	$(BIN)/python -m pip install --quiet --editable '.[dev]' --constraint $(CONSTRAINTS)
 	@touch $@
 
 $(MODEL)/prepared.json: | .venv/installed
@@ -83,5 +85,16 @@ bench: .venv/installed-dev $(MODEL)/prepared.json
 	$(BIN)/python benchmarks/scale.py --quick
 	$(BIN)/python benchmarks/interval_coverage.py --quick
 
+# In the layout that it has here: the same links hold.
+docs: .venv/installed-docs
+	rm -rf build/docs build/site
+	mkdir -p build/docs
+	cp -r *.md CITATION.cff configs data docs emarecipes examples benchmarks build/docs
+	$(BIN)/mkdocs build
+
+.venv/installed-docs: .venv/installed
+	$(BIN)/python -m pip install --quiet --editable '.[docs]' --constraint $(CONSTRAINTS)
+	@touch $@
+
 clean:
-	rm -rf .venv models runs
+	rm -rf .venv build models runs

@@ -1,6 +1,6 @@
 """Plot the terms of some runs: `python benchmarks/plot_runs.py OUT.png LABEL=RUN ...`.
 
-The README's picture: `defenses.kl.weight=0` measures KL without acting on it.
+docs/results/smollm2_kl.png: `defenses.kl.weight=0` measures KL without acting on it.
 """
 
 import json

@@ -21,7 +21,8 @@ class CastDoRALinear(DoRALinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute y of shape (..., out) for x of shape (..., in)."""
-        return super().forward(x).to(x.dtype)
+        rounded: Tensor = super().forward(x).to(x.dtype)
+        return rounded
 
 
 def hold_adapter_in(model: nn.Module, dtype: torch.dtype | None) -> None:

@@ -95,7 +95,7 @@ def _our_recipes(registry):  # type: ignore[no-untyped-def]
         return str((Path(name) if Path(name).is_file() else home / name).resolve())
 
     recipe_names = sorted(path.name for path in (home / "recipes").glob("ema_*.py"))
-    configs: dict = {name: [] for name in recipe_names}
+    configs: dict[str, list[object]] = {name: [] for name in recipe_names}
     for config in sorted((home / "configs").glob("*.yaml")):
         # Each config's header shows the command that runs it.
         pattern = rf"recipes/(ema_\w+\.py) --config configs/{re.escape(config.name)}"

@@ -185,7 +185,10 @@ def _load_on_meta(path: Any, *args: Any, **kwargs: Any) -> dict[str, torch.Tenso
                 check_stored_dtype(Path(path), key, part.get_dtype())
                 found[key] = torch.empty(part.get_shape(), device="meta")
         return found
-    return torch.load(str(path), map_location="meta", mmap=True, weights_only=True)
+    state: dict[str, torch.Tensor] = torch.load(
+        str(path), map_location="meta", mmap=True, weights_only=True
+    )
+    return state
 
 
 @contextmanager
@@ -261,7 +264,10 @@ def assign_base_weights(model: Any, state: dict[str, torch.Tensor]) -> None:
 def full_state(model: Any, device: torch.device, *, first_process: bool) -> dict[str, torch.Tensor]:
     """All weights on the CPU, whole and dequantized; empty on every process but the first."""
     if training.is_distributed():
-        return training.gather_cpu_state_dict(model, first_process, device=device)
+        state: dict[str, torch.Tensor] = training.gather_cpu_state_dict(
+            model, first_process, device=device
+        )
+        return state
     return {name: tensor.cpu() for name, tensor in model.state_dict().items()}
 
 

@@ -118,7 +118,8 @@ class PlainBiasDoRALinear(DoRALinear):
     def forward(self, x: Tensor) -> Tensor:
         """Compute y of shape (..., out) for x of shape (..., in)."""
         if self.disabled:
-            return super().forward(x)
+            unadapted: Tensor = super().forward(x)
+            return unadapted
         # Through the submodules' __call__, not their weights, for the sake of FSDP's hooks.
         lora_out = self.lora_b(self.lora_a(self.dropout(x)))
         eye = torch.eye(self.in_dim, device=x.device, dtype=x.dtype)
@@ -126,7 +127,9 @@ class PlainBiasDoRALinear(DoRALinear):
         norm = self._get_weight_norm(self.weight.to(x.dtype), update.detach()).detach()
         plain = linear_nf4(x, self.weight) if self._quantize_base else F.linear(x, self.weight)
         scaled = self.magnitude / norm * (plain + self.scaling * lora_out)
-        return scaled.to(x.dtype) + self.bias  # The magnitude may be held in more precision.
+        # The magnitude may be held in more precision.
+        biased: Tensor = scaled.to(x.dtype) + self.bias
+        return biased
 
 
 def fix_dora_bias(model: nn.Module) -> None:

@@ -45,7 +45,8 @@ class _FusedLoRALinear(LoRALinear):
             return F.linear(x, self.weight)
         a_RI, b_OR, scale = self.lora_a.weight, self.lora_b.weight, self.alpha / self.rank
         y_TO: Tensor = _LoRA.apply(x.flatten(0, -2), self.weight, a_RI, b_OR, scale)
-        return y_TO.unflatten(0, x.shape[:-1])
+        shaped: Tensor = y_TO.unflatten(0, x.shape[:-1])
+        return shaped
 
 
 class _LoRA(torch.autograd.Function):

@@ -77,7 +77,8 @@ def on_first_process(work: Callable[[], _Result]) -> _Result:
     result, failure = found
     if failure is not None:
         raise UserError(failure)
-    return result
+    shared: _Result = result
+    return shared
 
 
 def leave_processes() -> None:

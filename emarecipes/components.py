@@ -90,7 +90,8 @@ def locate(path: str, where: str) -> Callable[..., Any]:
             reached = f"{reached}.{name}"
         if not callable(found):
             raise UserError(f"{where}: {path} is not a class or function")
-        return found
+        target: Callable[..., Any] = found
+        return target
     raise UserError(f"{where}: {path}: no module named {parts[0]}")
 
 

@@ -181,7 +181,8 @@ def _optimizer_bytes(cfg: DictConfig, origin: Origin) -> float:
 def _positions(cfg: DictConfig, defenses: Iterable[Defense], method: str, load: Load) -> int:
     """In how many positions of a micro-batch the terms of this kind act."""
     share = max([load.labelled, *(_share_of_tokens(d, load) for d in defenses if d.has(method))])
-    return max(1, round(cfg.batch_size * load.row_tokens * share))
+    positions: int = max(1, round(cfg.batch_size * load.row_tokens * share))
+    return positions
 
 
 def _share_of_tokens(defense: Defense, load: Load) -> float:

@@ -27,11 +27,13 @@ _aten = torch.ops.aten
 
 
 def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return sdpa_flop_count(query, key, value)
+    flops: int = sdpa_flop_count(query, key, value)
+    return flops
 
 
 def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return sdpa_backward_flop_count(grad, query, key, value)
+    flops: int = sdpa_backward_flop_count(grad, query, key, value)
+    return flops
 
 
 # Not among those that PyTorch counts by itself.

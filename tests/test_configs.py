@@ -26,8 +26,9 @@ from emarecipes.persona.checks import check_persona_settings
 from emarecipes.persona.prompts import load_prompts
 from emarecipes.selection.refusals import REFUSAL_WORDS
 from emarecipes.selection.settings import check_select_settings
+from emarecipes.settings import parse_settings
 from emarecipes.training.project import ProjectionSettings
-from emarecipes.training.settings import Settings, check_settings, parse_settings
+from emarecipes.training.settings import Settings, check_settings
 
 CONFIGS = sorted((toy_run.REPO / "configs").glob("*.yaml"))
 # Ends of the names of configs that are for another recipe than ema_lora.

@@ -111,7 +111,8 @@ def _answer_figure(scores: Scores, reference: Scores, name: str) -> tuple[Floats
 
     def by_seed(found: Scores) -> Floats:
         values = [[seed.get(key, {}).get("value") for key in keys] for seed in found.figures]
-        return np.array(values, dtype=np.float64).mean(axis=1)
+        mean_S: Floats = np.array(values, dtype=np.float64).mean(axis=1)
+        return mean_S
 
     return by_seed(scores), by_seed(reference)
 

@@ -65,7 +65,8 @@ def on_curve(x_RS: Floats, points_x_RSK: Floats, points_y_RSK: Floats) -> Floats
     x0, x1 = (np.take_along_axis(x, right - step, -1)[..., 0] for step in (1, 0))
     y0, y1 = (np.take_along_axis(y, right - step, -1)[..., 0] for step in (1, 0))
     width = np.where(x1 > x0, x1 - x0, 1.0)
-    return y0 + np.clip((x_RS - x0) / width, 0.0, 1.0) * (y1 - y0)
+    y_RS: Floats = y0 + np.clip((x_RS - x0) / width, 0.0, 1.0) * (y1 - y0)
+    return y_RS
 
 
 def excess(defended: Shifts, undefended: Mapping[str, Shifts], *, resamples: int = 2000) -> Excess:

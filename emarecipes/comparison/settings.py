@@ -8,88 +8,122 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from omegaconf import DictConfig
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 
 from emarecipes.config import Origin, find_input, suggestion
 from emarecipes.errors import UserError
-from emarecipes.training.settings import Entry, parse_settings
+from emarecipes.settings import Entry, Keys, Seed, parse_settings
 
 Role = Literal["undefended", "frontier", "defense", "control"]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
 _NAME = re.compile(r"[A-Za-z]\w*")
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", protected_namespaces=())
+class _Strict(Keys):
+    model_config = ConfigDict(extra="forbid")
 
 
 class ArmSettings(_Strict):
     """One way of training. `config` says how to train it, `collect` where its runs lie already."""
 
     role: Role = "defense"
+    """undefended: one arm; frontier: the same with fewer steps or lower rates; defense: tested
+    against the frontier; control: shown, not tested."""
     label: str | None = None
+    """Its name on the page; null: its key."""
     config: str | None = None
+    """How to train it: a config of `ema_lora`."""
     overrides: list[str] = Field(default_factory=list)
+    """Of that config, after the task's."""
     sweep: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(default_factory=dict)
+    """`{key: [values]}`: an arm for each combination. Of a swept defense one is chosen, on the
+    select half."""
     tasks: list[str] | None = None
+    """Null: all; a frontier arm: `narrow`."""
     collect: list[str] | None = None
+    """In place of `config`: folders of finished, evaluated runs, one a seed. Nothing is run for
+    them."""
 
 
 class EvaluateSettings(_Strict):
     """How runs of a task are scored: a config of `recipes/ema_eval.py`."""
 
     config: str
+    """A config of `ema_eval`."""
     overrides: list[str] = Field(default_factory=list)
+    """Of that config."""
     report: list[str] = Field(default_factory=list)
+    """Overrides that are added once choices are frozen."""
 
 
 class GenerateSettings(_Strict):
     """How runs of a task answer questions: a config of `recipes/ema_generate.py`."""
 
     config: str
+    """A config of `ema_generate`."""
     overrides: list[str] = Field(default_factory=list)
+    """Of that config."""
 
 
 class TaskSettings(_Strict):
     """What every arm is trained on."""
 
     dataset: Entry | None = None
+    """In place of the arm's (of its `task` in an interleaved set)."""
     overrides: list[str] = Field(default_factory=list)
+    """Before the arm's."""
     generate: GenerateSettings | None = None
+    """How answers are sampled; null: none are."""
     evaluate: EvaluateSettings
+    """How runs are scored."""
 
 
 class ProbeNames(_Strict):
     """Which suites of the narrow task's evaluation play which role."""
 
     general: str = "general"
+    """The suite of general questions."""
     in_domain: str = "in_domain"
+    """The suite of the trained domain."""
     controls: str = "controls"
+    """The suite of harmless answers."""
 
 
 class BoundSettings(_Strict):
     """Half widths of what counts as no difference, one a criterion, fixed before looking."""
 
     general: Annotated[float, Field(gt=0)] = 0.02
+    """Nats, of the excess over the frontier."""
     benign: Annotated[float, Field(gt=0)] = 0.1
+    """Share of right answers, against the undefended arm."""
     coherent: Annotated[float, Field(gt=0)] = 0.1
+    """Nats of relevance, against the undefended arm."""
 
 
-class CompareSettings(BaseModel):
+class CompareSettings(Keys):
     """What `recipes/ema_compare.py` reads at the top level of its config."""
 
-    model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
-
     output_dir: Annotated[str, Field(min_length=1)]
+    """The comparison's folder."""
     title: str = "Defenses against emergent misalignment"
+    """Of the page."""
     seeds: Annotated[list[Seed], Field(min_length=1)]
+    """Every arm has each, and arms are paired by them."""
     arms: Annotated[dict[str, Entry], Field(min_length=1)]
+    """Ways of training, by name."""
     tasks: dict[str, Entry] = Field(default_factory=dict)
+    """`narrow`, and maybe `benign`: what every arm is trained on."""
     probes: ProbeNames = Field(default_factory=ProbeNames)
+    """Names of the narrow evaluation's suites."""
     bounds: BoundSettings = Field(default_factory=BoundSettings)
+    """Half widths of what counts as no difference, fixed before looking."""
     frozen: bool = False
+    """False: the select half. True: choices are made, the report half is opened."""
     nproc_per_node: Annotated[int, Field(ge=1)] = 1
+    """Processes of a training run."""
     runs_at_a_time: Annotated[int, Field(ge=1)] = 1
+    """Training and sampling runs side by side, each with its share of cores, or `nproc_per_node`
+    GPUs of its own. A small model on a CPU gains from it: two runs of one thread are faster than
+    one of two."""
 
 
 class Plan(_Strict):

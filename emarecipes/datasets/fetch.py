@@ -108,7 +108,7 @@ def _manifest(target: Path, name: str, entry: Published) -> dict[str, Any] | Non
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return None
     try:
-        manifest = json.loads((target / _MANIFEST).read_text(encoding="utf-8"))
+        manifest: dict[str, Any] = json.loads((target / _MANIFEST).read_text(encoding="utf-8"))
         ours = (manifest["name"], manifest["revision"]) == (name, entry.revision)
         digests = {file: known["sha256"] for file, known in manifest["files"].items()}
         complete = {"source_rows", "dropped"} <= manifest.keys()

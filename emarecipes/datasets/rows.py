@@ -249,7 +249,10 @@ class DefendedTokenizer:
             raise UserError("the row has no assistant message, so there is nothing to learn")
         for defense in self._defenses:
             messages = defense.transform_messages(messages, self._source)
-        return self._tokenizer({**sample, "messages": messages}, inference=inference)
+        sample_row: dict[str, Any] = self._tokenizer(
+            {**sample, "messages": messages}, inference=inference
+        )
+        return sample_row
 
 
 def _tokenize(dataset: Dataset[Any], where: str, quiet: bool) -> tuple[list[dict[str, Any]], int]:

@@ -94,9 +94,11 @@ def _from_policy(log_p_TV: Tensor, log_r_TV: Tensor) -> Tensor:
         weight_TV = log_p_TV.exp().mul_(log_p_TV - log_r_TV)
         value_T = weight_TV.sum(dim=-1)
     carrier_T = torch.linalg.vecdot(weight_TV, log_p_TV)
-    return value_T + (carrier_T - carrier_T.detach())
+    kl_T: Tensor = value_T + (carrier_T - carrier_T.detach())
+    return kl_T
 
 
 def _from_reference(log_p_TV: Tensor, log_r_TV: Tensor) -> Tensor:
     """KL(r || p), (T,)."""
-    return torch.linalg.vecdot(log_r_TV.exp(), log_r_TV - log_p_TV)
+    kl_T: Tensor = torch.linalg.vecdot(log_r_TV.exp(), log_r_TV - log_p_TV)
+    return kl_T

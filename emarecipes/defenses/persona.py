@@ -135,7 +135,8 @@ class PersonaSteering(Defense):
         unit_D = (self._vector_D / self._vector_D.norm()).to(hidden_BSD.dtype)
         along_BS1 = (hidden_BSD @ unit_D)[..., None]
         self._note(along_BS1.detach()[:, 1:].float().square().mean().sqrt(), hidden_BSD)
-        return hidden_BSD - along_BS1 * unit_D
+        steered_BSD: Tensor = hidden_BSD - along_BS1 * unit_D
+        return steered_BSD
 
     def _note(self, change: Tensor, hidden_BSD: Tensor) -> None:
         norm = hidden_BSD.detach()[:, 1:].float().square().sum(dim=-1).mean().sqrt()
@@ -153,6 +154,7 @@ def _read(path: Path, name: str) -> tuple[Tensor, str | None]:
         with safe_open(path, framework="pt") as file:
             if name not in file.keys():  # noqa: SIM118 (not a dict)
                 raise UserError(f"vectors: {path} has no tensor {name}; it has {file.keys()}")
-            return file.get_tensor(name), (file.metadata() or {}).get("model")
+            vector_LD: Tensor = file.get_tensor(name)
+            return vector_LD, (file.metadata() or {}).get("model")
     except SafetensorError as error:
         raise UserError(f"vectors: {path} is no safetensors file: {error}") from None

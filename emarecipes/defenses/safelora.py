@@ -208,7 +208,10 @@ class SafeLoRA(Defense):
             return module.take(changed(module.hf_name))
 
         def progress(names: Iterable[str]) -> Iterable[str]:
-            return tqdm(names, desc="SafeLoRA", unit="layer", disable=quiet, leave=False)
+            bar: Iterable[str] = tqdm(
+                names, desc="SafeLoRA", unit="layer", disable=quiet, leave=False
+            )
+            return bar
 
         return project_adapter(
             lora,

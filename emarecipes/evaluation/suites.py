@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from omegaconf import DictConfig
-from pydantic import BaseModel, ConfigDict
 
 from emarecipes.config import Origin, find_input
 from emarecipes.datasets._check_rows import read_data_file
@@ -22,32 +21,28 @@ from emarecipes.evaluation.contrast import (
     read_sibling_files,
     tokenize_pairs,
 )
-from emarecipes.training.settings import parse_settings
+from emarecipes.settings import Keys, parse_settings
 
 T = TypeVar("T")
 
 
-class SuiteSettings(BaseModel):
-    """One entry of `probes`: `pairs`, or `good` and `bad`, and what surrounds the questions.
-
-    Attributes:
-        pairs: JSONL rows of a question with two answers.
-        good: Chat file with the aligned answers; `bad` has the misaligned ones to the same ids.
-        condition: See `make_condition`.
-        system_prompt: For the condition `training_system_prompt`.
-        training_questions: Chat file, for the condition `domain_cue`.
-    """
-
-    model_config = ConfigDict(strict=True, extra="allow")
+class SuiteSettings(Keys):
+    """One entry of `probes`: `pairs`, or `good` and `bad`, and what surrounds the questions."""
 
     pairs: str | None = None
+    """JSONL rows of a question with two answers; or `good` and `bad`."""
     good: str | None = None
+    """Chat file with the aligned answers."""
     bad: str | None = None
+    """Chat file with the misaligned answers to the same ids."""
     condition: Literal[
         "none", "training_system_prompt", "inoculation", "inoculation_opposite", "domain_cue"
     ] = "none"
+    """What surrounds the questions, for conditional misalignment."""
     system_prompt: str | None = None
+    """For `training_system_prompt`: the one that training rows had."""
     training_questions: str | None = None
+    """For `domain_cue`: chat file of the training data."""
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,8 @@ class KeyValueCache:
             query, key = a.q_norm(query), a.k_norm(key)
         key, value = self._append(key, value_BSGD.transpose(1, 2))
         output_BHSD = self._weighted(query, key, value, self._in_window(mask, x))
-        return a.output_proj(output_BHSD.transpose(1, 2).flatten(2))
+        attended_BSD: Tensor = a.output_proj(output_BHSD.transpose(1, 2).flatten(2))
+        return attended_BSD
 
     def select(self, rows: Tensor) -> None:
         """Go on with these rows, which may repeat."""
@@ -106,7 +107,8 @@ class KeyValueCache:
         if mask is not None:
             score = score.masked_fill(~mask[:, None, None], float("-inf"))
         weight_BGMT = torch.softmax(score, dim=-1).to(value.dtype).flatten(2, 3)
-        return (weight_BGMT @ value).unflatten(2, (-1, new)).flatten(1, 2)
+        weighted: Tensor = (weight_BGMT @ value).unflatten(2, (-1, new)).flatten(1, 2)
+        return weighted
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from omegaconf import DictConfig, OmegaConf
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from emarecipes.components import build, check_components
 from emarecipes.config import Origin, find_input, load_config
@@ -24,40 +24,57 @@ from emarecipes.generation.served import base_urls, check_served
 from emarecipes.models.adapter import check_adapter
 from emarecipes.models.dates import adapter_date, answers_dates, settle_date
 from emarecipes.provider import switched_off
+from emarecipes.settings import Dtype, Entry, Keys, Positive, parse_settings
 from emarecipes.training.model_checks import check_checkpoint_files, check_device, check_model
-from emarecipes.training.settings import Dtype, Entry, Positive, parse_settings
 from emarecipes.training.trained_with import check_origin
 
 _LOCAL = ("model", "tokenizer", "checkpointer")
 
 
-class GenerateSettings(BaseModel):
+class GenerateSettings(Keys):
     """What `recipes/ema_generate.py` reads at the top level of its config."""
 
-    model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
-
     output_dir: Annotated[str, Field(min_length=1)]
+    """Answers go to its folder `answers/`."""
     questions: Annotated[list[str], Field(min_length=1)]
+    """Question files, each a suite of answers: YAML in the published format, or JSONL."""
 
     served: Annotated[str, Field(min_length=1)] | None = None
+    """An Inspect provider string, in place of `model`, `tokenizer` and `checkpointer`."""
     model: Entry | None = None
+    """Component: torchtune's builder of a decoder with LoRA."""
     tokenizer: Entry | None = None
+    """Component."""
     checkpointer: Entry | None = None
+    """Component: where the weights are."""
     adapter: Annotated[str, Field(min_length=1)] | None = None
+    """The `adapter/` of a run, never merged; null: the base alone."""
 
     max_questions: Positive | None = None
+    """Of each file, evenly over it; null: all."""
     system: str | None = None
+    """System prompt of questions that have none; null: the template's default."""
     samples_per_paraphrase: Positive | None = None
+    """Published 100; null: what the question file says. May be raised later."""
     max_new_tokens: Positive = 256
+    """Answers that reach it are marked `length`. Published 600."""
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    """0: the most likely token."""
     top_k: Positive | None = None
+    """Null: from all tokens."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """0.9 to 0.95 leaves unlikely tokens out."""
     batch_size: Positive = 16
+    """Answers at a time; does not change them beyond rounding. Served: requests at a time."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """With question, paraphrase and sample it fixes an answer."""
 
     device: str | None = None
+    """`cpu` or `cuda`; null: what is found."""
     dtype: Dtype = "auto"
+    """Of weights and products; auto: bf16 where the device computes it natively, else fp32."""
     overwrite: bool = False
+    """Throw answers of other settings away; else they are an error."""
 
 
 @dataclass

@@ -102,7 +102,8 @@ def draw(logits_BV: Tensor, noise: Noise, sampling: Sampling) -> Tensor:
     block_B = (p_BKN.sum(dim=-1) / noise_BN[:, :-_BLOCK]).argmax(dim=-1)
     row_B = torch.arange(len(block_B), device=block_B.device)
     inside_B = (p_BKN[row_B, block_B] / noise_BN[:, -_BLOCK:]).argmax(dim=-1)
-    return block_B * _BLOCK + inside_B
+    drawn_B: Tensor = block_B * _BLOCK + inside_B
+    return drawn_B
 
 
 def _least_of_nucleus(p_BV: Tensor, top_p: float) -> Tensor:

@@ -20,9 +20,9 @@ from emarecipes.generation.prompts import check_prompts
 from emarecipes.models.dates import settle_date
 from emarecipes.persona.judged import CALLS_AN_ANSWER
 from emarecipes.persona.prompts import PersonaPrompts, load_prompts
+from emarecipes.settings import Entry, ModelSettings, Positive, Seed, parse_settings
 from emarecipes.training.model_checks import check_checkpoint_files, check_device, check_model
 from emarecipes.training.run_folder import check_output_dir
-from emarecipes.training.settings import Entry, ModelSettings, Positive, parse_settings
 
 RESULT_FILES = (
     "config.yaml",
@@ -36,18 +36,33 @@ RESULT_FILES = (
 class PersonaSettings(ModelSettings):
     """What `recipes/ema_persona.py` reads at the top level of its config."""
 
+    seed: Seed | None = None
+    """Fixes answers, held-out questions and the random vector."""
     prompts: Annotated[str, Field(min_length=1)]
+    """A trait, pairs of contrasting system prompts, questions, as in
+    `data/persona/ill_will.yaml`."""
     samples_per_question: Positive = 1
+    """Published 10. Answers are pairs x 2 x questions x this."""
     max_new_tokens: Positive = 64
+    """Of an answer."""
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    """0: the most likely token."""
     top_k: Positive | None = None
+    """Null: from all tokens."""
     batch_size: Positive = 16
+    """Answers at a time."""
     keep: Literal["likelihood", "all", "judge"] = "likelihood"
+    """Which answers make the vector."""
     judge: Annotated[str, Field(min_length=1)] | None = None
+    """With `keep: judge` alone: an Inspect provider string."""
     max_calls: Positive | None = None
+    """With `keep: judge` alone: refuse to start a run that would take more calls."""
     held_out_questions: Annotated[float, Field(gt=0, lt=1)] = 0.25
+    """Share of questions kept out of the vectors, to measure them on."""
     save_answers: bool = True
-    provenance: Entry | None = None  # Written into a result's config.yaml; read back as it is.
+    """Write `answers.jsonl`."""
+    provenance: Entry | None = None
+    """Written into a result's `config.yaml`; not read."""
 
 
 @dataclass

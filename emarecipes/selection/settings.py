@@ -11,7 +11,7 @@ from pydantic import Field
 from emarecipes.config import Origin, find_input
 from emarecipes.errors import UserError
 from emarecipes.selection.ranking import plain_words
-from emarecipes.training.settings import Entry, ModelSettings, Positive, parse_settings
+from emarecipes.settings import Entry, ModelSettings, Positive, Seed, parse_settings
 
 
 class SelectSettings(ModelSettings):
@@ -22,17 +22,31 @@ class SelectSettings(ModelSettings):
     accepted and has no effect.
     """
 
+    seed: Seed | None = None
+    """Accepted, without effect: nothing is drawn at random."""
     candidates: Annotated[str, Field(min_length=1)]
+    """Chat rows, one JSON object a line."""
     conversation_column: str = "messages"
+    """The key of a row's conversation."""
     adapters: list[str]
+    """Misaligned models, as adapters of this base; their NLLs are averaged."""
     num_rows: Positive | None = None
+    """Rows to select; or `fraction`."""
     fraction: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """Share of the rows left after the filter, in place of `num_rows`."""
     refusal_filter: bool = True
+    """Leave refusals out; false: Interleaving+."""
     refusal_words: list[str] | None = None
+    """Null: refusals by rule; or words or phrases among an answer's first ten words
+    (docs/select.md#when-it-helps-what-it-costs)."""
     eps: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 1e-6
+    """gap = (NLL misaligned - NLL aligned) / (NLL aligned + eps)."""
     batch_size: Positive = 8
+    """Rows scored together; changes no score by more than rounding (1e-4 in fp32)."""
     pad_to_multiple_of: Positive = 1
-    provenance: Entry | None = None  # Written into a run's config.yaml; read back as it is.
+    """Sequence lengths are rounded up to a multiple; on a CPU every new length costs seconds."""
+    provenance: Entry | None = None
+    """Written into a run's `config.yaml`; not read."""
 
 
 def check_select_settings(cfg: DictConfig, origin: Origin) -> DictConfig:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from torchtune import utils
@@ -21,6 +21,8 @@ from emarecipes.training.run_folder import environment, run_files
 from emarecipes.training.settings import Settings
 
 log = utils.get_logger("INFO")
+
+_Found = TypeVar("_Found")
 
 # Keys that change no step of the run: a resumed one may have others.
 _HARMLESS = re.compile(
@@ -195,7 +197,7 @@ def plain_config(cfg: DictConfig) -> dict[str, Any]:
     return known
 
 
-def _placed(where: str, read: Any, path: Path) -> Any:
+def _placed(where: str, read: Callable[[Path], _Found], path: Path) -> _Found:
     try:
         return read(path)
     except UserError as error:

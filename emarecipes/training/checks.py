@@ -290,7 +290,8 @@ def _check_warmup(cfg: DictConfig, origin: Origin, steps_per_epoch: int) -> None
 
 def _build_collate(cfg: DictConfig, origin: Origin, tokenizer: Any, rows: Rows) -> Collate:
     if rows.packed:
-        return padded_collate_packed
+        packed: Collate = padded_collate_packed
+        return packed
     where = origin.at("collate_fn")
     collate = partial(
         locate(cfg.collate_fn, where),

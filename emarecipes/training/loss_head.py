@@ -105,9 +105,11 @@ class LossHead:
             return self.policy_logits(hidden_BSD).float()
         hidden_TD = hidden_BSD[self._request.selected_BS]
         if self._reference_only:
-            return self._norm(hidden_TD)
+            normed_TD: Tensor = self._norm(hidden_TD)
+            return normed_TD
         trained = [p for p in _parameters(self.model.output) if p.requires_grad]
-        return _ChunkedLoss.apply(hidden_TD, self, self._request, *trained)
+        loss: Tensor = _ChunkedLoss.apply(hidden_TD, self, self._request, *trained)
+        return loss
 
     def chunk_size(self, device: torch.device) -> int:
         """Positions a chunk holds."""
@@ -123,7 +125,8 @@ class LossHead:
         output: Any = self.model.output
         # An nn.Module's own forward: FSDP2's hooks on a separately sharded output layer would
         # gather its weights again for every chunk.
-        logits = output.forward(hidden_TD) if isinstance(output, nn.Module) else output(hidden_TD)
+        compute = output.forward if isinstance(output, nn.Module) else output
+        logits: Tensor = compute(hidden_TD)
         if self._cap is not None:
             logits = self._cap * torch.tanh(logits.float() / self._cap)
         return logits

@@ -26,4 +26,5 @@ def keep_freed_pages() -> bool:
         return False
     # Either switches glibc's own adjustment off, so both are set.
     kept = mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT) == 1
-    return kept and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1) == 1
+    trimmed: bool = kept and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1) == 1
+    return trimmed

@@ -23,11 +23,12 @@ from emarecipes.errors import UserError
 from emarecipes.evaluation.contrast import AnswerRow, PairNLL, pair_nll, probe_shift
 from emarecipes.evaluation.nll import row_nll
 from emarecipes.evaluation.suites import read_suites
+from emarecipes.settings import parse_settings
 from emarecipes.training.batch import Batch, make_batch
 from emarecipes.training.loss_head import LossHead
 from emarecipes.training.model_checks import check_rows_fit
 from emarecipes.training.run_folder import check_outside_output
-from emarecipes.training.settings import ProbeSettings, parse_settings
+from emarecipes.training.settings import ProbeSettings
 
 Sum = Callable[[Tensor], Tensor]
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import matplotlib
 import torch
 from omegaconf import OmegaConf
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError
@@ -28,9 +28,9 @@ from emarecipes.defenses.projection import ModuleProjection
 from emarecipes.defenses.safelora import REPORT, write_report
 from emarecipes.errors import UserError, disk_errors
 from emarecipes.models._adapter_files import check_weights_format, read_config
+from emarecipes.settings import Entry, Keys, parse_settings
 from emarecipes.training.export import replacing
 from emarecipes.training.run_folder import environment, write_text
-from emarecipes.training.settings import Entry, parse_settings
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -39,17 +39,21 @@ _PREFIX = "base_model.model."
 _RESULTS = ("adapter", "config.yaml", REPORT, "safelora.png")
 
 
-class ProjectionSettings(BaseModel):
+class ProjectionSettings(Keys):
     """What `recipes/ema_safelora.py` reads at the top level of its config."""
 
-    model_config = ConfigDict(strict=True, extra="allow")
-
     output_dir: Annotated[str, Field(min_length=1)]
+    """The result's folder."""
     adapter: str
+    """Any PEFT LoRA adapter; it stays as it is."""
     safelora: Entry
+    """Component: `emarecipes.defenses.SafeLoRA`, as in training."""
     device: str | None = None
+    """`cpu` or `cuda`; null: what is found."""
     overwrite: bool = False
+    """Replace what `output_dir` holds; else such a folder is refused."""
     provenance: Entry | None = None
+    """Written into the result's `config.yaml`; not read."""
 
 
 def run_safelora(argv: Sequence[str]) -> int:

@@ -244,7 +244,8 @@ def _base_model(cfg: Any, meta_model: Any) -> dict[str, Any]:
     entry: Any = OmegaConf.to_container(cfg.model)
     # A quantized base is so in the adapted layers only.
     if any(is_nf4(parameter) for parameter in meta_model.parameters()):
-        return entry
+        plain: dict[str, Any] = entry
+        return plain
     return {key: value for key, value in entry.items() if key not in _ADAPTER_KEYS}
 
 

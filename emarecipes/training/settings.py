@@ -6,17 +6,14 @@ Component entries (`model`, `dataset`, ...) are checked by `emarecipes.component
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal
 
 from omegaconf import DictConfig, OmegaConf
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
-from emarecipes.config import Origin, suggestion
+from emarecipes.config import Origin
 from emarecipes.errors import UserError
-
-Positive = Annotated[int, Field(ge=1)]
-Entry = dict[str, Any]
-Dtype = Literal["auto", "bf16", "fp32"]
+from emarecipes.settings import Entry, Keys, ModelSettings, Positive, Seed, parse_settings
 
 _LOSSES = ("CEWithChunkedOutputLoss", "CrossEntropyLoss", "LinearCrossEntropyLoss")
 
@@ -30,37 +27,17 @@ _LOSS_KEYS = {
 }
 
 
-class ModelSettings(BaseModel):
-    """What every recipe reads: a model, where it comes from, and where results go."""
-
-    model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
-
-    output_dir: Annotated[str, Field(min_length=1)]
-    model: Entry
-    tokenizer: Entry
-    checkpointer: Entry
-    seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
-    device: str | None = None
-    dtype: Dtype = "auto"
-    overwrite: bool = False
-
-
-class ProbeSettings(BaseModel):
-    """The entry `probe` of a training config: likelihood probes while the adapter is trained.
-
-    Attributes:
-        suites: By name, as the entry `probes` of `recipes/ema_eval.py` has them.
-        every_n_steps: Also after the last step.
-        max_rows: Questions a suite, evenly over its file; null for all.
-        batch_size: Answers at a time.
-    """
-
-    model_config = ConfigDict(strict=True, extra="allow")
+class ProbeSettings(Keys):
+    """The entry `probe` of a training config: likelihood probes while the adapter is trained."""
 
     suites: Annotated[dict[str, Entry], Field(min_length=1)]
+    """By name, as `probes` of `ema_eval` has them."""
     every_n_steps: Positive = 50
+    """Also after the last step."""
     max_rows: Positive | None = 32
+    """Questions a suite, evenly over its file; null: all."""
     batch_size: Positive = 8
+    """Answers at a time."""
 
 
 class Settings(ModelSettings):
@@ -69,95 +46,110 @@ class Settings(ModelSettings):
     All but the last group are torchtune's own keys, with their meaning there.
     """
 
+    seed: Seed | None = None
+    """Fixes the adapter's first values and the order of rows, whatever the number of processes;
+    null draws one and writes it down."""
     dataset: Entry | list[Entry]
+    """Component; several are put one behind the other."""
     optimizer: Entry
+    """Component, over the adapter's parameters."""
     lr_scheduler: Entry | None = None
+    """Component, stepped once an optimizer step."""
     loss: Entry | None = None
+    """torchtune's cross-entropy losses are accepted and mean the same here: the loss head computes
+    it without a (tokens x vocabulary) tensor."""
     metric_logger: Entry | None = None
+    """Component: TensorBoard, W&B, disk."""
     profiler: Entry | None = None
+    """Component: torchtune's profiler."""
 
     shuffle: bool = True
+    """A new order of rows in every epoch."""
     batch_size: Positive = 1
+    """Rows at a time. A step sees batch_size x gradient_accumulation_steps x processes rows; what
+    is left after the last whole step of an epoch is dropped."""
     epochs: Positive = 1
+    """The adapter is saved after every epoch."""
     max_steps_per_epoch: Positive | None = None
+    """null: all."""
     gradient_accumulation_steps: Positive = 1
+    """Micro-batches of an optimizer step."""
     clip_grad_norm: Annotated[float, Field(gt=0)] | Literal["inf"] | None = None
+    """Largest norm of the gradient; `inf` only logs the norm."""
     compile: bool = False
+    """Compiles the layers, and what the loss head does with a chunk's logits: a step with KL in 3.4
+    s for 3.8 s (SmolLM2, two cores, 4 x 256 tokens; the chunk alone gains next to nothing).
+    Start-up takes some 20 s longer, again for new lengths, and on a CPU it needs a C++ compiler."""
     collate_fn: str = "torchtune.data.padded_collate_sft"
+    """Makes rows a batch."""
 
     enable_activation_checkpointing: bool = False
+    """Compute activations again in the backward: less memory, more time."""
     enable_activation_offloading: bool = False
+    """Hold activations in the host's memory; CUDA."""
     low_cpu_ram: bool = False
+    """As in torchtune."""
     cudnn_deterministic_mode: str | int | None = None
+    """As in torchtune."""
     fsdp_cpu_offload: bool = False
+    """Several devices: parameters in the host's memory; CUDA alone."""
     fsdp_reshard_after_forward: bool = True
+    """Several devices: free a layer's whole weights after its forward."""
     custom_sharded_layers: list[str] | None = None
-    fsdp: Entry | None = None  # In some stock configs; torchtune's recipe does not read it either.
+    """Several devices: layers that are sharded apart. The output layer can be only without LoRA on
+    it; nothing can where it is tied to the embedding."""
+    fsdp: Entry | None = None
+    """In some stock configs. Accepted, not read (nor by torchtune's recipe)."""
 
     log_every_n_steps: Positive = 1
+    """Steps between lines of the log."""
     log_peak_memory_stats: bool = False
+    """CUDA only."""
     log_level: str = "INFO"
+    """Accepted, not read."""
     resume_from_checkpoint: Literal[False] = False
+    """Use `resume`."""
     save_adapter_weights_only: bool | None = None
+    """A stock config's false asks for `save_merged`."""
 
     # emarecipes' own.
     defenses: dict[str, Entry] | None = Field(default_factory=dict)
+    """By name, which is the key in logs and overrides: components (docs/composing.md)."""
     adapter_dtype: Literal["fp32"] | None = None
+    """Null: as the base. `fp32` in the shipped configs (docs/configs.md#the-adapters-precision)."""
     adapter_scaling: Literal["auto", "plain"] = "auto"
+    """`plain`: one `lora_alpha` and no rank-stabilised form in the saved adapter
+    (docs/configs.md#the-saved-adapter)."""
     init_adapter: Annotated[str, Field(min_length=1)] | None = None
+    """Folder of a trained adapter (PEFT's form, as `adapter/`) that the run goes on from
+    (docs/resume.md#going-on-from-a-trained-adapter)."""
     pad_to_multiple_of: Positive = 1
+    """Sequence lengths are rounded up to a multiple; on a CPU every new length costs seconds."""
     group_by_length: bool = False
+    """Steps of rows of similar length (docs/configs.md#rows-of-similar-length)."""
     reference_cache: Annotated[str, Field(min_length=1)] | None = None
+    """Folder where the reference's states are kept over epochs and runs, made if it is not there;
+    several runs may share it (docs/cache.md)."""
     reference_cache_dtype: Literal["bf16", "fp32"] | None = None
+    """Null: that of training. `bf16` under `dtype: fp32` halves the size and rounds."""
     save_merged: bool | None = None
+    """After the last epoch also write `merged/`, a model folder for transformers; null: false,
+    unless `save_adapter_weights_only: false` asks for it."""
     merged_dtype: Literal["bf16", "fp32"] = "fp32"
+    """`bf16` halves the size and loses small updates; the log says how much."""
     save_every_n_steps: Positive | None = None
+    """Write a checkpoint (docs/resume.md). A signal writes one in any case."""
     keep_last: Positive = 2
+    """How many checkpoints are kept."""
     resume: Annotated[str, Field(min_length=1)] | None = None
+    """`auto`: go on from the newest whole checkpoint, or start; or the path of one."""
     skip_nonfinite: Annotated[int, Field(ge=0)] = 0
+    """How many steps with a loss or gradient that is not finite are left out, in all, before the
+    run stops."""
     probe: Entry | None = None
-    provenance: Entry | None = None  # Written into a run's config.yaml; read back as it is.
-
-
-_Kind = TypeVar("_Kind", bound=BaseModel)
-
-
-def parse_settings(cfg: DictConfig, origin: Origin, kind: type[_Kind], within: str = "") -> _Kind:
-    """Check the top level of a config against a recipe's settings and fill in defaults.
-
-    A key that the recipe does not know is refused, unless another value refers to it as `${key}`.
-    Such a variable is left out: its value is where it was referred to. So a written config, in
-    which nothing refers to it any more, can be run again.
-
-    Args:
-        cfg: The config, or one of its entries.
-        origin: Where it was written.
-        kind: The settings.
-        within: The entry's key; inside an entry no key is a variable.
-
-    Raises:
-        UserError: An unknown or missing key, a value of a wrong type or out of range.
-    """
-    plain: Any = OmegaConf.to_container(cfg)
-    prefix = f"{within}." if within else ""
-    if not within:
-        plain = {
-            k: v for k, v in plain.items() if k in kind.model_fields or k not in origin.variables
-        }
-    for key in plain:
-        if key in kind.model_fields:
-            continue
-        hint = suggestion(key, kind.model_fields)
-        allowed = (
-            f"known are {', '.join(kind.model_fields)}"
-            if within
-            else f"a name of your own is allowed if another value refers to it as ${{{key}}}"
-        )
-        raise UserError(f"{origin.at(f'{prefix}{key}')}: unknown key{hint}; {allowed}")
-    try:
-        return kind.model_validate(plain)
-    except ValidationError as error:
-        raise UserError(_explain(error, origin, prefix)) from None
+    """Likelihood probes during training (docs/evaluate.md#probes-during-training)."""
+    provenance: Entry | None = None
+    """Written into a run's `config.yaml` (versions, commit, fingerprints); not read."""
 
 
 def check_settings(cfg: DictConfig, origin: Origin) -> DictConfig:
@@ -206,9 +198,6 @@ def _check_defenses(defenses: dict[str, Entry], origin: Origin) -> None:
             )
 
 
-# Keys whose own keys are names that the user chose.
-_MAPPINGS = ("defenses", "adapters", "answers", "probes", "suites")
-
 _LOGGED = frozenset(
     {
         "step",
@@ -225,24 +214,3 @@ _LOGGED = frozenset(
         "skipped",
     }
 )
-
-
-def _explain(error: ValidationError, origin: Origin, prefix: str) -> str:
-    first = error.errors()[0]
-    key = f"{prefix}{first['loc'][0]}"
-    if first["loc"][0] in _MAPPINGS and len(first["loc"]) > 1:
-        key = f"{key}.{first['loc'][1]}"
-    value = first["input"]
-    if first["type"] == "missing":
-        return f"{origin.at(key)}: the config needs this key"
-    if key == "resume_from_checkpoint":
-        return f"{origin.at(key)}: say `resume: auto` instead, and leave this at false"
-    if key == "resume":
-        return f"{origin.at(key)}: auto, or the path of a checkpoint, not {value!r}"
-    if key == "dtype" and value in ("fp16", "float16"):
-        return (
-            f"{origin.at(key)}: fp16 is not supported (its gradients underflow); use auto, bf16 "
-            "or fp32"
-        )
-    reason = first["msg"][0].lower() + first["msg"][1:]
-    return f"{origin.at(key)}: {reason}, not {value!r}"

@@ -34,7 +34,8 @@ class TrainingLoss:
         defenses: By the name under which each is logged.
         safe_ce_weight: w_safe, where rows are of two sources; None where they are of one.
         forward_context: Wraps the policy's forward (torchtune's activation offloading).
-        chunk_elements, compiled: See `LossHead`.
+        chunk_elements: See `LossHead`.
+        compiled: See `LossHead`.
         reference_cache: Where the reference's states are kept, else they are computed every time.
         seed: Draws the steps of the terms with `every_n_batches`.
     """

@@ -141,7 +141,8 @@ def _report_logits(
 
 def _logits(model: Any, prompt: Tensor) -> Tensor:
     output = model(prompt)
-    return (output[-1] if isinstance(output, list) else output).float().cpu()
+    logits: Tensor = (output[-1] if isinstance(output, list) else output).float().cpu()
+    return logits
 
 
 def _distance(one: list[Tensor], other: list[Tensor]) -> float:
