@@ -68,11 +68,19 @@ class ProbeNames(_Strict):
 
 
 class BoundSettings(_Strict):
-    """Half widths of what counts as no difference, one a criterion, fixed before looking."""
+    """Half widths of what counts as no difference, one a criterion, fixed before looking.
 
-    general: Annotated[float, Field(gt=0)] = 0.02
-    benign: Annotated[float, Field(gt=0)] = 0.1
-    coherent: Annotated[float, Field(gt=0)] = 0.1
+    Attributes:
+        effect_share: Of an excess: this share of what undefended training does.
+        learned: Share of the undefended in-domain shift below which it is learned in part only.
+        benign: Share of right answers to the benign task.
+        coherent: Share of coherent answers.
+    """
+
+    effect_share: Annotated[float, Field(gt=0, lt=1)] = 0.25
+    learned: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    benign: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    coherent: Annotated[float, Field(gt=0, lt=1)] = 0.1
 
 
 class CompareSettings(BaseModel):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from emarecipes.comparison.outcome import Outcome
+from emarecipes.reporting.content import show
 
 # Below these the evidence is called open.
 MIN_SEEDS, MIN_QUESTIONS, MIN_CURVE = 5, 50, 5
@@ -102,7 +103,12 @@ def _training(outcome: Outcome) -> list[Check]:
             "one predeclared contrast a defense, corrected for their number",
             outcome.seeds > 1 and bool(outcome.family),
             f"{len(outcome.family)} contrasts, Holm; equivalence bound "
-            f"±{outcome.settings.bounds.general:g} nats",
+            f"{outcome.settings.bounds.effect_share:.0%} of the undefended effect",
+        ),
+        Check(
+            "undefended training does something to defend against",
+            outcome.effect.is_there,
+            f"{show(outcome.effect.by_probe[outcome.effect.general])} nats",
         ),
         Check(
             "a benign task was trained under each defense",
