@@ -18,7 +18,7 @@ NGRAM, MAX_REPETITION = 4, 0.5
 MAX_OVERLAP = 0.8
 # In nats a token: by how much the answer has to be likelier than its words in another order. Fewer
 # words than these say nothing about order.
-MIN_ORDER, MIN_WORDS = 0.5, 5
+MIN_ORDER, MIN_WORDS = 1.0, 5
 # In nats: the end of an answer is less likely than this only where a sentence is not over.
 MAX_ENDING = 6.0
 _SENTENCE_ENDS = tuple(".!?:;)]}\"'`*\u2026\u3002\uff01\uff1f\u201d\u2019")

@@ -115,6 +115,7 @@ class _Evaluation:
                 "kind": "probe",
                 "files": file_fingerprints(suite.files),
                 "condition": suite.condition.name,
+                "half": suite.half,
                 "questions": len(suite.pairs),
             }
         if self.run.problems:

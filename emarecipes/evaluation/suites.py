@@ -36,6 +36,7 @@ class SuiteSettings(BaseModel):
         condition: See `make_condition`.
         system_prompt: For the condition `training_system_prompt`.
         training_questions: Chat file, for the condition `domain_cue`.
+        half: Keeps every second question: `select` the first, third, ..., `report` the others.
     """
 
     model_config = ConfigDict(strict=True, extra="allow")
@@ -48,6 +49,7 @@ class SuiteSettings(BaseModel):
     ] = "none"
     system_prompt: str | None = None
     training_questions: str | None = None
+    half: Literal["select", "report"] | None = None
 
 
 @dataclass(frozen=True)
@@ -59,12 +61,14 @@ class Suite:
         pairs: N questions with two answers.
         condition: What surrounds them.
         files: What they were read from.
+        half: Which half of them it is; None: all.
     """
 
     name: str
     pairs: list[ContrastPair]
     condition: Condition
     files: list[Path]
+    half: str | None = None
 
     def rows(self, tokenizer: Any) -> list[AnswerRow]:
         """2N rows, see `tokenize_pairs`.
@@ -112,7 +116,9 @@ def read_suites(
             else read_sibling_files(files[0], files[1], category=name)
         )
         condition = _condition(settings, where, origin)
-        suites.append(Suite(name, spread_out(pairs, max_rows), condition, files))
+        if settings.half is not None:
+            pairs = pairs[settings.half == "report" :: 2]
+        suites.append(Suite(name, spread_out(pairs, max_rows), condition, files, settings.half))
     return suites
 
 

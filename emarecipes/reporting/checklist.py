@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from emarecipes.comparison.outcome import Outcome
@@ -73,11 +74,20 @@ def _questions(outcome: Outcome) -> list[Check]:
             + (f"; changed since: {', '.join(outcome.changed)}" if outcome.changed else ""),
         ),
         Check(
+            "in-domain questions of their own on each half, since the excess rests on them too",
+            _own_half(scores.suites.get(probes.in_domain, {}), outcome.half),
+            f"{probes.in_domain}: {scores.suites.get(probes.in_domain, {}).get('half') or 'all'}",
+        ),
+        Check(
             "general questions also under training-like conditions",
             bool(conditional),
             ", ".join(conditional) or "no conditional probe",
         ),
     ]
+
+
+def _own_half(suite: Mapping[str, Any], half: str) -> bool:
+    return suite.get("half") == half or half in {Path(file).stem for file in suite.get("files", ())}
 
 
 def _training(outcome: Outcome) -> list[Check]:
