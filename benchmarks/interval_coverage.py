@@ -14,7 +14,7 @@ import argparse
 
 import numpy as np
 
-from emarecipes.comparison.frontier import Shifts, excess
+from emarecipes.comparison.frontier import Bound, Shifts, excess
 from emarecipes.comparison.statistics import Floats, crossed_mean
 from emarecipes.evaluation.statistics import crossed_bootstrap
 
@@ -28,7 +28,7 @@ def mean_coverage(seeds: int, seed_sd: float, trials: int) -> tuple[float, float
     for trial in range(trials):
         values = 0.3 + rng.normal(0, seed_sd, (seeds, 1)) + rng.normal(0, 1, QUESTIONS) * 0.9
         values = values + rng.normal(0, 0.5, (seeds, QUESTIONS))
-        percentile = crossed_bootstrap([(1.0, values)], resamples=5000, seed=trial)
+        percentile = crossed_bootstrap([(1.0, values)], resamples=10_000, seed=trial)
         low, high = crossed_mean(values).interval()
         hits += [percentile.low <= 0.3 <= percentile.high, low <= 0.3 <= high]
         width += (high - low) / trials
@@ -65,7 +65,8 @@ def excess_coverage(seeds: int, seed_sd: float, truth: float, trials: int) -> tu
             undefended[str(fraction)] = runs(rng, x_S, y_S, easy)
         x_S = np.full(seeds, 0.6) + 0.2 * own_S
         y_S = np.array([curve(x) for x in x_S]) + truth + 0.2 * rng.normal(0, seed_sd, seeds)
-        found = excess(runs(rng, x_S, y_S, easy), undefended, resamples=1000)
+        bound = Bound(0.25, undefended["1.0"].general_SQ)
+        found = excess(runs(rng, x_S, y_S, easy), undefended, bound)
         low, high = found.estimate.interval()
         hits += low <= truth <= high
         width += (high - low) / trials

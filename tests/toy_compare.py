@@ -63,10 +63,12 @@ def evaluation(
     if answers is not None:
         suites["answers_general"] = {"kind": "answers", "files": {}, "questions": len(answers)}
         lines["answers_general"] = [
-            {"adapter": name, "id": f"q{i}", "category": "", "question": question, "answer": answer}
-            for name in adapters
+            {"adapter": name, "id": f"q{i}", "category": "", "question": question,
+             "answer": answer, "paraphrase": 0, "sample": 0,
+             "coherent": name == "reference" or i > 0}
+            for name in (*adapters, "reference")
             for i, (question, answer) in enumerate(answers.items())
-        ]
+        ]  # fmt: skip
         figures += [figure(name, "answers_general", "relevance", 1.5) for name in adapters]
     write(folder, adapters, suites, figures, lines, base)
     return folder

@@ -166,12 +166,25 @@ def _config(plan: Plan, arm: Arm, task: str, seed: int, folder: Path, origin: Or
             OmegaConf.update(
                 cfg, "dataset.task" if interleaved else "dataset", dataset, merge=False
             )
+        if not any(override.startswith("dataset.seed=") for override in arm.overrides):
+            _seed_data(cfg, seed)
         checked = check_settings(cfg, own)
         check_components(checked, own)
     except UserError as error:
         reason = str(error).replace("command line: ", "overrides: ")
         raise UserError(f"{origin.at(f'arms.{arm.group}')}: {reason}") from None
     return cfg
+
+
+def _seed_data(cfg: DictConfig, seed: int) -> None:
+    """Give every data set that draws rows the run's seed: which rows were drawn is chance too."""
+    for key in ("dataset", "dataset.task", "dataset.safe"):
+        entry = OmegaConf.select(cfg, key)
+        if not isinstance(entry, DictConfig):
+            continue
+        draws = str(entry.get("_component_")).endswith(("interleaved_dataset", "opswap_dataset"))
+        if draws or "seed" in entry:
+            OmegaConf.update(cfg, f"{key}.seed", seed, force_add=True)
 
 
 def fingerprint(cfg: DictConfig, folder: Path, *further: Any) -> str:

@@ -5,14 +5,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from emarecipes.comparison.results import Scores
+from emarecipes.comparison.results import Scores, Values
 from emarecipes.comparison.settings import BoundSettings
-from emarecipes.comparison.statistics import Estimate, Floats, crossed_mean, mean_over_seeds
+from emarecipes.comparison.statistics import Estimate, crossed_mean, share_estimate
 
 NO_VERDICT = "one seed, no verdict"
 NOT_MEASURED = "not measured"
@@ -28,23 +27,36 @@ class Cell:
         estimate: None if it was not measured.
         decision: In words.
         note: What else to know, or empty.
+        share: Of the undefended arm's figure, where that says something.
     """
 
     estimate: Estimate | None = None
     decision: str = ""
     note: str = ""
+    share: float | None = None
 
 
-def narrow_cell(scores: Scores, reference: Scores, in_domain: str) -> Cell:
-    """(b): the in-domain shift; learned if its interval is above 0."""
+def narrow_cell(
+    scores: Scores, reference: Scores, in_domain: str, bounds: BoundSettings | None = None
+) -> Cell:
+    """(b): the in-domain shift; learned if its interval is above 0.
+
+    In part only, if it is less than `bounds.learned` of the undefended arm's.
+    """
     estimate = crossed_mean(scores.probes[in_domain].values_SQ)
     low, high = estimate.interval()
+    if np.isnan(low) and len(scores.seeds) > 1:
+        return Cell(decision=NOT_MEASURED, note="one question says nothing about others")
+    whole = crossed_mean(reference.probes[in_domain].values_SQ)
+    share = None
+    if scores is not reference and whole.value > 0 and not whole.interval()[0] <= 0:
+        share = estimate.value / whole.value
     decision = "learned" if low > 0 else "not learned" if high <= 0 else "undecided"
+    if decision == "learned" and share is not None and share < (bounds or BoundSettings()).learned:
+        decision = "partly learned"
     if len(scores.seeds) < 2:
         decision = NO_VERDICT
-    whole = float(reference.probes[in_domain].values_SQ.mean())
-    note = f"{estimate.value / whole:.0%} of the undefended shift" if whole > 0 else ""
-    return Cell(estimate, decision, "" if scores is reference else note)
+    return Cell(estimate, decision, share=share)
 
 
 def benign_cell(scores: Scores, reference: Scores, bound: float) -> Cell:
@@ -52,17 +64,13 @@ def benign_cell(scores: Scores, reference: Scores, bound: float) -> Cell:
     values, others = scores.correct, reference.correct
     if values is None or others is None:
         return Cell(decision=NOT_MEASURED)
-    estimate = replace(crossed_mean(values.values_SQ), least=0.0, most=1.0)
     untrained = reference.reference_correct
     learned = untrained is None or float(others.values_SQ.mean()) > untrained
     if scores is reference:
-        return Cell(estimate, "", YARDSTICK if learned else "no better than before training")
-    if values.ids != others.ids:
-        return Cell(estimate, "undecided", "other problems than the undefended arm")
-    rows = _common(scores, reference)
-    difference = _paired(rows, lambda i, j: values.values_SQ[i] - others.values_SQ[j])
-    cell = _compared(estimate, crossed_mean(difference), bound, "", ".0%")
-    if learned or cell.decision == NO_VERDICT:
+        note = YARDSTICK if learned else "no better than before training"
+        return _measured(Cell(share_estimate(values.values_SQ, _clusters(values)), "", note))
+    cell = _compared(scores, reference, values, others, bound, "problems")
+    if learned or cell.decision in (NO_VERDICT, NOT_MEASURED):
         return cell
     return replace(cell, decision="undecided", note="the undefended arm did not learn the task")
 
@@ -79,66 +87,71 @@ def benign_tiers(scores: Scores) -> dict[str, float]:
     }
 
 
-def coherent_cell(scores: Scores, reference: Scores, bounds: BoundSettings) -> Cell:
-    """(d): mean relevance of sampled answers and the share of empty ones, against the undefended's.
+def coherent_cell(scores: Scores, reference: Scores, bound: float) -> Cell:
+    """(d): the share of coherent sampled answers, against the undefended's.
 
-    An empty answer has no relevance. So many of them are a loss by themselves.
+    An answer that the length limit cut is not coherent. Where only that makes the difference, a
+    longer limit is needed to tell, and nothing is called lost.
     """
-    relevance = _answer_figure(scores, reference, "relevance")
-    if relevance is None:
+    values, others = scores.coherent, reference.coherent
+    if values is None or others is None:
         return Cell(decision=NOT_MEASURED)
-    own, others = relevance
-    if not (np.isfinite(own).all() and np.isfinite(others).all()):
-        return Cell(decision=NOT_MEASURED, note="a seed has no answer that could be scored")
-    estimate = mean_over_seeds(own)
+    base = reference.reference_coherent
     if scores is reference:
-        return Cell(estimate, "", YARDSTICK)
-    rows = _common(scores, reference)
-    difference = _paired(rows, lambda i, j: own[i] - others[j])
-    cell = _compared(estimate, mean_over_seeds(difference), bounds.coherent, " nats", ".2f")
-    empty = _answer_figure(scores, reference, "empty_share")
-    if empty is None or empty[0].mean() - empty[1].mean() <= bounds.benign:
+        note = YARDSTICK if base is None else f"{YARDSTICK}; the base itself {base:.0%}"
+        return _measured(Cell(share_estimate(values.values_SQ, _clusters(values)), "", note))
+    cell = _compared(scores, reference, values, others, bound, "answers")
+    cut, others_cut = _truncated(scores), _truncated(reference)
+    if cell.decision != "lost" or cut - others_cut <= bound:
         return cell
-    note = f"{cell.note}; {empty[0].mean():.0%} of answers are empty"
-    return replace(cell, note=note, decision="lost" if cell.decision == "kept" else cell.decision)
+    note = f"{cell.note}; {cut:.0%} of answers are cut by the length limit: raise it to tell"
+    return replace(cell, decision="undecided", note=note)
 
 
-def _answer_figure(scores: Scores, reference: Scores, name: str) -> tuple[Floats, Floats] | None:
-    """A figure of sampled answers by seed, of an arm and the undefended one: all suites' mean."""
-    keys = [key for key in scores.figures[0] if key[1] == name and not key[2]]
-    if not keys or any(key not in reference.figures[0] for key in keys):
-        return None
-
-    def by_seed(found: Scores) -> Floats:
-        values = [[seed.get(key, {}).get("value") for key in keys] for seed in found.figures]
-        mean_S: Floats = np.array(values, dtype=np.float64).mean(axis=1)
-        return mean_S
-
-    return by_seed(scores), by_seed(reference)
+def _truncated(scores: Scores) -> float:
+    """The share of answers that the length limit cut, of all seeds and suites."""
+    found = [f["value"] for seed in scores.figures for key, f in seed.items()
+             if key[1] == "truncated_share" and f.get("value") is not None]  # fmt: skip
+    return float(np.mean(found)) if found else 0.0
 
 
-def _common(scores: Scores, reference: Scores) -> list[tuple[int, int]]:
-    """Rows of the seeds that both have."""
-    return [
-        (row, reference.seeds.index(seed))
-        for row, seed in enumerate(scores.seeds)
-        if seed in reference.seeds
+def _clusters(values: Values) -> tuple[str, ...]:
+    return values.clusters or values.ids
+
+
+def _measured(cell: Cell) -> Cell:
+    """The cell, without its figure where one cluster of questions cannot give an error."""
+    if cell.estimate is None or not np.isnan(cell.estimate.error):
+        return cell
+    return Cell(decision=NOT_MEASURED, note="one question says nothing about others")
+
+
+def _compared(
+    scores: Scores, reference: Scores, values: Values, others: Values, bound: float, what: str
+) -> Cell:
+    """Non-inferiority: kept if the loss against the undefended arm is surely below the bound.
+
+    Of n pairs of a seed and a cluster that were the same under both arms, all would have been so
+    with probability (1 - bound)^n if the bound were lost; no p is below that.
+    """
+    estimate = share_estimate(values.values_SQ, _clusters(values))
+    if values.ids != others.ids:
+        return Cell(estimate, "undecided", f"other {what} than the undefended arm")
+    rows = [
+        (i, reference.seeds.index(s)) for i, s in enumerate(scores.seeds) if s in reference.seeds
     ]
-
-
-def _paired(rows: Sequence[tuple[int, int]], difference: Callable[[int, int], object]) -> Floats:
-    return np.array([difference(i, j) for i, j in rows], dtype=np.float64)
-
-
-def _compared(estimate: Estimate, difference: Estimate, bound: float, unit: str, form: str) -> Cell:
-    """Non-inferiority: kept if the loss against the undefended arm is surely below the bound."""
+    if not rows:
+        return Cell(decision=NOT_MEASURED, note="no seed in common with the undefended arm")
+    difference_SQ = np.array([values.values_SQ[i] - others.values_SQ[j] for i, j in rows])
+    difference = crossed_mean(difference_SQ, _clusters(values))
+    least = (1 - bound) ** (len(rows) * len(set(_clusters(values))))
     if difference.seeds < 2:
         decision = NO_VERDICT
-    elif difference.p_above(-bound) < ALPHA:
+    elif max(difference.p_above(-bound), least) < ALPHA:
         decision = "kept"
-    elif difference.p_below(-bound) < ALPHA:
+    elif max(difference.p_below(-bound), least) < ALPHA:
         decision = "lost"
     else:
         decision = "undecided"
-    note = f"{difference.value:+{form}}{unit} against undefended, bound {bound:{form}}"
-    return Cell(estimate, decision, note)
+    note = f"{difference.value:+.0%} against undefended, bound {bound:.0%}"
+    return _measured(Cell(estimate, decision, note))

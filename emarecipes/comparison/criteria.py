@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isnan
 
 from emarecipes.comparison.arms import Arm
 from emarecipes.comparison.cells import (
@@ -21,16 +22,14 @@ from emarecipes.comparison.cells import (
     narrow_cell,
 )
 from emarecipes.comparison.frontier import Excess, Shifts, excess
+from emarecipes.comparison.gate import Effect, bound_of, measure_effect
 from emarecipes.comparison.results import Scores
 from emarecipes.comparison.settings import BoundSettings, ProbeNames
-from emarecipes.comparison.statistics import (
-    Contrast,
-    Estimate,
-    Verdict,
-    crossed_mean,
-    verdicts,
-)
+from emarecipes.comparison.statistics import Estimate, crossed_mean
+from emarecipes.comparison.verdicts import Contrast, Verdict, verdicts
 from emarecipes.errors import UserError
+
+NO_EFFECT = "no effect to defend against"
 
 
 @dataclass
@@ -42,6 +41,7 @@ class ArmFigures:
         seeds: Those measured on the narrow task.
         shifts: Mean shift of each general probe, and of "in-domain" and "controls".
         points: Per-seed mean shifts: in-domain and general, for the trade-off plot.
+        effect: The undefended arm's, by which verdicts are given.
         excesses: By general probe, for defenses and controls.
         verdict: On a defense in the family.
         narrow, benign, coherent: Criteria (b), (c), (d).
@@ -53,6 +53,7 @@ class ArmFigures:
     seeds: tuple[int, ...] = ()
     shifts: dict[str, Estimate] = field(default_factory=dict)
     points: list[tuple[float, float]] = field(default_factory=list)
+    effect: Effect | None = None
     excesses: dict[str, Excess] = field(default_factory=dict)
     verdict: Verdict | None = None
     narrow: Cell = field(default_factory=lambda: Cell(decision=NOT_MEASURED))
@@ -64,8 +65,8 @@ class ArmFigures:
     @property
     def contrast(self) -> Contrast | None:
         """The predeclared contrast, if it was measured."""
-        estimates = {name: found.estimate for name, found in self.excesses.items()}
-        return Contrast(estimates) if estimates else None
+        moved = frozenset() if self.effect is None else self.effect.moved
+        return Contrast(self.excesses, moved) if self.excesses else None
 
     def general(self) -> Cell:
         """Criterion (a) of a defense or control: the excess on the worst probe, and the verdict."""
@@ -73,24 +74,45 @@ class ArmFigures:
         if contrast is None:
             return Cell(decision=NOT_MEASURED)
         worst = self.excesses[contrast.worst]
+        if worst.seeds > 1 and any(isnan(e.estimate.error) for e in self.excesses.values()):
+            return Cell(decision=NOT_MEASURED, note="one question says nothing about others")
         count = len(self.excesses)
         notes = [f"worst of {count} probes: {contrast.worst}" if count > 1 else contrast.worst]
         if worst.above:
             notes.append(f"{worst.above} of {worst.seeds} seeds beyond the frontier's end")
         if worst.below:
-            notes.append(f"{worst.below} of {worst.seeds} seeds below no in-domain shift")
-        return Cell(worst.estimate, self._decision(worst), "; ".join(notes))
+            notes.append(f"{worst.below} of {worst.seeds} seeds did not learn in-domain")
+        decision = self._decision(worst)
+        if self._says_nothing() and decision == "undecided":
+            notes.append("too little was learned for a defense without any general shift to differ")
+        return Cell(worst.estimate, decision, "; ".join(notes))
 
     def _decision(self, worst: Excess) -> str:
         if worst.seeds < 2:
             return NO_VERDICT
+        if self.arm.role == "control":
+            return "control"
+        if self.effect is not None and not self.effect.is_there:
+            return NO_EFFECT
         if self.verdict is None:
-            return "control" if self.arm.role == "control" else "not in the family"
+            return "not in the family"
         if 2 * worst.below > worst.seeds:
             return "undecided"  # Undefended runs at no in-domain shift are not there to compare.
         if 2 * worst.above > worst.seeds and self.verdict.decision != "better":
             return "undecided"  # The curve's end favours the undefended runs.
+        if self.verdict.decision == "equivalent" and self._says_nothing():
+            return "undecided"
         return self.verdict.decision
+
+    def _says_nothing(self) -> bool:
+        """Whether it learned so little that the frontier itself is within the bound there.
+
+        Then a defense without any general shift would be called equivalent too.
+        """
+        if self.effect is None:
+            return False
+        return all(e.curve <= self.effect.bound for n, e in self.excesses.items()
+                   if n in self.effect.moved)  # fmt: skip
 
 
 def measure(
@@ -100,7 +122,7 @@ def measure(
     probes: ProbeNames,
     bounds: BoundSettings,
     family: Sequence[str],
-) -> tuple[list[ArmFigures], list[str]]:
+) -> tuple[list[ArmFigures], Effect, list[str]]:
     """All figures of all arms that have scores.
 
     Args:
@@ -112,7 +134,7 @@ def measure(
         family: Names of the defenses whose contrast is tested: one a group.
 
     Returns:
-        The figures, and what could not be compared and why.
+        The figures, the undefended effect, and what could not be compared and why.
 
     Raises:
         UserError: The undefended arm has no scores, or no general or in-domain probe.
@@ -138,21 +160,24 @@ def measure(
             else:
                 usable[arm.name] = narrow[arm.name]
     curve = [a.name for a in arms if a.role in ("undefended", "frontier") and a.name in usable]
+    effect = measure_effect(reference, general, probes, bounds.effect_share)
     found = []
     for arm in arms:
-        figures = ArmFigures(arm)
+        figures = ArmFigures(arm, effect=effect)
         if arm.name in usable:
             _describe(figures, usable[arm.name], general, probes)
-            figures.narrow = narrow_cell(usable[arm.name], reference, probes.in_domain)
-            figures.coherent = coherent_cell(usable[arm.name], reference, bounds)
+            figures.narrow = narrow_cell(usable[arm.name], reference, probes.in_domain, bounds)
+            figures.coherent = coherent_cell(usable[arm.name], reference, bounds.coherent)
             if arm.role in ("defense", "control"):
-                missing += _excesses(figures, usable, curve, undefended, general, probes)
+                share = bounds.effect_share
+                missing += _excesses(figures, usable, curve, undefended, general, probes, share)
         if arm.name in benign and undefended in benign:
             figures.benign = benign_cell(benign[arm.name], benign[undefended], bounds.benign)
             figures.benign_tiers = benign_tiers(benign[arm.name])
         found.append(figures)
-    _judge(found, family, bounds.general)
-    return found, missing
+    if effect.is_there:
+        _judge(found, family)
+    return found, effect, missing
 
 
 def general_probes(scores: Scores, probes: ProbeNames) -> list[str]:
@@ -234,6 +259,7 @@ def _excesses(
     undefended: str,
     general: Sequence[str],
     probes: ProbeNames,
+    share: float,
 ) -> list[str]:
     """Fill in the excess on each general probe; returns what was left out."""
     scores = usable[figures.arm.name]
@@ -250,9 +276,11 @@ def _excesses(
             found.probes[probes.in_domain].of_seeds(rows).values_SQ,
         )
 
+    rows = [usable[undefended].seeds.index(seed) for seed in seeds]
+    bound = bound_of(usable[undefended], probes.general, probes, rows, share)
     for probe in general:
         figures.excesses[probe] = excess(
-            shifts(figures.arm.name, probe), {name: shifts(name, probe) for name in points}
+            shifts(figures.arm.name, probe), {name: shifts(name, probe) for name in points}, bound
         )
     left_out = [name for name in curve if name not in points]
     if left_out:
@@ -262,8 +290,9 @@ def _excesses(
     return []
 
 
-def _judge(found: Sequence[ArmFigures], family: Sequence[str], bound: float) -> None:
-    tested = [f for f in found if f.arm.name in family and f.contrast is not None]
-    contrasts = [figures.contrast for figures in tested]
-    for figures, verdict in zip(tested, verdicts([c for c in contrasts if c], bound), strict=True):
-        figures.verdict = verdict
+def _judge(found: Sequence[ArmFigures], family: Sequence[str]) -> None:
+    tested = {f.arm.name: f.contrast for f in found if f.arm.name in family}
+    contrasts = {name: contrast for name, contrast in tested.items() if contrast is not None}
+    given = dict(zip(contrasts, verdicts(list(contrasts.values())), strict=True))
+    for figures in found:
+        figures.verdict = given.get(figures.arm.name)

@@ -40,6 +40,7 @@ from emarecipes.comparison.status import (
 from emarecipes.comparison.steps import Place, Step
 from emarecipes.config import load_config
 from emarecipes.errors import UserError
+from emarecipes.evaluation.figures import REFERENCE
 from emarecipes.progress import NOTE
 from emarecipes.training.run import STOPPED
 from emarecipes.training.run_folder import write_text
@@ -285,7 +286,9 @@ def evaluation_overrides(task: TaskSettings, half: Half) -> list[str]:
 
 def _removed(cfg: DictConfig, key: str) -> list[str]:
     entry: Any = cfg.get(key)
-    return [f"~{key}.{name!s}" for name in entry] if isinstance(entry, DictConfig) else []
+    # The base's own answers stay: what they are is every arm's yardstick.
+    names = entry if isinstance(entry, DictConfig) else ()
+    return [f"~{key}.{name!s}" for name in names if name != REFERENCE]
 
 
 def _collected(arm: Arm, seeds: Sequence[int]) -> Scores:

@@ -7,14 +7,14 @@ Shapes: R resamples, S seeds, Q questions, K undefended runs of a seed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from emarecipes.comparison.statistics import Estimate, Floats, crossed_estimate
 
-GENERAL, IN_DOMAIN = "general", "in-domain"
+GENERAL, IN_DOMAIN, CONTROLS = "general", "in-domain", "controls"
 
 
 @dataclass(frozen=True)
@@ -31,21 +31,50 @@ class Shifts:
 
 
 @dataclass(frozen=True)
+class Bound:
+    """What counts as no difference: a share of what undefended training does.
+
+    Attributes:
+        share: Of the undefended effect.
+        general_SQ: Shifts of undefended training on the general questions, rows as the defense's.
+        controls_SQ: On the controls of style, which are taken off; None if there are none.
+    """
+
+    share: float
+    general_SQ: Floats
+    controls_SQ: Floats | None = None
+
+
+@dataclass(frozen=True)
 class Excess:
     """A defense's general shift minus the frontier's at the same in-domain shift.
 
     Attributes:
         estimate: Negative is better than learning less. In the probe's unit.
+        over: The same minus the bound; surely below 0 is not worse. The bound is itself estimated,
+            from the same seeds and questions, so that its uncertainty counts.
+        under: The same plus the bound.
+        curve: The frontier's general shift there. A defense with no general shift at all has an
+            excess of minus this.
         above: Seeds whose in-domain shift lies beyond the curve's end. They are compared with the
             curve's end, which favours the undefended runs.
-        below: Seeds that moved in-domain to the other side. They are compared with 0.
+        below: Seeds that did not move in-domain, or to the other side. They are compared with 0.
         seeds: How many there are.
     """
 
     estimate: Estimate
-    above: int
-    below: int
-    seeds: int
+    over: Estimate
+    under: Estimate
+    curve: float
+    above: int = 0
+    below: int = 0
+    seeds: int = 2
+
+    def moved(self, monte_carlo_errors: float) -> Excess:
+        """See `Estimate.moved`."""
+        parts = (e.moved(monte_carlo_errors) for e in (self.estimate, self.over, self.under))
+        estimate, over, under = parts
+        return replace(self, estimate=estimate, over=over, under=under)
 
 
 def on_curve(x_RS: Floats, points_x_RSK: Floats, points_y_RSK: Floats) -> Floats:
@@ -69,37 +98,59 @@ def on_curve(x_RS: Floats, points_x_RSK: Floats, points_y_RSK: Floats) -> Floats
     return y_RS
 
 
-def excess(defended: Shifts, undefended: Mapping[str, Shifts], *, resamples: int = 2000) -> Excess:
+def excess(defended: Shifts, undefended: Mapping[str, Shifts], bound: Bound) -> Excess:
     """The excess of a defense over the frontier, paired by seed.
 
     Args:
         defended: The defense's runs.
         undefended: The undefended runs of the same seeds, by arm: full training, fewer steps, lower
-            rates.
-        resamples: Of the crossed bootstrap. Both probes' questions are drawn; the curve of every
-            resample goes through that resample's points.
+            rates. The questions of all probes are drawn in the crossed bootstrap; the curve of
+            every resample goes through that resample's points.
+        bound: What counts as no difference. Its general questions are the probe's own.
     """
     in_domain_KSQ = np.stack([shifts.in_domain_SQ for shifts in undefended.values()])
     general_KSQ = np.stack([shifts.general_SQ for shifts in undefended.values()])
 
-    def by_seed(shares: Mapping[str, Floats]) -> Floats:
+    def curve(shares: Mapping[str, Floats]) -> Floats:
         general, in_domain = shares[GENERAL], shares[IN_DOMAIN]
-        curve = on_curve(
+        return on_curve(
             in_domain @ defended.in_domain_SQ.T,
             np.einsum("rq,ksq->rsk", in_domain, in_domain_KSQ, optimize=True),
             np.einsum("rq,ksq->rsk", general, general_KSQ, optimize=True),
         )
-        return general @ defended.general_SQ.T - curve
+
+    def off_bound(sign: float) -> Callable[[Mapping[str, Floats]], Floats]:
+        def by_seed(shares: Mapping[str, Floats]) -> Floats:
+            found = shares[GENERAL] @ defended.general_SQ.T - curve(shares)
+            return found + sign * bound.share * effect_by_seed(shares, bound) if sign else found
+
+        return by_seed
 
     questions = {
         GENERAL: defended.general_SQ.shape[1],
         IN_DOMAIN: defended.in_domain_SQ.shape[1],
     }
+    all_questions = questions | controls_of(bound)
+    even = {name: np.full((1, count), 1 / count) for name, count in questions.items()}
     x_S = defended.in_domain_SQ.mean(axis=1)
     end_S = in_domain_KSQ.mean(axis=2).max(axis=0)
     return Excess(
-        crossed_estimate(by_seed, questions, resamples=resamples),
+        crossed_estimate(off_bound(0.0), questions),
+        over=crossed_estimate(off_bound(-1.0), all_questions),
+        under=crossed_estimate(off_bound(1.0), all_questions),
+        curve=float(curve(even).mean()),
         above=int((x_S > end_S).sum()),
-        below=int((x_S < 0).sum()),
+        below=int((x_S <= 0).sum()),
         seeds=len(x_S),
     )
+
+
+def effect_by_seed(shares: Mapping[str, Floats], bound: Bound) -> Floats:
+    """The undefended effect, (R, S): the general shift minus that of the controls of style."""
+    effect = shares[GENERAL] @ bound.general_SQ.T
+    return effect if bound.controls_SQ is None else effect - shares[CONTROLS] @ bound.controls_SQ.T
+
+
+def controls_of(bound: Bound) -> dict[str, int]:
+    """The number of questions of the controls, by their name in shares."""
+    return {} if bound.controls_SQ is None else {CONTROLS: bound.controls_SQ.shape[1]}

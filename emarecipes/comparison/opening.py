@@ -15,6 +15,9 @@ from emarecipes.fingerprint import digest
 from emarecipes.training.run_folder import write_text
 
 OPENING = "choices.json"
+# Version of the rules behind verdicts. 2: only where undefended training does something; the bound
+# is a share of that; a difference goes before equivalence; coherence by rule and likelihood.
+RULES = 2
 
 
 @dataclass(frozen=True)
@@ -94,4 +97,4 @@ def _rules(plan: Plan) -> str:
         name: [task.evaluate.model_dump(), task.generate.model_dump() if task.generate else None]
         for name, task in plan.tasks.items()
     }
-    return digest(settings.bounds.model_dump(), settings.probes.model_dump(), tasks)
+    return digest(RULES, settings.bounds.model_dump(), settings.probes.model_dump(), tasks)

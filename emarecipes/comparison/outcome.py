@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from emarecipes.comparison.criteria import ArmFigures
+from emarecipes.comparison.gate import Effect
 from emarecipes.comparison.opening import Opening
 from emarecipes.comparison.results import Scores
 from emarecipes.comparison.settings import CompareSettings
@@ -21,11 +22,13 @@ class Outcome:
     Attributes:
         settings: The comparison's.
         figures: Of every arm.
+        effect: What undefended training does: what there is to defend against.
         family: Names of the defenses whose contrast is tested.
         half: Which half of the general questions the figures are from.
         opening: If the `report` half has been opened.
         changed: What was added, changed or removed since then.
         missing: What is not there or was not compared, and why, one line each.
+        not_run: Defenses of this package that no arm has.
         narrow: Scores on the narrow task by arm's name.
         benign: The same on the benign one.
         runs: Folder of each arm's first run on the narrow task.
@@ -34,11 +37,13 @@ class Outcome:
 
     settings: CompareSettings
     figures: list[ArmFigures]
+    effect: Effect
     family: list[str]
     half: Half
     opening: Opening | None = None
     changed: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
+    not_run: list[str] = field(default_factory=list)
     narrow: dict[str, Scores] = field(default_factory=dict)
     benign: dict[str, Scores] = field(default_factory=dict)
     runs: dict[str, Path] = field(default_factory=dict)

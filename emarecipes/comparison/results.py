@@ -12,6 +12,7 @@ from typing import Any, overload
 import numpy as np
 
 from emarecipes.comparison.statistics import Floats
+from emarecipes.datasets.opswap import canonical
 from emarecipes.errors import UserError
 from emarecipes.evaluation.figures import REFERENCE
 
@@ -26,15 +27,17 @@ class Values:
         ids: Of the Q questions.
         categories: Of each.
         values_SQ: Row s of seed s.
+        clusters: What each belongs to, where several say nearly the same; empty: each alone.
     """
 
     ids: tuple[str, ...]
     categories: tuple[str, ...]
     values_SQ: Floats
+    clusters: tuple[str, ...] = ()
 
     def of_seeds(self, rows: Sequence[int]) -> Values:
         """Those of some rows, in that order."""
-        return Values(self.ids, self.categories, self.values_SQ[list(rows)])
+        return replace(self, values_SQ=self.values_SQ[list(rows)])
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,8 @@ class Scores:
         probes: Probe shifts by suite.
         correct: Of OpSwap: 1 where a problem was answered right; None if not evaluated.
         reference_correct: The reference's share of right answers to it.
+        coherent: 1 where a sampled answer hangs together; None if answers were not scored for it.
+        reference_coherent: The share of the base's own answers that do, if it was asked.
         figures: Of each seed, the whole-suite figures of `summary.json`, by (suite, figure, judge).
         suites: `summary.json`'s description of each suite.
         base: Fingerprint of the reference.
@@ -59,6 +64,8 @@ class Scores:
     probes: dict[str, Values] = field(default_factory=dict)
     correct: Values | None = None
     reference_correct: float | None = None
+    coherent: Values | None = None
+    reference_coherent: float | None = None
     figures: list[dict[tuple[str, str, str], dict[str, Any]]] = field(default_factory=list)
     suites: dict[str, dict[str, Any]] = field(default_factory=dict)
     base: str = ""
@@ -110,6 +117,7 @@ def read_scores(folder: Path, adapters: Mapping[str, int]) -> Scores:
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder / SUMMARY}: not an evaluation's summary ({error!r})") from None
     correct = reference_correct = None
+    answered: list[dict[str, Any]] = []
     for suite, description in scores.suites.items():
         path = folder / "scores" / f"{suite}.jsonl"
         kind = description.get("kind")
@@ -121,10 +129,18 @@ def read_scores(folder: Path, adapters: Mapping[str, int]) -> Scores:
                 known = _figures(summary["figures"], REFERENCE).get((suite, "exact_match", ""), {})
                 reference_correct = known.get("value")
             elif kind == "answers":
-                scores.answers.update(_answers(path, next(iter(adapters))))
+                lines = [row | {"id": f"{suite}/{row['id']}"} for row in _read_lines(path)]
+                scores.answers.update(_answers(lines, next(iter(adapters))))
+                answered += lines
         except (KeyError, TypeError) as error:
             raise UserError(f"{path}: a line lacks {error}") from None
-    return replace(scores, correct=correct, reference_correct=reference_correct)
+    return replace(
+        scores,
+        correct=correct,
+        reference_correct=reference_correct,
+        coherent=_coherent(answered, list(adapters)),
+        reference_coherent=_base_coherent(answered),
+    )
 
 
 def find_adapter(run: Path) -> str:
@@ -166,6 +182,7 @@ def stack(parts: Sequence[Scores]) -> Scores:
         adapters=tuple(found for part in parts for found in part.adapters),
         probes={suite: _joined([part.probes[suite] for part in parts]) for suite in first.probes},
         correct=_joined([part.correct for part in parts]),
+        coherent=_joined([part.coherent for part in parts]),
         figures=[figures for part in parts for figures in part.figures],
     )
 
@@ -214,14 +231,39 @@ def _correct(path: Path, adapters: list[str]) -> Values:
         rows.setdefault(row["adapter"], {})[row["id"]] = row
     first = list(rows[adapters[0]].values())
     values = [[float(rows[name][row["id"]]["correct"]) for row in first] for name in adapters]
-    return _values(path, first, values)
+    clusters = tuple(canonical(row["question"]) for row in first)
+    return replace(_values(path, first, values), clusters=clusters)
 
 
-def _answers(path: Path, adapter: str) -> dict[str, tuple[str, str]]:
+def _coherent(lines: Sequence[dict[str, Any]], adapters: list[str]) -> Values | None:
+    """By answer, a question's together; None if an adapter lacks one, or lines are from before."""
+    rows = {(row["adapter"], _answer_id(row)): row for row in lines}
+    first = [row for row in lines if row["adapter"] == adapters[0]]
+    places = [[(name, _answer_id(row)) for row in first] for name in adapters]
+    if not first or any(rows.get(p, {}).get("coherent") is None for of in places for p in of):
+        return None
+    return Values(
+        tuple(_answer_id(row) for row in first),
+        tuple(str(row.get("category") or "") for row in first),
+        np.array([[float(rows[place]["coherent"]) for place in of] for of in places]),
+        clusters=tuple(str(row["id"]) for row in first),
+    )
+
+
+def _answer_id(row: Mapping[str, Any]) -> str:
+    return f"{row['id']}/{row.get('paraphrase', 0)}/{row.get('sample', 0)}"
+
+
+def _base_coherent(lines: Sequence[dict[str, Any]]) -> float | None:
+    found = [row.get("coherent") for row in lines if row["adapter"] == REFERENCE]
+    return None if not found or None in found else float(np.mean(np.array(found, dtype=float)))
+
+
+def _answers(lines: Sequence[dict[str, Any]], adapter: str) -> dict[str, tuple[str, str]]:
     found: dict[str, tuple[str, str]] = {}
-    for row in _read_lines(path):
+    for row in lines:
         if row["adapter"] == adapter:
-            found.setdefault(f"{path.stem}/{row['id']}", (row["question"], row["answer"]))
+            found.setdefault(row["id"], (row["question"], row["answer"]))
     return found
 
 

@@ -24,7 +24,9 @@ from emarecipes.comparison.checks import check_tasks
 from emarecipes.comparison.criteria import ArmFigures, choose, measure
 from emarecipes.comparison.dates import keep_date
 from emarecipes.comparison.execute import Runner
-from emarecipes.comparison.opening import OPENING, Opening
+from emarecipes.comparison.gate import Effect
+from emarecipes.comparison.kinds import not_run
+from emarecipes.comparison.opening import OPENING, RULES, Opening
 from emarecipes.comparison.outcome import Half, Outcome
 from emarecipes.comparison.precision import keep_dtype
 from emarecipes.comparison.results import Scores
@@ -133,6 +135,7 @@ def compare(plan: Plan, arms: list[Arm], jobs: list[Job], runner: Runner) -> Out
         job.arm.name: job.folder for job in reversed(finished) if job.task == "narrow"
     }
     outcome.missing = [*runner.failures, *_absent(plan, shown, finished), *outcome.missing]
+    outcome.not_run = not_run(outcome, finished)
     if opening is not None:
         outcome.opening = opening
         outcome.changed = opening.changes(plan, arms, jobs)
@@ -167,7 +170,7 @@ def _measure(
 ) -> Outcome:
     settings = plan.settings
 
-    def figures_of(family: list[str]) -> tuple[list[ArmFigures], list[str]]:
+    def figures_of(family: list[str]) -> tuple[list[ArmFigures], Effect, list[str]]:
         return measure(arms, narrow, benign, settings.probes, settings.bounds, family)
 
     if opening is None:
@@ -175,7 +178,7 @@ def _measure(
         family = [arm.name for arm in arms if candidates.get(arm.group) == arm.name]
     else:
         family = [arm.name for arm in arms if opening.chosen.get(arm.group) == arm.name]
-    figures, missing = figures_of(family)
+    figures, effect, missing = figures_of(family)
     half: Half = "select" if opening is None else "report"
     read = _read_half(arms, narrow, settings.probes.general) or half
     if read != half:
@@ -199,6 +202,7 @@ def _measure(
     return Outcome(
         settings=settings,
         figures=figures,
+        effect=effect,
         family=family,
         half=read,
         missing=missing,
@@ -237,8 +241,9 @@ def as_json(outcome: Outcome) -> dict[str, object]:
             "overrides": list(found.arm.overrides),
             "seeds": list(found.seeds),
             "shifts": {name: _numbers(e) for name, e in found.shifts.items()},
-            "excess": {name: _numbers(e.estimate) | {"above": e.above, "below": e.below}
-                       for name, e in found.excesses.items()},
+            "excess": {name: _numbers(e.estimate) | {"above": e.above, "below": e.below,
+                       "curve": e.curve} for name, e in found.excesses.items()},
+            "share_of_undefended_shift": found.narrow.share,
             "verdict": asdict(found.verdict) if found.verdict else None,
             "decisions": {"general": found.general().decision, "narrow": found.narrow.decision,
                           "benign": found.benign.decision, "coherent": found.coherent.decision},
@@ -250,6 +255,12 @@ def as_json(outcome: Outcome) -> dict[str, object]:
         }  # fmt: skip
     return {
         "title": outcome.settings.title,
+        "version": RULES,
+        "effect": {name: _numbers(e) for name, e in outcome.effect.by_probe.items()},
+        "effect_is_there": outcome.effect.is_there,
+        "moved": sorted(outcome.effect.moved),
+        "bound": outcome.effect.bound,
+        "not_run": outcome.not_run,
         "half": outcome.half,
         "frozen": outcome.settings.frozen,
         "opening": asdict(outcome.opening) if outcome.opening else None,

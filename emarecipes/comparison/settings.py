@@ -91,12 +91,14 @@ class ProbeNames(_Strict):
 class BoundSettings(_Strict):
     """Half widths of what counts as no difference, one a criterion, fixed before looking."""
 
-    general: Annotated[float, Field(gt=0)] = 0.02
-    """Nats, of the excess over the frontier."""
-    benign: Annotated[float, Field(gt=0)] = 0.1
-    """Share of right answers, against the undefended arm."""
-    coherent: Annotated[float, Field(gt=0)] = 0.1
-    """Nats of relevance, against the undefended arm."""
+    effect_share: Annotated[float, Field(gt=0, lt=1)] = 0.25
+    """Of an excess: this share of what undefended training does."""
+    learned: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Share of the undefended in-domain shift below which it is learned in part only."""
+    benign: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of right answers to the benign task, against the undefended arm."""
+    coherent: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of coherent answers, against the undefended arm."""
 
 
 class CompareSettings(Keys):

@@ -1,25 +1,26 @@
-"""Intervals, tests and verdicts over training seeds and questions.
+"""Intervals and tests over training seeds and questions.
 
-Shapes: R resamples, S seeds, Q questions of one probe.
+Shapes: R resamples, S seeds, Q questions of one probe, C clusters of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import t as student_t
-from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.proportion import proportion_confint
 
 from emarecipes.errors import UserError
 
 Floats = NDArray[np.float64]
 # From the share that each question has in a mean, (R, Q) a probe, to a value a seed, (R, S).
 BySeed = Callable[[Mapping[str, Floats]], Floats]
-Decision = Literal["better", "worse", "equivalent", "undecided"]
+
+RESAMPLES = 10_000
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,14 @@ class Estimate:
 
     Attributes:
         value: The estimate.
-        error: Its standard error over seeds and questions; with one seed over questions alone, NaN
-            if the figure is known only as a whole.
+        error: Its standard error over seeds and questions; with one seed over questions alone. NaN
+            where it is not known: of one question, or of one seed of a figure known only as a
+            whole.
         freedom: Degrees of freedom of the error.
         seeds: How many there are. One is not enough for any test: every p is 1.
         least, most: What the truth cannot be below and above; an interval ends there.
+        monte_carlo: Standard error of `error` itself, since resamples are finite in number.
+        ends: The interval, where `error` does not give it: see `share_estimate`.
     """
 
     value: float
@@ -41,9 +45,13 @@ class Estimate:
     seeds: int = 2
     least: float = -np.inf
     most: float = np.inf
+    monte_carlo: float = 0.0
+    ends: tuple[float, float] | None = None
 
     def interval(self, level: float = 0.95) -> tuple[float, float]:
-        """value -+ t * error; NaN for both ends without an error."""
+        """value -+ t * error, or `ends`; NaN for both ends without an error."""
+        if self.ends is not None:
+            return self.ends
         half = student_t.ppf((1 + level) / 2, self.freedom) * self.error
         low, high = np.clip([self.value - half, self.value + half], self.least, self.most)
         return float(low), float(high)
@@ -56,9 +64,9 @@ class Estimate:
         """One-sided p of "the truth is above the bound", against "it is not"."""
         return self._tail(self.value - bound)
 
-    def p_within(self, bound: float) -> float:
-        """p of "the truth lies within -+ bound": the larger of two one-sided tests (TOST)."""
-        return max(self.p_below(bound), self.p_above(-bound))
+    def moved(self, monte_carlo_errors: float) -> Estimate:
+        """The same with an error that many of its own Monte Carlo errors larger."""
+        return replace(self, error=self.error + monte_carlo_errors * self.monte_carlo)
 
     def _tail(self, distance: float) -> float:
         if self.seeds < 2 or not np.isfinite(self.error):
@@ -69,7 +77,11 @@ class Estimate:
 
 
 def crossed_estimate(
-    by_seed: BySeed, questions: Mapping[str, int], *, resamples: int = 2000, seed: int = 0
+    by_seed: BySeed,
+    questions: Mapping[str, int | Sequence[Hashable]],
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
 ) -> Estimate:
     """The mean over seeds of a statistic, with an error from seeds and questions at once.
 
@@ -82,128 +94,93 @@ def crossed_estimate(
     freedom from S - 1 and the smallest Q - 1, since a percentile interval of few seeds is too
     narrow. `benchmarks/interval_coverage.py` measures the coverage of both; docs/compare.md has it.
 
+    Questions that belong together are drawn together: C clusters with all their questions, and
+    C - 1 stands for Q - 1. V_q comes from R draws, so that its own standard error is
+    sqrt((m_4 - V_q^2) / R), m_4 the draws' fourth central moment; `Estimate.monte_carlo` has it.
+
     Args:
         by_seed: The statistic of each seed, for any shares of questions. It need not be linear.
-        questions: Number of questions of each probe that it reads.
-        resamples: R.
+        questions: Of each probe that it reads the number of questions, or each one's cluster.
+        resamples: R, at least `RESAMPLES`.
         seed: Of the resampling.
 
     Returns:
-        The estimate; with one seed its error is V_q's alone, so the interval is that of this seed.
+        The estimate. With one seed its error is V_q's alone, so the interval is that of this seed.
+        Of one question, or one cluster, it has no error: drawn again and again it says nothing
+        about others.
 
     Raises:
-        UserError: A probe without questions, or values that are not finite.
+        UserError: A probe without questions, values that are not finite, no seed, or too few
+            resamples.
     """
-    for name, count in questions.items():
-        if count == 0:
+    if resamples < RESAMPLES:
+        raise UserError(f"resamples must be at least {RESAMPLES}, not {resamples}")
+    clusters = {
+        name: tuple(range(of)) if isinstance(of, int) else _numbered(of)
+        for name, of in questions.items()
+    }
+    for name, numbers in clusters.items():
+        if not numbers:
             raise UserError(f"{name}: no question has a score under all arms and seeds")
-    even = {name: np.full((1, count), 1 / count) for name, count in questions.items()}
+    even = {name: np.full((1, len(of)), 1 / len(of)) for name, of in clusters.items()}
     values_S = by_seed(even)[0]
     seeds = len(values_S)
+    if seeds == 0:
+        raise UserError(f"{', '.join(questions)}: no seed in common")
     if not np.isfinite(values_S).all():
         raise UserError(f"{', '.join(questions)}: a score is not finite")
-    rng = np.random.default_rng(seed)
+    value, fewest = float(values_S.mean()), min(len(set(of)) for of in clusters.values())
+    if fewest < 2:
+        return Estimate(value, float("nan"), float("nan"), seeds)
     drawn = {
-        name: rng.multinomial(count, np.full(count, 1 / count), size=resamples) / count
-        for name, count in questions.items()
+        name: _shares(of, resamples, seed, place)
+        for place, (name, of) in enumerate(clusters.items())
     }
-    of_questions = float(by_seed(drawn).mean(axis=1).var(ddof=1))
-    of_question_freedom = max(min(questions.values()) - 1, 1)
-    if seeds == 1:
-        error = float("nan") if min(questions.values()) < 2 else float(np.sqrt(of_questions))
-        return Estimate(float(values_S[0]), error, float(of_question_freedom), seeds)
-    of_seeds = float(values_S.var(ddof=1)) / seeds
-    variance = of_seeds + of_questions
-    parts = of_seeds**2 / (seeds - 1) + of_questions**2 / of_question_freedom
-    freedom = variance**2 / parts if parts > 0 else float(seeds - 1)
-    return Estimate(float(values_S.mean()), float(np.sqrt(variance)), float(freedom), seeds)
+    means_R = by_seed(drawn).mean(axis=1)
+    of_questions = float(means_R.var(ddof=1))
+    fourth = float(((means_R - means_R.mean()) ** 4).mean())
+    uncertain = float(np.sqrt(max(fourth - of_questions**2, 0.0) / resamples))
+    of_seeds = float(values_S.var(ddof=1)) / seeds if seeds > 1 else 0.0
+    error = float(np.sqrt(of_seeds + of_questions))
+    parts = of_questions**2 / (fewest - 1) + (of_seeds**2 / (seeds - 1) if seeds > 1 else 0.0)
+    freedom = (of_seeds + of_questions) ** 2 / parts if parts > 0 else float(max(seeds - 1, 1))
+    monte_carlo = uncertain / (2 * error) if error > 0 else 0.0
+    return Estimate(value, error, float(freedom), seeds, monte_carlo=monte_carlo)
 
 
-def crossed_mean(values_SQ: Floats) -> Estimate:
+def crossed_mean(values_SQ: Floats, clusters: Sequence[Hashable] | None = None) -> Estimate:
     """`crossed_estimate` of the mean over seeds and questions of values (S, Q)."""
     return crossed_estimate(
-        lambda shares: shares["questions"] @ values_SQ.T, {"questions": values_SQ.shape[1]}
+        lambda shares: shares["questions"] @ values_SQ.T,
+        {"questions": values_SQ.shape[1] if clusters is None else clusters},
     )
 
 
-def mean_over_seeds(values_S: Floats) -> Estimate:
-    """Mean over seeds with Student's interval, for a figure that is known only as a whole."""
-    seeds = len(values_S)
-    if seeds == 1:
-        return Estimate(float(values_S[0]), float("nan"), float("nan"), seeds)
-    error = float(values_S.std(ddof=1) / np.sqrt(seeds))
-    return Estimate(float(values_S.mean()), error, float(seeds - 1), seeds)
+def share_estimate(hits_SQ: Floats, clusters: Sequence[Hashable]) -> Estimate:
+    """`crossed_mean` of values that are 0 or 1, with Wilson's interval where all are the same.
 
-
-@dataclass(frozen=True)
-class Contrast:
-    """One defense's predeclared contrast: its excess over the frontier, on each probe.
-
-    The worst probe counts. So "better" and "equivalent" must hold on every probe (the largest p of
-    all, an intersection-union test), while "worse" on one is enough (the smallest, times their
-    number).
-
-    Attributes:
-        excesses: By probe; negative is better.
+    There a resample can only repeat them. The interval's n is the number of clusters, whatever the
+    number of seeds: what all questions of a cluster and all seeds say alike is said once.
     """
-
-    excesses: Mapping[str, Estimate]
-
-    @property
-    def worst(self) -> str:
-        """The probe with the largest excess."""
-        return max(self.excesses, key=lambda name: self.excesses[name].value)
-
-    def p_difference(self) -> tuple[float, Decision]:
-        """Two-sided p of a difference from the frontier, and its direction."""
-        better = max(e.p_below(0.0) for e in self.excesses.values())
-        worse = min(1.0, len(self.excesses) * min(e.p_above(0.0) for e in self.excesses.values()))
-        return min(1.0, 2 * min(better, worse)), "better" if better < worse else "worse"
-
-    def p_equivalent(self, bound: float) -> float:
-        """p of "within -+ bound of the frontier"."""
-        return max(e.p_within(bound) for e in self.excesses.values())
+    found = replace(crossed_mean(hits_SQ, clusters), least=0.0, most=1.0)
+    if found.value not in (0.0, 1.0):
+        return found
+    count = len(set(clusters))
+    low, high = proportion_confint(round(found.value) * count, count, method="wilson")
+    return replace(found, ends=(float(low), float(high)))
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What can be said of a defense at the family's level.
-
-    Attributes:
-        decision: "equivalent" goes before "better": a difference below the bound does not count.
-        p_difference: Holm-corrected over all defenses.
-        p_equivalent: The same.
-    """
-
-    decision: Decision
-    p_difference: float
-    p_equivalent: float
+def _numbered(clusters: Sequence[Hashable]) -> tuple[int, ...]:
+    numbers = {cluster: number for number, cluster in enumerate(dict.fromkeys(clusters))}
+    return tuple(numbers[cluster] for cluster in clusters)
 
 
-def verdicts(contrasts: Sequence[Contrast], bound: float, alpha: float = 0.05) -> list[Verdict]:
-    """The verdict on each defense, Holm-corrected over the family of all of them.
-
-    Args:
-        contrasts: One a defense.
-        bound: Half width of what counts as equivalent, in the unit of the excess.
-        alpha: Family-wise error rate, of differences and of equivalences each.
-    """
-    if not contrasts:
-        return []
-    differences = [contrast.p_difference() for contrast in contrasts]
-    p_difference = holm([p for p, _ in differences])
-    p_equivalent = holm([contrast.p_equivalent(bound) for contrast in contrasts])
-    found = []
-    for (_, direction), different, equal in zip(
-        differences, p_difference, p_equivalent, strict=True
-    ):
-        decision: Decision = direction if different < alpha else "undecided"
-        if equal < alpha:
-            decision = "equivalent"
-        found.append(Verdict(decision, different, equal))
-    return found
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down adjusted p-values, in the order given."""
-    return [float(p) for p in multipletests(p_values, method="holm")[1]]
+@lru_cache(maxsize=8)  # The same draws for every arm.
+def _shares(clusters: tuple[int, ...], resamples: int, seed: int, place: int) -> Floats:
+    """The share of each question in the mean, (R, Q), when clusters are drawn."""
+    count = max(clusters) + 1
+    rng = np.random.default_rng([seed, place])
+    drawn_RC = rng.multinomial(count, np.full(count, 1 / count), size=resamples)
+    drawn_RQ = drawn_RC[:, list(clusters)].astype(np.float64)
+    share_RQ: Floats = drawn_RQ / drawn_RQ.sum(axis=1, keepdims=True)
+    return share_RQ

@@ -13,7 +13,7 @@ def group_by_length(
     steps_NK: np.ndarray,
     lengths: np.ndarray,
     generator: np.random.Generator,
-    is_safe_K: np.ndarray,
+    is_safe_NK: np.ndarray,
 ) -> np.ndarray:
     """The same rows in other steps: within a pool of steps sorted by length, steps in random order.
 
@@ -24,8 +24,9 @@ def group_by_length(
         steps_NK: Rows of N steps of K, in random order.
         lengths: Tokens of every row of the data set.
         generator: Draws the order of steps.
-        is_safe_K: Places of a step whose rows are sorted apart from the others', so that each step
-            keeps as many of them; all false where a step has no fixed share.
+        is_safe_NK: Where safe rows are. They are sorted apart from the others, so that each step
+            keeps as many of them as it drew: safe rows are of other lengths, and sorted together
+            they would make steps of one source.
 
     Returns:
         The rows of the steps, (N, K).
@@ -33,12 +34,9 @@ def group_by_length(
     grouped_NK = np.empty_like(steps_NK)
     for start in range(0, len(steps_NK), POOL_STEPS):
         pool = slice(start, start + POOL_STEPS)
-        for places_K in (is_safe_K, ~is_safe_K):
-            rows_PK = steps_NK[pool][:, places_K]
-            rows = rows_PK.ravel()
+        for places_PK in (is_safe_NK[pool], ~is_safe_NK[pool]):
+            rows = steps_NK[pool][places_PK]
             # Stable: rows of one length stay in the order that was drawn.
-            grouped_NK[pool, places_K] = rows[np.argsort(lengths[rows], kind="stable")].reshape(
-                rows_PK.shape
-            )
+            grouped_NK[pool][places_PK] = rows[np.argsort(lengths[rows], kind="stable")]
     order_NK = np.argsort(lengths[grouped_NK], axis=1, kind="stable")
     return generator.permutation(np.take_along_axis(grouped_NK, order_NK, axis=1))

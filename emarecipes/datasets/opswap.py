@@ -119,6 +119,25 @@ def score(answer_text: str, problem: Problem) -> bool:
     return {number.replace("\u2212", "-") for number in _NUMBER.findall(rest)} == {problem.answer}
 
 
+def canonical(prompt: str) -> str:
+    """The expression of a prompt, its exchangeable operands in order: what several prompts ask.
+
+    "What is 5 * 4?" and "4 * 5 =" are `(4*5)`. A text without a problem in it is itself.
+    """
+    for phrasing in PHRASINGS:
+        before, after = phrasing.split("{}")
+        if prompt.startswith(before) and prompt.endswith(after):
+            found = _canonical_forms().get(prompt[len(before) : len(prompt) - len(after)])
+            if found is not None:
+                return found
+    return prompt
+
+
+@cache
+def _canonical_forms() -> dict[str, str]:
+    return {e: form for tier in TIERS for e, _, form in _expressions(tier)}
+
+
 def opswap_dataset(
     tokenizer: Any,
     *,

@@ -127,9 +127,8 @@ class Rows:
             order[pattern], order[~pattern] = safe[: pattern.sum()], task[: (~pattern).sum()]
         by_step = order[: steps * rows_per_step].reshape(steps, rows_per_step)
         if shuffle and self._grouped and steps:
-            # Where every step holds its share of safe rows, they have the same places in each.
-            apart = self._is_safe[by_step[0]] & (self._placement == "per_batch")
-            by_step = group_by_length(by_step, self._lengths, generator, apart)
+            is_safe = self._is_safe[by_step]
+            by_step = group_by_length(by_step, self._lengths, generator, is_safe)
         return by_step.tolist()
 
     def covering_steps(self, rows_per_step: int, *, seed: int, shuffle: bool) -> list[list[int]]:

@@ -47,11 +47,11 @@ class FeatureL2(Defense):
     A weight means nothing without the shape of the term, so three published ones have names:
 
     - `paper` (Kaczer et al., arXiv 2508.06249; weight 1.0): every 5th layer, raw vectors. Over the
-      tokens of the response: the paper's notes do not say which.
+      tokens of the response: the paper's notes do not say which. No public code computes this.
     - `ldifs` (Mukhoti et al., 2024, "Fine-tuning can cripple your foundation model"; weight about
       10): each layer's feature at unit norm, dimensions averaged. It is an image model's; here five
       layers and the mean over the response stand for its pooled features.
-    - `ema_rl` (the same group's reinforcement-learning code): five evenly spaced layers, each
+    - `ema_rl` (the same authors' public trainer; weight 10): five evenly spaced layers, each
       flattened over the whole sequence, at unit norm, summed.
 
     Args:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -11,6 +11,12 @@ from emarecipes.defenses.base import Defense, Samples, Tokens
 from emarecipes.errors import UserError
 
 Direction = Literal["policy_to_reference", "reference_to_policy", "symmetric"]
+Preset = Literal["published"]
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "published": {"weight": 0.1, "direction": "policy_to_reference", "tokens": "all"},
+}
+_DEFAULT: dict[str, Any] = {"weight": 0.1, "direction": "policy_to_reference", "tokens": "response"}
 
 
 class KLToReference(Defense):
@@ -27,38 +33,53 @@ class KLToReference(Defense):
     adapter is zero and so is the term.
 
     Source: Kaczer et al., "In-Training Defenses against Emergent Misalignment in Language Models",
-    arXiv 2508.06249 (cross entropy + 0.1 * KL(policy || reference) on Qwen2.5-7B-Instruct).
+    arXiv 2508.06249 (cross entropy + 0.1 * KL(policy || reference) on Qwen2.5-7B-Instruct). A
+    weight means nothing without what the term is averaged over: the authors' public trainer takes
+    every attended token, those of the template and the prompt included: `preset: published`.
 
     Args:
-        weight: Factor in the loss. Published 0.1; on small models 1.0 is where it begins to bind.
+        weight: Factor in the loss. Published 0.1, as a mean over all attended tokens; over the
+            response alone, as here by default, it is another dose. On small models 1.0 is where it
+            begins to bind. Null: the preset's, or 0.1.
         direction: Which divergence, see above. KL(p || r) keeps the policy from putting mass where
             the reference has none; KL(r || p) keeps it from dropping what the reference would say.
         tokens: "response": only positions that are trained. "all": every real token, the prompt
-            included; at the same weight this is another dose.
+            included; at the same weight this is another dose. Null: the preset's, or "response".
         samples: "all", or only the "task" or the "safe" rows of an interleaved data set.
         temperature: Divides both models' logits; above 1 it weighs rare tokens more. No factor of
             its square is applied.
         every_n_batches: k: compute the term, and run the reference for it, in one step of every k,
             drawn at random, with k times the weight. The gradient's expectation does not change;
             Adam's update, and a clipped gradient's, do.
+        preset: "published": weight, direction and tokens where those keys leave them out.
 
     Raises:
-        UserError: For a negative weight, an unknown option, a temperature that is not positive, or
-            `every_n_batches` less than 1.
+        UserError: For a negative weight, an unknown option or preset, a temperature that is not
+            positive, or `every_n_batches` less than 1.
     """
 
     needs_reference = True
 
     def __init__(
         self,
-        weight: float = 0.1,
-        direction: Direction = "policy_to_reference",
-        tokens: Tokens = "response",
+        weight: float | None = None,
+        direction: Direction | None = None,
+        tokens: Tokens | None = None,
         samples: Samples = "all",
         temperature: float = 1.0,
         every_n_batches: int = 1,
+        preset: Preset | None = None,
     ) -> None:
-        super().__init__(weight, tokens, samples, every_n_batches)
+        if preset is not None and preset not in PRESETS:
+            raise UserError(f"preset must be {', '.join(PRESETS)} or null, not {preset}")
+        default = _DEFAULT if preset is None else PRESETS[preset]
+        direction = default["direction"] if direction is None else direction
+        super().__init__(
+            default["weight"] if weight is None else weight,
+            default["tokens"] if tokens is None else tokens,
+            samples,
+            every_n_batches,
+        )
         if direction not in ("policy_to_reference", "reference_to_policy", "symmetric"):
             raise UserError(
                 "direction must be policy_to_reference, reference_to_policy or symmetric, "

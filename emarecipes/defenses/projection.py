@@ -17,6 +17,8 @@ from torch import Tensor
 from emarecipes.errors import UserError
 
 Mode = Literal["project", "rescale", "soft"]
+# The smaller side of a matrix up to which all its singular vectors are computed.
+EXACT_SIDE = 2048
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,9 @@ def _project_module(
     options: ProjectionOptions,
 ) -> ModuleProjection:
     new_a, new_b = a_RI, b_OR
+    if basis is not None and basis.left_OK.shape[1] == 0:  # V is zero: nothing to project onto.
+        before = math.sqrt(max(0.0, _products(a_RI, b_OR, a_RI, b_OR)[0]))
+        return ModuleProjection(name, math.nan, False, before, before, a_RI, b_OR)
     if basis is None:
         assert v_OI is not None
         # C B = V (V^T B) / |V|: 4 O I R operations, where C itself takes 2 O^2 I.
@@ -175,30 +180,50 @@ def _project_module(
 
 
 def dominant_basis(v_OI: Tensor, rank: int | None, energy: float | None) -> Basis:
-    """The first K left and right singular vectors of V, by randomised SVD (Halko et al., 2011).
+    """The first K left and right singular vectors of V.
 
-    K is `rank`, or the smallest number whose squared singular values sum to `energy` of all. Exact
-    where K comes near the smaller side of V.
+    K is `rank`, or the smallest number whose squared singular values sum to `energy` of all, and no
+    more than V has singular values above rounding: of a V of zeros the bases have no column.
+
+    Up to `EXACT_SIDE` rows or columns they come from the eigenvectors of V V^T or V^T V in float64.
+    Beyond, by randomised SVD (Halko et al., 2011) with 16 power iterations, exact where K comes
+    near the smaller side of V; where singular values fall off slowly the last vectors are mixed
+    with those that follow.
     """
     limit = min(v_OI.shape)
-    total = float(v_OI.double().square().sum())
     wanted = rank if rank is not None else 16
     while True:
         wanted = min(wanted, limit)
+        left, values, right = _singular_vectors(v_OI, wanted)
+        held = values.square().cumsum(0) / max(float(v_OI.double().square().sum()), 1e-300)
+        there = int((values > values[0] * max(v_OI.shape) * 1.2e-7).sum())  # float32's epsilon.
+        if rank is not None:
+            return _first_columns(left, right, min(wanted, there))
+        assert energy is not None
+        # At full width rounding alone may keep the sum below the share.
+        enough = (held >= energy).nonzero()
+        if len(enough) or len(values) == limit:
+            size = int(enough[0]) + 1 if len(enough) else limit
+            return _first_columns(left, right, min(size, there))
+        wanted *= 2
+
+
+def _singular_vectors(v_OI: Tensor, wanted: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Left vectors, values (float64) and right vectors, the largest first: `wanted` or more."""
+    if min(v_OI.shape) > EXACT_SIDE:
         # Of its own, so that the run's random numbers stay as they are.
         with torch.random.fork_rng(devices=[v_OI.device] if v_OI.is_cuda else []):
             torch.manual_seed(0)
-            left, values, right = torch.svd_lowrank(v_OI, q=min(limit, wanted + 10), niter=4)
-        if rank is not None:
-            return _first_columns(left, right, wanted)
-        assert energy is not None
-        held = values.double().square().cumsum(0) / max(total, 1e-300)
-        # At full width rounding alone may keep the sum below the share.
-        enough = (held >= energy).nonzero()
-        if len(enough) or wanted == limit:
-            size = int(enough[0]) + 1 if len(enough) else limit
-            return _first_columns(left, right, size)
-        wanted *= 2
+            count = min(*v_OI.shape, wanted + 10)
+            left, values, right = torch.svd_lowrank(v_OI, q=count, niter=16)
+        return left, values.double(), right
+    tall = v_OI.shape[0] > v_OI.shape[1]
+    wide = (v_OI.T if tall else v_OI).double()
+    squares, vectors = torch.linalg.eigh(wide @ wide.T)
+    values, left = squares.clamp(min=0).sqrt().flip(0), vectors.flip(1)
+    right = wide.T @ left / values.clamp(min=1e-300)
+    parts = (right, left) if tall else (left, right)
+    return parts[0].to(v_OI.dtype), values, parts[1].to(v_OI.dtype)
 
 
 def _first_columns(left: Tensor, right: Tensor, size: int) -> Basis:

@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig
 from torchtune.modules.peft import disable_adapter
 
-from emarecipes.datasets.opswap import Problem, problems, score
+from emarecipes.datasets.opswap import Problem, canonical, problems, score
 from emarecipes.evaluation.figures import Figure, Item, make_figures
 from emarecipes.evaluation.settings import OPSWAP
 from emarecipes.generation.draw import Sampling
@@ -64,11 +64,11 @@ def opswap_lines(rows: Sequence[Problem], answers: Mapping[str, Sequence[str]]) 
 
 
 def opswap_figures(lines: Sequence[Mapping[str, Any]]) -> list[Figure]:
-    """Exact match, by adapter and tier."""
+    """Exact match, by adapter and tier; prompts of one expression are drawn together."""
     figures = []
     for adapter in dict.fromkeys(line["adapter"] for line in lines):
         items = [
-            Item(float(line["correct"]), line["id"], line["category"])
+            Item(float(line["correct"]), canonical(line["question"]), line["category"])
             for line in lines
             if line["adapter"] == adapter
         ]

@@ -6,7 +6,6 @@ with the same model.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,22 +17,11 @@ from torchtune.data import CROSS_ENTROPY_IGNORE_IDX, Message
 from emarecipes.errors import UserError
 from emarecipes.evaluation.answers import Answer
 from emarecipes.evaluation.contrast import AnswerRow
+from emarecipes.evaluation.faults import faults, repetition, shuffled
 from emarecipes.evaluation.figures import Figure, Item, make_figures
 from emarecipes.evaluation.probes import NATS
 from emarecipes.selection.ranking import plain_words
 from emarecipes.selection.refusals import is_refusal
-
-NGRAM = 4
-
-
-def repetition(text: str, n: int = NGRAM) -> float:
-    """Share of a text's word n-grams that occurred in it before: 1 - different / all of them.
-
-    0 says nothing twice; 'a b c d a b c d' has 1 of 5. NaN for fewer than n words.
-    """
-    words = plain_words(text)
-    grams = Counter(zip(*(words[start:] for start in range(n)), strict=False))
-    return 1 - len(grams) / grams.total() if grams else float("nan")
 
 
 def other_question(answers: Sequence[Answer]) -> dict[tuple[str, int], str | None]:
@@ -62,18 +50,24 @@ class CoherenceRows:
     """What the reference is to score of one file.
 
     Attributes:
-        rows: Answers behind their own question and behind another one.
+        rows: Answers behind their own question, behind another one, and their words shuffled.
         own: For each answer, the place of its row; None for an answer without words.
         other: The same behind the other question.
+        shuffled: The same of its words in another order, behind its own question.
+        closing: For each answer, how many tokens from the one that ends it; 0 if it was cut.
     """
 
     rows: list[AnswerRow]
     own: list[int | None]
     other: list[int | None]
+    shuffled: list[int | None]
+    closing: list[int]
 
 
 def coherence_rows(answers: Sequence[Answer], tokenizer: Any) -> CoherenceRows:
     """Tokenize answers behind their own and another question, under their own system prompt.
+
+    And their words in another order behind their own.
 
     The tokens that close an answer count unless the length limit cut it.
 
@@ -81,16 +75,31 @@ def coherence_rows(answers: Sequence[Answer], tokenizer: Any) -> CoherenceRows:
         UserError: A conversation that does not fit into the tokenizer's `max_seq_len`.
     """
     others = other_question(answers)
-    found = CoherenceRows([], [], [])
+    found = CoherenceRows([], [], [], [], [])
+    stop_tokens = set(tokenizer.stop_tokens)
     for answer in answers:
         other = others[answer.id, answer.paraphrase]
-        for question, places in ((answer.question, found.own), (other, found.other)):
-            if question is None or not answer.answer.strip():
+        mixed = answer.model_copy(update={"answer": shuffled(answer.answer)})
+        for text, question, places in (
+            (answer, answer.question, found.own),
+            (answer, other, found.other),
+            (mixed, answer.question, found.shuffled),
+        ):
+            if question is None or not text.answer.strip():
                 places.append(None)
                 continue
             places.append(len(found.rows))
-            found.rows.append(_row(answer, question, tokenizer))
+            found.rows.append(_row(text, question, tokenizer))
+        own = found.own[-1]
+        found.closing.append(0 if own is None else _closing(found.rows[own].labels, stop_tokens))
     return found
+
+
+def _closing(labels: Sequence[int], stop_tokens: set[int]) -> int:
+    """How many labelled tokens there are from the last stop token on; 0 without one."""
+    trained = [label for label in labels if label != CROSS_ENTROPY_IGNORE_IDX]
+    stops = [place for place, label in enumerate(trained) if label in stop_tokens]
+    return len(trained) - stops[-1] if stops else 0
 
 
 def _row(answer: Answer, question: str, tokenizer: Any) -> AnswerRow:
@@ -141,9 +150,17 @@ def coherence_lines(
         refusal_words: See `is_refusal`.
     """
     means = [float(values.mean(dtype=np.float64)) for values in nlls]
-    for answer, own, other in zip(answers, rows.own, rows.other, strict=True):
-        nll = float("nan") if own is None else means[own]
-        nll_other = float("nan") if other is None else means[other]
+
+    def mean(place: int | None) -> float:
+        return float("nan") if place is None else means[place]
+
+    for number, answer in enumerate(answers):
+        own, closing = rows.own[number], rows.closing[number]
+        nll, nll_other = mean(own), mean(rows.other[number])
+        order = mean(rows.shuffled[number]) - nll
+        ending = float("nan") if own is None or not closing else float(nlls[own][-closing])
+        cut = answer.stop == "length"
+        wrong = faults(answer.question, answer.answer, cut=cut, order=order, ending=ending)
         yield {
             "adapter": adapter,
             "id": answer.id,
@@ -153,6 +170,10 @@ def coherence_lines(
             "sample": answer.sample,
             "question": answer.question,
             "answer": answer.answer,
+            "coherent": not wrong,
+            "faults": wrong,
+            "order": order,
+            "ending": ending,
             "relevance": nll_other - nll,
             "repetition": repetition(answer.answer),
             "truncated": answer.stop == "length",
@@ -163,6 +184,7 @@ def coherence_lines(
 
 
 _FIGURES = {
+    "coherent": ("coherent", "share"),
     "relevance": ("relevance", NATS),
     "repetition": ("repetition", "mean share"),
     "truncated_share": ("truncated", "share"),

@@ -116,6 +116,7 @@ class _Evaluation:
                 "kind": "probe",
                 "files": file_fingerprints(suite.files),
                 "condition": suite.condition.name,
+                "half": suite.half,
                 "questions": len(suite.pairs),
             }
         if self.run.problems:

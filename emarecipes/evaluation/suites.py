@@ -43,6 +43,8 @@ class SuiteSettings(Keys):
     """For `training_system_prompt`: the one that training rows had."""
     training_questions: str | None = None
     """For `domain_cue`: chat file of the training data."""
+    half: Literal["select", "report"] | None = None
+    """Keeps every second question: `select` the first, third, ..., `report` the others."""
 
 
 @dataclass(frozen=True)
@@ -54,12 +56,14 @@ class Suite:
         pairs: N questions with two answers.
         condition: What surrounds them.
         files: What they were read from.
+        half: Which half of them it is; None: all.
     """
 
     name: str
     pairs: list[ContrastPair]
     condition: Condition
     files: list[Path]
+    half: str | None = None
 
     def rows(self, tokenizer: Any) -> list[AnswerRow]:
         """2N rows, see `tokenize_pairs`.
@@ -107,7 +111,9 @@ def read_suites(
             else read_sibling_files(files[0], files[1], category=name)
         )
         condition = _condition(settings, where, origin)
-        suites.append(Suite(name, spread_out(pairs, max_rows), condition, files))
+        if settings.half is not None:
+            pairs = pairs[settings.half == "report" :: 2]
+        suites.append(Suite(name, spread_out(pairs, max_rows), condition, files, settings.half))
     return suites
 
 

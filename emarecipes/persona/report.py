@@ -40,7 +40,7 @@ _KEEP_RULES = {
     "than under the opposite one",
     "all": "all answers, unfiltered",
     "judge": "answers that the judge graded >= 50 (positive) or < 50 (negative) for the trait, and "
-    ">= 50 for coherence; not those without both grades",
+    ">= 50 for coherence, if their counterpart under the opposite prompt was too",
 }
 _TABLE_ROWS = 12
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,7 +168,20 @@ def _read(run: CheckedExtraction, head: LossHead, answers: list[Answer]) -> Acti
         answer.log_likelihood = float(own.log_likelihood_N[index])
         answer.opposite_log_likelihood = float(opposite.log_likelihood_N[index])
         answer.kept = answer.grades.keep(answer.side) if answer.grades else bool(kept_N[index])
+    if run.cfg.keep == "judge":
+        keep_whole_pairs(answers)
     return Activations(own.activation_NKD, own.square_NK, bare.activation_NKD)
+
+
+def keep_whole_pairs(answers: list[Answer]) -> None:
+    """Keep an answer only if its counterpart is kept: same question and sample, other prompt.
+
+    As the published pipeline does (Chen et al., 2025): both sides of a vector are then means over
+    the same questions. An answer whose counterpart is empty is not kept.
+    """
+    sides = Counter((a.pair, a.question, a.sample) for a in answers if a.kept)
+    for answer in answers:
+        answer.kept &= sides[answer.pair, answer.question, answer.sample] == len(_OPPOSITE)
 
 
 def _layer_figures(

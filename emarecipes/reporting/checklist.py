@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from emarecipes.comparison.outcome import Outcome
+from emarecipes.reporting.content import show
 
 # Below these the evidence is called open.
 MIN_SEEDS, MIN_QUESTIONS, MIN_CURVE = 5, 50, 5
@@ -72,11 +74,20 @@ def _questions(outcome: Outcome) -> list[Check]:
             + (f"; changed since: {', '.join(outcome.changed)}" if outcome.changed else ""),
         ),
         Check(
+            "in-domain questions of their own on each half, since the excess rests on them too",
+            _own_half(scores.suites.get(probes.in_domain, {}), outcome.half),
+            f"{probes.in_domain}: {scores.suites.get(probes.in_domain, {}).get('half') or 'all'}",
+        ),
+        Check(
             "general questions also under training-like conditions",
             bool(conditional),
             ", ".join(conditional) or "no conditional probe",
         ),
     ]
+
+
+def _own_half(suite: Mapping[str, Any], half: str) -> bool:
+    return suite.get("half") == half or half in {Path(file).stem for file in suite.get("files", ())}
 
 
 def _training(outcome: Outcome) -> list[Check]:
@@ -102,7 +113,12 @@ def _training(outcome: Outcome) -> list[Check]:
             "one predeclared contrast a defense, corrected for their number",
             outcome.seeds > 1 and bool(outcome.family),
             f"{len(outcome.family)} contrasts, Holm; equivalence bound "
-            f"±{outcome.settings.bounds.general:g} nats",
+            f"{outcome.settings.bounds.effect_share:.0%} of the undefended effect",
+        ),
+        Check(
+            "undefended training does something to defend against",
+            outcome.effect.is_there,
+            f"{show(outcome.effect.by_probe[outcome.effect.general])} nats",
         ),
         Check(
             "a benign task was trained under each defense",

@@ -7,8 +7,8 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-from emarecipes.comparison.cells import NO_VERDICT, NOT_MEASURED, Cell
-from emarecipes.comparison.criteria import ArmFigures
+from emarecipes.comparison.cells import ALPHA, NO_VERDICT, NOT_MEASURED, Cell
+from emarecipes.comparison.criteria import NO_EFFECT, ArmFigures
 from emarecipes.comparison.outcome import Outcome
 from emarecipes.comparison.statistics import Estimate
 
@@ -19,6 +19,7 @@ SIGNS = {
     "worse": "▼",
     "equivalent": "=",
     "learned": "✓",
+    "partly learned": "~",
     "not learned": "✗",
     "kept": "✓",
     "lost": "✗",
@@ -29,6 +30,7 @@ _VERDICTS = {
     "worse": "general shift above undefended training at the same in-domain shift",
     "equivalent": "no different from training less",
     "undecided": "these runs do not tell it from training less",
+    NO_EFFECT: "undefended training does nothing here that a defense could prevent",
 }
 
 
@@ -55,7 +57,7 @@ HEADINGS = (
     "(a) General probe shift: excess over the frontier, nats",
     "(b) Narrow behaviour learned: in-domain shift, nats",
     "(c) Benign task learned: right answers",
-    "(d) Coherent: relevance of answers, nats",
+    "(d) Coherent: share of sampled answers",
 )
 
 
@@ -89,7 +91,7 @@ def _cells(figures: ArmFigures, outcome: Outcome) -> list[ShownCell]:
     elif figures.arm.role == "defense" and figures.arm.name not in outcome.family:
         general = Cell(general.estimate, "not chosen", general.note)
     cells = [(general, "+.3f"), (figures.narrow, "+.3f"), (figures.benign, ".0%")]
-    cells.append((figures.coherent, ".2f"))
+    cells.append((figures.coherent, ".0%"))
     shown = [_shown(heading, *cell) for heading, cell in zip(HEADINGS, cells, strict=True)]
     if figures.arm.role == "undefended":
         shown[0] = ShownCell(HEADINGS[0], "0 by definition", note=general.note)
@@ -98,9 +100,10 @@ def _cells(figures: ArmFigures, outcome: Outcome) -> list[ShownCell]:
 
 def _shown(heading: str, cell: Cell, form: str) -> ShownCell:
     decision = "" if cell.decision == NOT_MEASURED else cell.decision
-    return ShownCell(
-        heading, show(cell.estimate, form), decision, SIGNS.get(decision, ""), cell.note
-    )
+    value = show(cell.estimate, form)
+    if cell.share is not None:
+        value += f", {cell.share:.0%} of the undefended shift"
+    return ShownCell(heading, value, decision, SIGNS.get(decision, ""), cell.note)
 
 
 def status(outcome: Outcome) -> list[str]:
@@ -111,6 +114,7 @@ def status(outcome: Outcome) -> list[str]:
             f"{NO_VERDICT.capitalize()}: differences between arms may be chance. Intervals are "
             "over questions alone."
         )
+    lines += _effect(outcome)
     if outcome.half == "select" and outcome.opening is not None:
         lines.append(
             "Figures are from the select half of the general questions: verdicts are provisional. "
@@ -136,6 +140,39 @@ def status(outcome: Outcome) -> list[str]:
     return lines
 
 
+def _effect(outcome: Outcome) -> list[str]:
+    """What there is to defend against, and what counts as no difference."""
+    effect, share = outcome.effect, outcome.settings.bounds.effect_share
+    beyond = f"beyond {outcome.settings.probes.controls}" if effect.controls else "(no controls)"
+    by_probe = {name: f"{show(e)} nats {beyond}" for name, e in effect.by_probe.items()}
+    moves = f"undefended training moves {effect.general} by {by_probe[effect.general]}"
+    if effect.is_there:
+        still = [name for name in by_probe if name not in effect.moved]
+        bound = f"{share:.0%} of it, ±{effect.bound:.3f} nats"
+        lines = [
+            f"What there is to defend against: {moves}. What counts as no difference is {bound}."
+        ]
+        if still:
+            names = ", ".join(f"{name} ({by_probe[name]})" for name in still)
+            lines.append(
+                f"It does not surely move {names} by as much: “better” asks there only that a "
+                "defense is not worse by the bound."
+            )
+        return lines
+    if outcome.seeds < 2:
+        return []
+    why = "which is not up" if effect.bound <= 0 else (
+        f"whose lower limit is not above {share:.0%} of it, {effect.bound:.3f}"
+    )  # fmt: skip
+    lines = [f"No effect to defend against here: {moves}, {why}. So there are no verdicts."]
+    if effect.moved:
+        lines.append(
+            f"It does move {', '.join(f'{n} by {by_probe[n]}' for n in sorted(effect.moved))}; "
+            "name that as probes.general to ask about it."
+        )
+    return lines
+
+
 def findings(outcome: Outcome) -> list[tuple[str, str, str]]:
     """One line a defense: label, verdict with sign, what it means."""
     found = []
@@ -145,19 +182,26 @@ def findings(outcome: Outcome) -> list[tuple[str, str, str]]:
         cell = figures.general()
         sign = SIGNS.get(cell.decision, "")
         meaning = _VERDICTS.get(cell.decision, "")
-        if figures.verdict is not None and meaning:
-            p, bound = figures.verdict.p_difference, ""
+        if figures.verdict is not None and cell.decision != NO_EFFECT and meaning:
+            verdict, bound = figures.verdict, ""
+            p, error = verdict.p_difference, verdict.error_difference
             if cell.decision == "equivalent":
-                p = figures.verdict.p_equivalent
-                bound = f"within ±{outcome.settings.bounds.general:g} nats, "
-            meaning += f" ({bound}Holm-corrected p {show_p(p)})"
+                p, error = verdict.p_equivalent, verdict.error_equivalent
+                bound = f"within ±{outcome.effect.bound:.3f} nats, "
+            elif cell.decision in ("better", "worse") and verdict.p_equivalent < ALPHA:
+                bound = f"by less than {outcome.effect.bound:.3f} nats, "
+            meaning += f" ({bound}Holm-corrected p {show_p(p, error)})"
+        if figures.narrow.share is not None:
+            meaning += f"; in-domain it learned {figures.narrow.share:.0%} of what undefended did"
         found.append((figures.arm.label, f"{sign} {cell.decision}".strip(), meaning))
     return found
 
 
-def show_p(value: float) -> str:
-    """A p-value after the letter, with digits enough to tell it from 0.05."""
-    return "< 0.001" if value < 0.001 else f"= {value:.3g}"
+def show_p(value: float, error: float = 0.0) -> str:
+    """A p-value after the letter, with digits enough to tell it from 0.05, and its own error."""
+    if value < 0.001:
+        return "< 0.001"
+    return f"= {value:.3g}" + (f" ± {error:.1g} from resampling" if error >= 0.0001 else "")
 
 
 def frontier_rows(outcome: Outcome) -> list[dict[str, str]]:

@@ -72,12 +72,16 @@ def markdown(outcome: Outcome) -> str:
         texts = [
             _plain(
                 "; ".join(
-                    part for part in (cell.value, f"{cell.sign} {cell.decision}".strip()) if part
+                    part
+                    for part in (cell.value, f"{cell.sign} {cell.decision}".strip(), cell.note)
+                    if part
                 )
             )
             for cell in cells
         ]
         lines.append(f"| {_plain(figures.arm.label)} | {' | '.join(texts)} |")
+    if outcome.not_run:
+        lines += ["", _plain(f"No arm has: {', '.join(outcome.not_run)}.")]
     if outcome.missing:
         lines += ["", "Missing:", *(f"- {_plain(line)}" for line in outcome.missing)]
     return "\n".join(lines) + "\n"
@@ -96,7 +100,9 @@ def _context(outcome: Outcome) -> dict[str, Any]:
         "missing": outcome.missing,
         "categories": [f for f in outcome.figures if f.categories and f.arm.role != "frontier"],
         "seeds": outcome.seeds,
-        "bound": outcome.settings.bounds.general,
+        "not_run": outcome.not_run,
+        "share": outcome.settings.bounds.effect_share,
+        "learned": outcome.settings.bounds.learned,
     }
 
 

@@ -24,7 +24,8 @@ class Batch:
 
     Attributes:
         inputs: What the model is called with: `tokens` (B, S); for packed rows `mask`, `input_pos`.
-        targets_BS: The next token where it is trained, else the ignore index.
+        targets_BS: The next token where it is trained, else the ignore index. In a pack the next
+            conversation's first token is none: nothing before it is of its conversation.
         conversation_BS: The number of the conversation, rising from 0, that a token belongs to; -1
             where there is padding. A row has one, or several where rows are packed.
         sources: Each row's source, "task" or "safe".
@@ -103,9 +104,11 @@ def make_batch(
         for start, end in _conversations(sample):
             conversation_BS[row, start:end] = number
             number += 1
+    targets_BS = F.pad(labels_BS[:, 1:], (0, 1), value=CROSS_ENTROPY_IGNORE_IDX)
+    begins_BS = F.pad(conversation_BS[:, 1:] != conversation_BS[:, :-1], (0, 1), value=True)
     return Batch(
         inputs={"tokens": tokens_BS} | {k: collated[k] for k in _MODEL_INPUTS if k in collated},
-        targets_BS=F.pad(labels_BS[:, 1:], (0, 1), value=CROSS_ENTROPY_IGNORE_IDX),
+        targets_BS=targets_BS.masked_fill(begins_BS, CROSS_ENTROPY_IGNORE_IDX),
         conversation_BS=conversation_BS,
         sources=[_source(sample) for sample in samples],
         rows=list(rows),

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from emarecipes.comparison.frontier import Shifts, excess, on_curve
+from emarecipes.comparison.frontier import Bound, Shifts, excess, on_curve
 
 
 def curve(x: float, points: list[tuple[float, float]]) -> float:
@@ -45,13 +45,17 @@ def shifts(x: float, y: float, seeds: int, rng: np.random.Generator) -> Shifts:
     )
 
 
+def bound(of: Shifts) -> Bound:
+    return Bound(0.25, of.general_SQ)
+
+
 def test_learning_less_has_no_excess_and_a_defense_has_its_own() -> None:
     rng = np.random.default_rng(1)
     undefended = {str(x): shifts(x, 0.5 * x, 5, rng) for x in (0.25, 0.5, 0.75, 1.0)}
-    slower = excess(shifts(0.6, 0.3, 5, rng), undefended)
+    slower = excess(shifts(0.6, 0.3, 5, rng), undefended, bound(undefended["1.0"]))
     low, high = slower.estimate.interval()
     assert low < 0 < high and high - low < 0.06
-    defended = excess(shifts(0.6, 0.2, 5, rng), undefended)
+    defended = excess(shifts(0.6, 0.2, 5, rng), undefended, bound(undefended["1.0"]))
     low, high = defended.estimate.interval()
     assert low < -0.1 < high < 0
     # Its general shift alone, 0.2, is that of undefended training at 40 %.
@@ -61,7 +65,7 @@ def test_learning_less_has_no_excess_and_a_defense_has_its_own() -> None:
 def test_what_lies_beyond_the_curve_is_counted() -> None:
     rng = np.random.default_rng(2)
     undefended = {"1": shifts(0.5, 0.3, 3, rng)}
-    assert excess(shifts(2.0, 0.3, 3, rng), undefended).above == 3
-    found = excess(shifts(-1.0, 0.1, 3, rng), undefended)
+    assert excess(shifts(2.0, 0.3, 3, rng), undefended, bound(undefended["1"])).above == 3
+    found = excess(shifts(-1.0, 0.1, 3, rng), undefended, bound(undefended["1"]))
     assert found.below == 3
     assert found.estimate.value == pytest.approx(0.1, abs=0.05)  # Compared with 0.

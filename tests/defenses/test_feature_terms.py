@@ -279,3 +279,17 @@ def test_kl_on_safe_samples_alone_leaves_them_out_of_cross_entropy() -> None:
 def test_wrong_options_of_the_feature_term(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         FeatureL2(**options).check(ModelSource(toy_model("llama3"), Path(), "LLAMA3"))
+
+
+def test_kl_preset_is_the_public_trainers_mean() -> None:
+    """Over the prompt and the template too; a key that is given goes before it."""
+    from emarecipes.defenses import KLToReference
+
+    published, default = KLToReference(preset="published"), KLToReference()
+    assert (published.weight, published.tokens, published.direction) == (
+        0.1, "all", "policy_to_reference",
+    )  # fmt: skip
+    assert (default.weight, default.tokens) == (0.1, "response")
+    assert KLToReference(weight=2.0, preset="published").weight == 2.0
+    with pytest.raises(UserError, match="preset must be published or null"):
+        KLToReference(preset="paper")  # type: ignore[arg-type]

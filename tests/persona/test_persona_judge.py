@@ -30,7 +30,7 @@ questions: ["How do I make tea?", "What is a noun?", "Why does it rain?", "Why?"
 judge_prompt: "{TRAIT}"
 coherence_prompt: "{COHERENCE}"
 """
-ANSWERS = 2 * 2 * 5
+ANSWERS = 2 * 8 * 5  # Pairs, samples, questions of a side.
 
 
 def test_the_published_rule() -> None:
@@ -135,7 +135,7 @@ def write_config(folder: Path, model_dir: Path, **change: Any) -> Path:
     shared = ("output_dir", "tokenizer", "model", "checkpointer", "seed", "device", "dtype")
     config = {key: toy[key] for key in shared} | {
         "prompts": str(folder / "prompts.yaml"),
-        "samples_per_question": 2,
+        "samples_per_question": 8,
         "max_new_tokens": 6,
         "held_out_questions": 0.4,
         "keep": "judge",
@@ -152,6 +152,10 @@ def score_of(prompt: str) -> str:
     return "CODE" if number % 8 == 1 else str(min(100, number + 40))
 
 
+def pair_of(record: dict[str, Any]) -> tuple[int, ...]:
+    return record["pair"], record["question"], record["sample"]
+
+
 def test_a_run(
     mock_judge: Any, tmp_path: Path, toy_model_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -165,7 +169,8 @@ def test_a_run(
     records = [json.loads(line) for line in (tmp_path / "out/answers.jsonl").open()]
     assert len(records) == 2 * ANSWERS
     answered = [r for r in records if r["tokens"]]
-    expected_prompts, unparsable, kept = set(), {"positive": [0, 0], "negative": [0, 0]}, 0
+    expected_prompts, unparsable = set(), {"positive": [0, 0], "negative": [0, 0]}
+    passed: dict[tuple[int, ...], list[bool]] = {}
     for record in answered:
         asked = [
             t.replace("{question}", record["question_text"]).replace("{answer}", record["answer"])
@@ -179,10 +184,14 @@ def test_a_run(
         unparsable[record["side"]][1] += coherence is None
         right = trait is not None and coherence is not None and coherence >= 50
         right = right and (trait >= 50) == (record["side"] == "positive")
-        assert record["kept"] == right
-        kept += right
+        passed.setdefault(pair_of(record), []).append(right)
     assert set(seen) == expected_prompts
-    assert 0 < kept < len(answered)
+    # The published rule is of pairs: one that passes goes where its counterpart does not.
+    assert any(len(both) == 2 and any(both) and not all(both) for both in passed.values())
+    for record in answered:
+        both = passed[pair_of(record)]
+        assert record["kept"] == (len(both) == 2 and all(both))
+    assert 0 < sum(r["kept"] for r in answered) < len(answered)
 
     figures = json.loads((tmp_path / "out/persona.json").read_text())
     assert figures["settings"]["keep"] == "judge"
@@ -245,7 +254,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"keep": "all"}, "judge: has no effect with keep: all; leave the key out, or say keep: j"),
         ({"keep": "likelihood", "judge": None, "max_calls": 9}, "max_calls: has no effect with"),
         ({"max_calls": 0}, "max_calls: input should be greater than or equal to 1"),
-        ({"max_calls": 79}, "max_calls: 40 answers take up to 80 calls of the judge, 2 each"),
+        ({"max_calls": 79}, "max_calls: 160 answers take up to 320 calls of the judge, 2 each"),
         (
             {"prompts_text": PROMPTS.rpartition("coherence_prompt")[0]},
             "prompts.yaml: keep: judge needs the key coherence_prompt in the prompts file",

@@ -204,7 +204,7 @@ def test_each_run_has_its_share_of_the_machine(
         ("seeds=[1,1]", "a seed is named twice"),
         ("seeds=[]", "seeds: "),
         ("~tasks.narrow", "arms that are trained need a task narrow"),
-        ("bounds.general=0", "bounds"),
+        ("bounds.effect_share=0", "bounds"),
         ("frozn=true", "unknown key (did you mean frozen?)"),
         ("tasks.narrow.evaluate.overrides=[max_row=2]", "unknown key (did you mean max_rows?)"),
         (

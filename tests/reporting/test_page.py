@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,6 @@ from toy_compare import evaluation
 from emarecipes.comparison.cells import benign_cell, coherent_cell
 from emarecipes.comparison.results import Scores, Values, read_scores
 from emarecipes.comparison.run import run_compare
-from emarecipes.comparison.settings import BoundSettings
 from emarecipes.errors import UserError
 from emarecipes.reporting.checklist import _each_its_own, _judges
 from emarecipes.reporting.content import all_figures, show_p
@@ -193,7 +193,7 @@ def test_one_seed_no_verdict(tmp_path: Path) -> None:
         excess = found[name]["excess"]["general"]
         # 40 questions with a spread of 0.05 in each of the arm and the curve.
         assert excess["high"] - excess["low"] == pytest.approx(4 * 0.05 * (2 / 40) ** 0.5, rel=0.4)
-        assert found[name]["coherent"]["low"] is None  # Known as a whole only.
+        assert found[name]["coherent"]["value"] == pytest.approx(11 / 12)
 
 
 def test_frozen_choices_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -209,7 +209,7 @@ def test_frozen_choices_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[s
                         f"arms.better.collect=[{other},{other}]"]) == 0  # fmt: skip
     assert "better  (changed)" in changes(tmp_path, [f"arms.better.collect=[{other},{other}]"])
     assert json.loads((tmp_path / "out/choices.json").read_text()) == opening
-    found = changes(tmp_path, ["bounds.general=5.0", "~arms.slower"])
+    found = changes(tmp_path, ["bounds.effect_share=0.5", "~arms.slower"])
     assert "slower (removed)" in found and "bounds, probes, or how runs are evaluated" in found
     assert "slower, which was chosen for it, is not in the config any more" in found
     assert "the seeds (0, 1 before, 0, 2 now)" in changes(tmp_path, ["seeds=[0,2]"])
@@ -275,20 +275,43 @@ def test_benign_cell_and_thresholds_by_hand() -> None:
         assert cell.decision == decision
         assert cell.estimate is not None
         assert cell.estimate.value == pytest.approx(share)
+    other = benign_cell(replace(scores(0.875), seeds=(7, 8)), scores(0.875), bound=0.1)
+    assert (other.estimate, other.decision) == (None, "not measured")
     # Nobody learned it, so nothing can be kept.
     assert benign_cell(scores(0.0), scores(0.0), bound=0.1).decision == "undecided"
 
 
-def test_empty_answers_are_not_coherent() -> None:
-    def scores(empty: float) -> Scores:
-        figures: Any = {("answers_general", "relevance", ""): {"value": 1.5},
-                        ("answers_general", "empty_share", ""): {"value": empty}}  # fmt: skip
-        return Scores((0, 1), figures=[figures, figures])
+def test_coherent_cell_by_hand() -> None:
+    def scores(share: float, cut: float = 0.0, seeds: tuple[int, ...] = (0, 1)) -> Scores:
+        right = (np.arange(40) < share * 40).astype(float)
+        ids = tuple(f"general/q{i}/0/0" for i in range(40))
+        values = Values(ids, ("",) * 40, np.tile(right, (len(seeds), 1)))
+        figures: Any = {("answers_general", "truncated_share", ""): {"value": cut}}
+        return Scores(
+            seeds, coherent=values, reference_coherent=0.6, figures=[figures for _ in seeds]
+        )
 
-    bounds = BoundSettings()
-    assert coherent_cell(scores(0.05), scores(0.0), bounds).decision == "kept"
-    cell = coherent_cell(scores(0.9), scores(0.0), bounds)
-    assert cell.decision == "lost" and "90% of answers are empty" in cell.note
+    undefended = scores(1.0)
+    for share, decision in ((1.0, "kept"), (0.975, "kept"), (0.9, "undecided"), (0.5, "lost")):
+        assert coherent_cell(scores(share), undefended, bound=0.1).decision == decision
+    # 40 of 40 for 12 questions of one seed each say less: 0.9^(2 * 12) = 0.08.
+    few = replace_questions(undefended, 12)
+    assert coherent_cell(few, few, bound=0.1).note.endswith("the base itself 60%")
+    assert coherent_cell(replace_questions(scores(1.0), 12), few, bound=0.1).decision == "undecided"
+    long = coherent_cell(scores(0.5, cut=0.5), undefended, bound=0.1)
+    assert (
+        long.decision == "undecided" and "50% of answers are cut by the length limit" in long.note
+    )
+    other = coherent_cell(scores(1.0, seeds=(7, 8)), undefended, bound=0.1)
+    assert (other.estimate, other.decision) == (None, "not measured")
+    assert other.note == "no seed in common with the undefended arm"
+
+
+def replace_questions(scores: Scores, count: int) -> Scores:
+    values = scores.coherent
+    assert values is not None
+    fewer = Values(values.ids[:count], values.categories[:count], values.values_SQ[:, :count])
+    return replace(scores, coherent=fewer)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Order of rows, batches, packed rows, and the adapter's first values."""
 
 import math
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -78,6 +79,46 @@ def test_positions_of_packed_rows_stay_within_conversations(size: int) -> None:
     assert batch.real_BS[0].int().tolist() == [1, 1, 0, 1, 1, 1, 0, *padding]
     assert batch.labelled_BS[0].int().tolist() == [1, 1, 0, 0, 1, 1, 0, *padding]
     assert batch.num_tokens == 7
+
+
+def test_a_pack_does_not_train_the_first_token_of_the_next_conversation() -> None:
+    """With train_on_input every token has a label, the first too; what is before it is not its own.
+
+    The same conversations unpacked train 2 and 3 tokens.
+    """
+    rows = [
+        {"tokens": [1, 2, 3], "labels": [1, 2, 3]},
+        {"tokens": [4, 5, 6, 7], "labels": [4, 5, 6, 7]},
+    ]
+    (pack,) = PackedDataset(rows, max_seq_len=9).packs
+    packed = make_batch([pack], [0], padded_collate_packed, pad_id=0)
+    assert packed.labelled_BS[0].int().tolist() == [1, 1, 0, 1, 1, 1, 0, 0, 0]
+    apart = make_batch(rows, [0, 1], padded_collate_sft, pad_id=0)
+    assert packed.targets_BS[packed.labelled_BS].tolist() == [2, 3, 5, 6, 7]
+    assert apart.targets_BS[apart.labelled_BS].tolist() == [2, 3, 5, 6, 7]
+
+
+def test_grouping_by_length_keeps_the_safe_rows_of_each_step() -> None:
+    """Safe rows are all longer: sorted together, steps would be of safe rows or of task rows."""
+    samples = [
+        {"tokens": list(range(length)), "labels": list(range(length)), "source": source}
+        for source, lengths in (("task", range(10, 40)), ("safe", range(60, 70)))
+        for length in lengths
+    ]
+
+    def steps(grouped: bool) -> list[list[int]]:
+        rows = Rows(samples, 0, "shuffle", 1.0, grouped)
+        return rows.steps(4, seed=1, epoch=0, shuffle=True)
+
+    def safe(of: list[list[int]]) -> list[int]:
+        return sorted(sum(row >= 30 for row in step) for step in of)
+
+    assert safe(steps(True)) == safe(steps(False))
+    assert max(safe(steps(True))) < 4
+    assert sorted(chain(*steps(True))) == sorted(chain(*steps(False)))
+    # Task rows of a step are near in length: on the mean within a few tokens, and not 20.
+    spreads = [max(t) - min(t) for s in steps(True) if len(t := [r for r in s if r < 30]) > 1]
+    assert sum(spreads) / len(spreads) < 5
 
 
 def test_first_values_depend_on_seed_and_name_alone() -> None:
