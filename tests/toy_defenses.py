@@ -76,6 +76,14 @@ def defense_entries(folder: Path, model_dir: Path, layers: int, width: int) -> d
     }
 
 
+def later_entries(folder: Path, model_dir: Path, layers: int, width: int) -> dict[str, Any]:
+    """The defenses that came after the paper, after `defense_entries` wrote their files."""
+    component = "emarecipes.defenses."
+    return {
+        "spectral": {"_component_": component + "SpectralPenalty", "weight": 0.5},
+    }
+
+
 def interleaved(task: dict[str, Any], safe_rows: Path, **options: Any) -> dict[str, Any]:
     """The task's data set entry with a quarter of safe rows."""
     return {

@@ -1,13 +1,15 @@
 """Defenses against emergent misalignment, one file each, behind `Defense`."""
 
-from emarecipes.defenses.base import Defense, ModelSource, TrainingContext
+from emarecipes.defenses.base import AdaptedModule, Defense, ModelSource, TrainingContext
 from emarecipes.defenses.feature_l2 import FeatureL2
 from emarecipes.defenses.inoculation import InoculationPrompt
 from emarecipes.defenses.kl import KLToReference
 from emarecipes.defenses.persona import PersonaSteering
 from emarecipes.defenses.safelora import SafeLoRA
+from emarecipes.defenses.spectral import SpectralPenalty
 
 __all__ = [
+    "AdaptedModule",
     "Defense",
     "FeatureL2",
     "InoculationPrompt",
@@ -15,5 +17,6 @@ __all__ = [
     "ModelSource",
     "PersonaSteering",
     "SafeLoRA",
+    "SpectralPenalty",
     "TrainingContext",
 ]
