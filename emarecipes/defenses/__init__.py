@@ -7,6 +7,7 @@ from emarecipes.defenses.kl import KLToReference
 from emarecipes.defenses.persona import PersonaSteering
 from emarecipes.defenses.safelora import SafeLoRA
 from emarecipes.defenses.spectral import SpectralPenalty
+from emarecipes.defenses.subspace import SubspaceAblation
 
 __all__ = [
     "AdaptedModule",
@@ -18,5 +19,6 @@ __all__ = [
     "PersonaSteering",
     "SafeLoRA",
     "SpectralPenalty",
+    "SubspaceAblation",
     "TrainingContext",
 ]

@@ -81,7 +81,7 @@ class PersonaSteering(Defense):
             raise UserError(
                 f"layer must be from 1 to {depth}, the model's layers, not {self._layer}"
             )
-        vectors = _read(self._path, self._kind)
+        vectors = read_tensor(self._path, self._kind)
         if vectors.shape != (depth + 1, width):
             shape = "x".join(map(str, vectors.shape))
             raise UserError(
@@ -128,16 +128,26 @@ class PersonaSteering(Defense):
         self._ratio = change.detach() / norm
 
 
-def _read(path: Path, name: str) -> Tensor:
+def read_tensor(path: Path, name: str, key: str = "vectors") -> Tensor:
+    """A tensor of a file that `recipes/ema_persona.py` writes, or a user.
+
+    Args:
+        path: The file.
+        name: The tensor's.
+        key: What names the file in the config, for messages.
+
+    Raises:
+        UserError: No such file, or no such tensor in it.
+    """
     if not path.is_file():
         raise UserError(
-            f"vectors: no such file: {path}; make it with recipes/ema_persona.py, as the config's "
+            f"{key}: no such file: {path}; make it with recipes/ema_persona.py, as the config's "
             "header says"
         )
     try:
         with safe_open(path, framework="pt") as file:
             if name not in file.keys():  # noqa: SIM118 (not a dict)
-                raise UserError(f"vectors: {path} has no tensor {name}; it has {file.keys()}")
+                raise UserError(f"{key}: {path} has no tensor {name}; it has {file.keys()}")
             return file.get_tensor(name)
     except SafetensorError as error:
-        raise UserError(f"vectors: {path} is no safetensors file: {error}") from None
+        raise UserError(f"{key}: {path} is no safetensors file: {error}") from None

@@ -45,6 +45,7 @@ class PersonaSettings(ModelSettings):
     judge: Annotated[str, Field(min_length=1)] | None = None
     max_calls: Positive | None = None
     held_out_questions: Annotated[float, Field(gt=0, lt=1)] = 0.25
+    num_directions: Positive = 4
     save_answers: bool = True
     provenance: Entry | None = None  # Written into a result's config.yaml; read back as it is.
 
