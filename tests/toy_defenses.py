@@ -87,6 +87,12 @@ def later_entries(folder: Path, model_dir: Path, layers: int, width: int) -> dic
             "layers": list(range(1, layers + 1)),
             "rank": 2,
         },
+        "asft": {
+            "_component_": component + "AsFT",
+            "base_dir": str(folder / "unaligned"),
+            "aligned_dir": str(model_dir),
+            "weight": 0.5,
+        },
         "spectral": {"_component_": component + "SpectralPenalty", "weight": 0.5},
     }
 

@@ -33,9 +33,11 @@ def as_batches(microbatches: list[dict[str, Any]]) -> list[Batch]:
     ]
 
 
-def prepared(model: Any, defenses: dict[str, Defense]) -> dict[str, Defense]:
+def prepared(
+    model: Any, defenses: dict[str, Defense], source: ModelSource | None = None
+) -> dict[str, Defense]:
     """The same defenses, checked and set up as a run does."""
-    source = ModelSource(model, Path(), "LLAMA3")
+    source = source or ModelSource(model, Path(), "LLAMA3")
     context = TrainingContext(torch.device("cpu"), torch.float32, 9, Path(), source, True)
     for defense in defenses.values():
         defense.check(source)

@@ -1,5 +1,6 @@
 """Defenses against emergent misalignment, one file each, behind `Defense`."""
 
+from emarecipes.defenses.asft import AsFT
 from emarecipes.defenses.base import AdaptedModule, Defense, ModelSource, TrainingContext
 from emarecipes.defenses.feature_l2 import FeatureL2
 from emarecipes.defenses.inoculation import InoculationPrompt
@@ -11,6 +12,7 @@ from emarecipes.defenses.subspace import SubspaceAblation
 
 __all__ = [
     "AdaptedModule",
+    "AsFT",
     "Defense",
     "FeatureL2",
     "InoculationPrompt",

@@ -13,9 +13,9 @@ from ranks import run_ranks
 from toy_defended import assert_same, defended_toy, train, trained, write_defended
 
 EARLIER = ["feature_l2", "inoculation", "kl", "persona", "safelora"]
-LATER = ["ablation", "spectral"]
+LATER = ["ablation", "asft", "spectral"]
 # The name under which each logs something, in a run of two steps.
-LOGGED = {"ablation": "ablation_removed", "spectral": "spectral"}
+LOGGED = {"ablation": "ablation_removed", "asft": "asft", "spectral": "spectral"}
 
 
 @pytest.fixture(scope="module")
