@@ -5,6 +5,7 @@ from typing import Any
 
 import fuzz_cases
 import pytest
+import reference_new_defenses
 import torch
 import toy_defenses
 import toy_run
@@ -57,6 +58,8 @@ def test_value_and_gradient_are_the_dense_projectors(folders: tuple[Path, Path])
     parameters = get_adapter_params(model)
     total = torch.zeros((), dtype=torch.float64)
     doubles: dict[str, torch.Tensor] = {}
+    lora: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    changed: dict[str, torch.Tensor] = {}
     for name in (n for n in parameters if "lora_a" in n):
         twin = name.replace("lora_a", "lora_b")
         doubles |= {n: parameters[n].detach().double().requires_grad_() for n in (name, twin)}
@@ -66,7 +69,12 @@ def test_value_and_gradient_are_the_dense_projectors(folders: tuple[Path, Path])
         projector = v @ v.T / v.norm()
         update = (8 / 4) * doubles[twin] @ doubles[name]
         total = total + (update - projector @ update).square().sum()
-    total.backward()
+        lora[name], changed[name] = (doubles[name], doubles[twin]), v
+    same = reference_new_defenses.asft_penalty(
+        lora, changed, {name: torch.zeros_like(v) for name, v in changed.items()}, scale=8 / 4
+    )
+    assert same.item() == pytest.approx(total.item(), rel=1e-9)
+    same.backward()
 
     defense = AsFT(str(folders[0]), str(folders[1]), weight=0.3)
     source = ModelSource(model, folders[1], "LLAMA3_2")
