@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from emarecipes._torchtune import build_rope_on_meta, is_nf4, model_on_meta, root_is_frozen
 from emarecipes.components import build
 from emarecipes.config import Origin
-from emarecipes.defenses import Defense, ModelSource, SafeLoRA
+from emarecipes.defenses import AsFT, Defense, ModelSource, SafeLoRA
 from emarecipes.machine import DTYPES
 from emarecipes.plan_trace import Trace, trace
 from emarecipes.training.loss_head import LogitTerm, LossHead, cross_entropy, term_values
@@ -83,6 +83,9 @@ def estimate(cfg: DictConfig, origin: Origin, load: Load) -> Estimate:
     shapes = _adapted_shapes(model)
     projecting = [d for d in defenses.values() if isinstance(d, SafeLoRA)]
     fixed["SafeLoRA bases"] = float(sum(d.kept_bytes(shapes) for d in projecting))
+    holding = [d for d in defenses.values() if isinstance(d, AsFT)]
+    differences = sum(d.kept_bytes(shapes, dtype.itemsize) for d in holding)
+    fixed["AsFT differences"] = float(differences)
     rows, width = cfg.batch_size, model.tok_embeddings.embedding_dim
     stream = rows * load.row_tokens * width * dtype.itemsize
     selected = _positions(cfg, defenses.values(), "logit_term", load)

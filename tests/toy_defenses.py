@@ -32,7 +32,8 @@ def write_vectors(path: Path, layers: int, width: int) -> Path:
     generator = torch.Generator().manual_seed(6)
     persona = 0.1 * torch.randn(layers + 1, width, generator=generator)
     random = 0.1 * torch.randn(layers + 1, width, generator=generator)
-    save_file({"persona": persona, "random": random}, path)
+    subspace = torch.randn(layers + 1, 3, width, generator=generator)
+    save_file({"persona": persona, "random": random, "subspace": subspace}, path)
     return path
 
 
@@ -73,6 +74,26 @@ def defense_entries(folder: Path, model_dir: Path, layers: int, width: int) -> d
             "alpha": 2.0,
         },
         "inoculation": {"_component_": component + "InoculationPrompt"},
+    }
+
+
+def later_entries(folder: Path, model_dir: Path, layers: int, width: int) -> dict[str, Any]:
+    """The defenses that came after the paper, after `defense_entries` wrote their files."""
+    component = "emarecipes.defenses."
+    return {
+        "ablation": {
+            "_component_": component + "SubspaceAblation",
+            "subspace": str(folder / "vectors.safetensors"),
+            "layers": list(range(1, layers + 1)),
+            "rank": 2,
+        },
+        "asft": {
+            "_component_": component + "AsFT",
+            "base_dir": str(folder / "unaligned"),
+            "aligned_dir": str(model_dir),
+            "weight": 0.5,
+        },
+        "spectral": {"_component_": component + "SpectralPenalty", "weight": 0.5},
     }
 
 

@@ -1,13 +1,18 @@
 """Defenses against emergent misalignment, one file each, behind `Defense`."""
 
-from emarecipes.defenses.base import Defense, ModelSource, TrainingContext
+from emarecipes.defenses.asft import AsFT
+from emarecipes.defenses.base import AdaptedModule, Defense, ModelSource, TrainingContext
 from emarecipes.defenses.feature_l2 import FeatureL2
 from emarecipes.defenses.inoculation import InoculationPrompt
 from emarecipes.defenses.kl import KLToReference
 from emarecipes.defenses.persona import PersonaSteering
 from emarecipes.defenses.safelora import SafeLoRA
+from emarecipes.defenses.spectral import SpectralPenalty
+from emarecipes.defenses.subspace import SubspaceAblation
 
 __all__ = [
+    "AdaptedModule",
+    "AsFT",
     "Defense",
     "FeatureL2",
     "InoculationPrompt",
@@ -15,5 +20,7 @@ __all__ = [
     "ModelSource",
     "PersonaSteering",
     "SafeLoRA",
+    "SpectralPenalty",
+    "SubspaceAblation",
     "TrainingContext",
 ]

@@ -52,6 +52,22 @@ class TrainingContext:
     first_process: bool
 
 
+@dataclass(frozen=True)
+class AdaptedModule:
+    """The matrices of one adapted layer, whole and in float32: it adds scale * B A to its weight.
+
+    Attributes:
+        name: The layer's in torchtune, for example "layers.0.attn.q_proj".
+        a_RI, b_OR: A and B.
+        scale: `lora_alpha` / `lora_rank`.
+    """
+
+    name: str
+    a_RI: Tensor
+    b_OR: Tensor
+    scale: float
+
+
 class Defense:
     """A term of the loss, a change to the data, an act after each step, or several of these.
 
@@ -60,8 +76,9 @@ class Defense:
 
         cross entropy + sum over defenses of weight * term,
 
-    where a defense's term is the sum of what `logit_term` and `hidden_term` return, divided by
-    `count` over all micro-batches and processes of the step.
+    where a defense's term is the sum of what its `logit_term` or `hidden_term` returns, divided by
+    `count` over all micro-batches and processes of the step; or the mean (or sum) of what its
+    `weight_term` returns for the adapted layers, once a step. A class has one of the three.
 
     Args:
         weight: Factor of this defense's term in the loss, >= 0.
@@ -78,6 +95,9 @@ class Defense:
 
     needs_reference: bool = False
     """Whether the terms need the reference: the same model with its adapter off."""
+
+    module_reduction: Literal["mean", "sum"] = "mean"
+    """What becomes of `weight_term`'s values: their mean over the layers that have one, or sum."""
 
     hidden_layers: Sequence[int] = ()
     """Residual-stream indices that `hidden_term` reads: i is the input of layer i, from 0."""
@@ -104,7 +124,8 @@ class Defense:
 
     gradient_ratio_every: int = 0
     """Every how many steps, from step 10 on, the norm of the gradient of `weight * term` over that
-    of cross entropy is logged as `<name>_gradient_ratio`; 0: never. It takes further forwards."""
+    of cross entropy is logged as `<name>_gradient_ratio`; 0: once, when the term first acts from
+    step 10 on. A run warns where it is 0. It takes further forwards."""
 
     def check(self, source: ModelSource) -> None:
         """Check this defense against the model, before any weight is loaded.
@@ -147,6 +168,16 @@ class Defense:
         batch: Batch,
     ) -> Tensor:
         """Scalar: the sum of the term over the batch, from {layer: (B, S, D)} hidden states."""
+        raise NotImplementedError
+
+    def weight_term(self, module: AdaptedModule) -> Tensor | None:
+        """The term of one adapted layer, a scalar; None where it has no say (B is 0, say).
+
+        Called once a step for every layer, after the micro-batches' backwards, on every process;
+        the gradient with respect to `module.a_RI` and `module.b_OR` is taken on the spot. Under
+        FSDP2 the two matrices of one layer are gathered at a time: rank * (in + out) numbers.
+        Every process must return the same.
+        """
         raise NotImplementedError
 
     def policy_forward(self) -> AbstractContextManager[None]:

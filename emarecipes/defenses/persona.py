@@ -87,7 +87,7 @@ class PersonaSteering(Defense):
             raise UserError(
                 f"layer must be from 1 to {depth}, the model's layers, not {self._layer}"
             )
-        vectors, made_with = _read(self._path, self._kind)
+        vectors, made_with = read_tensor(self._path, self._kind)
         if vectors.shape != (depth + 1, width):
             shape = "x".join(map(str, vectors.shape))
             raise UserError(
@@ -98,14 +98,7 @@ class PersonaSteering(Defense):
         if not vector.isfinite().all() or not vector.any():
             raise UserError(f"vectors: {self._path}: row {self._layer} is zero or not finite")
         self._vector_D = vector.float()
-        here = source.checkpoint_dir.resolve().name
-        if made_with not in (None, here):  # A copy may have another name: no error.
-            utils.log_rank_zero(
-                log,
-                f"vectors: {self._path} was made with {made_with}, and {here} is trained: a "
-                "direction of another model means nothing in this one",
-                level=logging.WARNING,
-            )
+        tell_other_model(self._path, made_with, source)
 
     def setup(self, model: Any, context: TrainingContext) -> None:
         """Hook the layer whose output is steered."""
@@ -143,18 +136,51 @@ class PersonaSteering(Defense):
         self._ratio = change.detach() / norm
 
 
-def _read(path: Path, name: str) -> tuple[Tensor, str | None]:
-    """The tensor, and the model's folder that it was made with, where the file says so."""
+def tell_other_model(
+    path: Path, made_with: str | None, source: ModelSource, key: str = "vectors"
+) -> None:
+    """Warn of directions that another model's folder gave; a copy may have another name.
+
+    Args:
+        path: Their file.
+        made_with: From `read_tensor`.
+        source: What is trained.
+        key: What names the file in the config.
+    """
+    here = source.checkpoint_dir.resolve().name
+    if made_with not in (None, here):
+        utils.log_rank_zero(
+            log,
+            f"{key}: {path} was made with {made_with}, and {here} is trained: a direction of "
+            "another model means nothing in this one",
+            level=logging.WARNING,
+        )
+
+
+def read_tensor(path: Path, name: str, key: str = "vectors") -> tuple[Tensor, str | None]:
+    """A tensor of a file that `recipes/ema_persona.py` writes, or a user.
+
+    Args:
+        path: The file.
+        name: The tensor's.
+        key: What names the file in the config, for messages.
+
+    Returns:
+        It, and the model's folder that it was made with, where the file says so.
+
+    Raises:
+        UserError: No such file, or no such tensor in it.
+    """
     if not path.is_file():
         raise UserError(
-            f"vectors: no such file: {path}; make it with recipes/ema_persona.py, as the config's "
+            f"{key}: no such file: {path}; make it with recipes/ema_persona.py, as the config's "
             "header says"
         )
     try:
         with safe_open(path, framework="pt") as file:
             if name not in file.keys():  # noqa: SIM118 (not a dict)
-                raise UserError(f"vectors: {path} has no tensor {name}; it has {file.keys()}")
-            vector_LD: Tensor = file.get_tensor(name)
-            return vector_LD, (file.metadata() or {}).get("model")
+                raise UserError(f"{key}: {path} has no tensor {name}; it has {file.keys()}")
+            tensor: Tensor = file.get_tensor(name)
+            return tensor, (file.metadata() or {}).get("model")
     except SafetensorError as error:
-        raise UserError(f"vectors: {path} is no safetensors file: {error}") from None
+        raise UserError(f"{key}: {path} is no safetensors file: {error}") from None

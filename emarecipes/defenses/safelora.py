@@ -13,8 +13,9 @@ from torchtune import utils
 from torchtune.modules.peft import get_adapter_params
 from tqdm import tqdm
 
-from emarecipes._adapter_layout import ModuleRows, adapter_layers, adapter_modules
+from emarecipes._adapter_layout import ModuleRows, adapter_layers
 from emarecipes._torchtune import adapter_state, assign_whole, plain_name
+from emarecipes.defenses.aligned_pair import AlignedPair
 from emarecipes.defenses.base import Defense, ModelSource, TrainingContext
 from emarecipes.defenses.projection import (
     Basis,
@@ -24,7 +25,6 @@ from emarecipes.defenses.projection import (
     project_adapter,
 )
 from emarecipes.errors import UserError
-from emarecipes.models.weights_folder import Difference, WeightsFolder
 
 log = utils.get_logger("INFO")
 
@@ -103,42 +103,19 @@ class SafeLoRA(Defense):
                     "bears: use mode project and give rank or energy"
                 )
         self._every = every_n_steps
-        self._base_dir, self._aligned_dir = Path(base_dir), Path(aligned_dir)
+        self._pair = AlignedPair(base_dir, aligned_dir)
         self._bases: dict[str, Basis] | None = None if every_n_steps is None else {}
         self._last: list[ModuleProjection] = []
 
     def open_folders(self, hf_shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Open both folders and check them against the shapes of adapted weights, by name.
-
-        Raises:
-            UserError: A folder or weight is missing, shapes differ, or both hold the same weights.
-        """
-        for key, path in (("base_dir", self._base_dir), ("aligned_dir", self._aligned_dir)):
-            if not path.is_dir():
-                raise UserError(f"{key}: no such folder: {path}")
-        if self._base_dir.resolve() == self._aligned_dir.resolve():
-            raise UserError(f"base_dir and aligned_dir are the same folder, {self._base_dir}")
-        self._base, self._aligned = WeightsFolder(self._base_dir), WeightsFolder(self._aligned_dir)
-        for key, folder in (("base_dir", self._base), ("aligned_dir", self._aligned)):
-            for name, expected in hf_shapes.items():
-                if (shape := folder.shape(name)) != expected:
-                    raise UserError(
-                        f"{key}: {folder.path}: {name} is {_size(shape)}, the model's is "
-                        f"{_size(expected)}"
-                    )
-        self._probe = _a_few(list(hf_shapes))
-        changed = Difference(self._aligned, self._base)
-        if not any(changed(name).any() for name in self._probe):
-            raise UserError(
-                f"base_dir {self._base_dir} and aligned_dir {self._aligned_dir} hold the same "
-                "weights: there is nothing that alignment changed"
-            )
+        """Open both folders and check them, see `AlignedPair.open`."""
+        self._pair.open(hf_shapes)
 
     def check(self, source: ModelSource) -> None:
         """Open the folders and check them against the model.
 
         Raises:
-            UserError: See `open_folders`; the folders are swapped; DoRA.
+            UserError: See `AlignedPair.check`; DoRA.
         """
         names = [name for name, _ in source.meta_model.named_parameters()]
         if any(name.endswith("magnitude") for name in names):
@@ -146,14 +123,7 @@ class SafeLoRA(Defense):
                 "SafeLoRA projects an update B A; DoRA's also rescales each row, so a projection "
                 "of B is none of the update. Use LoRA, or leave SafeLoRA out"
             )
-        self._modules = adapter_modules(source.meta_model, source.model_type, source.checkpoint_dir)
-        self.open_folders({m.hf_name: m.hf_shape for m in self._modules.values()})
-        trained = WeightsFolder(source.checkpoint_dir)
-        if self._same(trained, self._base) and not self._same(trained, self._aligned):
-            raise UserError(
-                f"base_dir {self._base_dir} holds the model that is trained, and aligned_dir does "
-                "not: are they swapped? The trained model is the aligned one"
-            )
+        self._modules = self._pair.check(source)
 
     def setup(self, model: Any, context: TrainingContext) -> None:
         """Remember the run's length and folder."""
@@ -201,7 +171,7 @@ class SafeLoRA(Defense):
         quiet: bool = False,
     ) -> list[ModuleProjection]:
         """Project each module's A (R, I) and B (O, R); `modules` says which weight is whose."""
-        changed = Difference(self._aligned, self._base)
+        changed = self._pair.difference()
 
         def aligned_minus_base(name: str) -> Tensor:
             module = modules[name]
@@ -230,12 +200,6 @@ class SafeLoRA(Defense):
         figures = {"changed": float(sum(module.changed for module in self._last))}
         return figures | ({"cosine": sum(cosines) / len(cosines)} if cosines else {})
 
-    def _same(self, one: WeightsFolder, other: WeightsFolder) -> bool:
-        return all(
-            one.shape(name) is not None and torch.equal(one.read(name), other.read(name))
-            for name in self._probe
-        )
-
 
 def write_report(path: Path, modules: Sequence[ModuleProjection]) -> None:
     """Write one line a module: name, cosine, changed, norm before and after.
@@ -260,12 +224,3 @@ def write_report(path: Path, modules: Sequence[ModuleProjection]) -> None:
                     f"{m.norm_after:.6g}",
                 ]
             )
-
-
-def _a_few(names: list[str]) -> list[str]:
-    """Up to four of them, spread over the depth."""
-    return names[:: max(1, len(names) // 4)][:4]
-
-
-def _size(shape: tuple[int, ...] | None) -> str:
-    return "missing" if shape is None else "x".join(map(str, shape))

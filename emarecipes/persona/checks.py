@@ -59,6 +59,8 @@ class PersonaSettings(ModelSettings):
     """With `keep: judge` alone: refuse to start a run that would take more calls."""
     held_out_questions: Annotated[float, Field(gt=0, lt=1)] = 0.25
     """Share of questions kept out of the vectors, to measure them on."""
+    num_directions: Positive = 4
+    """Of the tensor `subspace`, at most."""
     save_answers: bool = True
     """Write `answers.jsonl`."""
     provenance: Entry | None = None

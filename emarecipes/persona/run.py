@@ -24,6 +24,7 @@ from emarecipes.persona.read import read_answers
 from emarecipes.persona.report import LayerFigures, Result, print_result, write_result
 from emarecipes.persona.vectors import (
     kept,
+    persona_subspace,
     persona_vectors,
     random_vectors,
     separation,
@@ -104,13 +105,18 @@ def extract(run: CheckedExtraction) -> None:
     if not vector_KD.isfinite().all():
         raise UserError("the model's activations are not finite; try dtype=fp32")
     random_KD = random_vectors(vector_KD, derived_seed(cfg.seed, "random vector"))
+    vectors = {"persona": vector_KD, "random": random_KD}
+    pair = torch.tensor([_pair_number(run, answer) for answer in answered])
+    subspace = persona_subspace(activations.own_NKD, positive, training, pair, cfg.num_directions)
+    if subspace is not None:
+        vectors["subspace"] = subspace
     layers = _layer_figures(run, answered, activations, vector_KD, random_KD)
     result = Result(
         cfg=cfg,
         trait=run.prompts.trait,
         counts=_counts(answers, cfg.keep),
         layers=layers,
-        vectors={"persona": vector_KD, "random": random_KD},
+        vectors=vectors,
         answers=[_record(run, answer) for answer in answers],
     )
     write_result(result, Path(cfg.output_dir))
@@ -212,6 +218,13 @@ def _layer_figures(
         strict=True,
     )
     return [LayerFigures(layer, *figures) for layer, figures in enumerate(columns)]
+
+
+def _pair_number(run: CheckedExtraction, answer: Answer) -> int:
+    """The same for the two answers that differ in their system prompt's side alone."""
+    questions, samples = len(run.prompts.questions), run.cfg.samples_per_question
+    number: int = (answer.pair * questions + answer.question) * samples + answer.sample
+    return number
 
 
 def _prompt(run: CheckedExtraction, answer: Answer, side: str | None) -> list[int]:

@@ -52,6 +52,43 @@ def random_vectors(vector_KD: Tensor, seed: int) -> Tensor:
     return normal_KD * scale_K[:, None]
 
 
+def persona_subspace(
+    activation_NKD: Tensor, positive_N: Tensor, used_N: Tensor, pair_N: Tensor, rank: int
+) -> Tensor | None:
+    r"""The directions along which paired answers differ most, (K, R, D), orthonormal for each k.
+
+    With the rows of X the differences a_k(positive) - a_k(negative) of the two answers to the same
+    question under the two prompts of a pair, the first R right singular vectors of X. X is not
+    centred: the mean difference, the persona vector, lies in them as a rule.
+
+    Args:
+        activation_NKD: Mean activation of each answer.
+        positive_N: Boolean: the answer's system prompt calls up the trait.
+        used_N: Boolean: the answers that count; a pair counts with both.
+        pair_N: The number of the pair that an answer belongs to.
+        rank: R, at most; fewer where there are fewer pairs. Rows beyond X's rank are 0.
+
+    Returns:
+        None where no pair has both answers.
+    """
+    place = {int(pair_N[n]): n for n in (positive_N & used_N).nonzero()[:, 0].tolist()}
+    both = [
+        (place[int(pair_N[n])], n)
+        for n in (~positive_N & used_N).nonzero()[:, 0].tolist()
+        if int(pair_N[n]) in place
+    ]
+    if not both:
+        return None
+    positive, negative = (list(side) for side in zip(*both, strict=True))
+    directions = []
+    for k in range(activation_NKD.shape[1]):
+        difference_XD = activation_NKD[positive, k].double() - activation_NKD[negative, k].double()
+        _, values_X, right_XD = torch.linalg.svd(difference_XD, full_matrices=False)
+        real_X = values_X > 1e-6 * values_X[0]
+        directions.append((right_XD * real_X[:, None])[:rank].float())
+    return torch.stack(directions)
+
+
 def wins(positive_P: Tensor, negative_M: Tensor) -> Tensor:
     """Mann-Whitney: (P, M), 1 where the positive is higher, 1/2 where both are the same, else 0."""
     higher_PM = (positive_P[:, None] > negative_M[None]).double()

@@ -32,6 +32,7 @@ from emarecipes.training.checkpoint_resume import (
     find_checkpoint,
     plain_config,
 )
+from emarecipes.training.defense_checks import build_defenses
 from emarecipes.training.initialize import read_initial_adapter
 from emarecipes.training.model_checks import (
     check_checkpoint_files,
@@ -45,7 +46,6 @@ from emarecipes.training.optimizer_checks import check_optimizer
 from emarecipes.training.reference_cache import ReferenceCache
 from emarecipes.training.run_folder import check_output_dir, check_outside_output
 from emarecipes.training.settings import check_settings
-from emarecipes.training.step import check_hidden_layers
 
 log = utils.get_logger("INFO")
 
@@ -134,7 +134,7 @@ def check_run(
     check_optimizer(cfg, origin, world_size)
     _check_logger(cfg, origin)
     _check_sharding(cfg, origin, model, world_size)
-    defenses = _build_defenses(cfg, origin, source)
+    defenses = build_defenses(cfg, origin, source)
     tokenizer = build(cfg, "tokenizer", origin)
     rows = load_rows(cfg, origin, tokenizer, list(defenses.values()), quiet=rank != 0)
     if resumed is not None:
@@ -196,29 +196,6 @@ def _check_sharding(cfg: DictConfig, origin: Origin, model: Any, world_size: int
         )
     if "output" in names and any(p.requires_grad for p in model.output.parameters()):
         raise UserError(f"{where}: the output layer cannot be sharded apart while LoRA is on it")
-
-
-def _build_defenses(cfg: DictConfig, origin: Origin, source: ModelSource) -> dict[str, Defense]:
-    defenses: dict[str, Defense] = {}
-    for name in sorted(cfg.defenses):
-        key = f"defenses.{name}"
-        component = locate(str(cfg.defenses[name]["_component_"]), origin.at(key))
-        if not (isinstance(component, type) and issubclass(component, Defense)):
-            raise UserError(
-                f"{origin.at(f'{key}._component_')}: {component.__name__} is not a subclass of "
-                "emarecipes.defenses.Defense"
-            )
-        defenses[name] = build(cfg, key, origin)
-        if not hasattr(defenses[name], "samples"):
-            raise UserError(
-                f"{origin.at(key)}: its __init__ must call super().__init__(weight=...)"
-            )
-        try:
-            defenses[name].check(source)
-            check_hidden_layers({name: defenses[name]}, source.meta_model)
-        except ValueError as error:
-            raise UserError(f"{origin.at(key)}: {error}") from None
-    return defenses
 
 
 def _check_rows(

@@ -40,7 +40,8 @@ def broken_loss(
         if not of_batch.isfinite().all()
         for row in batch.rows
     ]
-    return f"the loss is not finite ({values}); rows {brief(_from_all(rows))}"
+    found = _from_all(rows)  # None where a term on the adapter's matrices is what broke.
+    return f"the loss is not finite ({values})" + (f"; rows {brief(found)}" if found else "")
 
 
 def broken_gradient(

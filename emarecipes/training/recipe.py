@@ -253,9 +253,12 @@ class LoRATraining:
         batches = [batch.to(self._device) for batch in batches]
         scale = self.world_size
         with self._stop.can_be_abandoned():
-            ratios = self._gradients.ratios(step, batches[0], counts, self.run.defenses)
+            ratios = self._gradients.ratios(
+                step, batches, counts, self.run.defenses, self.counters.first
+            )
             sums = [self.loss.backward(b, counts, gradient_scale=scale).cpu() for b in batches]
-        figures = self.loss.means(self._summed(torch.stack(sums).sum(dim=0)), counts)
+            once = self.loss.backward_weights()
+        figures = self.loss.means(self._summed(torch.stack([*sums, once]).sum(dim=0)), counts)
         names = [name for name in figures if name != "ce" or "ce_task" not in figures]
         shown = " ".join(f"{name} {figures[name]:.3f}" for name in names)
         norm = self._gradients.clip(float(self.cfg.clip_grad_norm or math.inf))

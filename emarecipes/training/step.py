@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchtune.modules.peft import disable_adapter
 
 from emarecipes.defenses import Defense
 from emarecipes.training.batch import Batch
 from emarecipes.training.loss_head import LossHead, Request, Term, check_gradient, cross_entropy
 from emarecipes.training.reference_cache import ReferenceCache, States
+from emarecipes.training.weight_terms import WeightTerms
 
 
 class TrainingLoss:
@@ -27,7 +28,8 @@ class TrainingLoss:
 
     where sums and counts run over all micro-batches and processes of a step, and the sources s are
     one, or "task" and "safe" where safe rows are interleaved; w_task = 1. A term with
-    `every_n_batches: n` is in one step of every n, with n times its weight.
+    `every_n_batches: n` is in one step of every n, with n times its weight. Terms on the adapter's
+    matrices are means (or sums) over its layers instead, once a step: see `WeightTerms`.
 
     Args:
         model: torchtune's decoder with LoRA; its `unembed` is replaced by the loss head.
@@ -62,6 +64,8 @@ class TrainingLoss:
         )
         self._on_logits = {n: d for n, d in self._defenses.items() if d.has("logit_term")}
         self._on_hidden = {n: d for n, d in self._defenses.items() if d.has("hidden_term")}
+        self._on_weights = {n: d for n, d in self._defenses.items() if d.has("weight_term")}
+        self._weight_terms = WeightTerms(model, self._on_weights)
         self._on_reference = {name for name, d in self._terms() if d.needs_reference}
         self._layers = sorted({i for d in self._on_hidden.values() for i in d.hidden_layers})
         self._forward_context = forward_context or nullcontext()
@@ -79,7 +83,7 @@ class TrainingLoss:
     @property
     def names(self) -> list[str]:
         """The terms in the order of counts and sums: cross entropy's, then defenses by name."""
-        return [*self._ce_weights, *self._on_logits, *self._on_hidden]
+        return [*self._ce_weights, *(name for name, _ in self._terms())]
 
     @property
     def weights(self) -> list[float]:
@@ -87,14 +91,19 @@ class TrainingLoss:
         return [*self._ce_weights.values(), *(d.weight for _, d in self._terms())]
 
     def counts(self, batches: Sequence[Batch]) -> Tensor:
-        """How many items each term sums over, shape (len(names),), float64, on the CPU."""
+        """How many items each term sums over, shape (len(names),), float64, on the CPU.
+
+        A term on the adapter's matrices counts once a process, which all give the same value.
+        """
         total = torch.zeros(len(self.names), dtype=torch.float64)
         for batch in batches:
             for index, name in enumerate(self._ce_weights):
                 total[index] += _labelled(batch, name).sum().cpu()
             for index, (name, defense) in enumerate(self._terms(), start=len(self._ce_weights)):
-                if name in self.present:
+                if name in self.present and name not in self._on_weights:
                     total[index] += defense.count(batch).cpu()
+        for name in self._on_weights:
+            total[self.names.index(name)] = float(name in self.present)
         return total
 
     def means(self, sums: Tensor, counts: Tensor) -> dict[str, float]:
@@ -104,7 +113,7 @@ class TrainingLoss:
         no figure.
 
         Args:
-            sums: From `backward`, over all micro-batches and processes.
+            sums: From `backward` and `backward_weights`, over all micro-batches and processes.
             counts: From `counts`, likewise.
         """
         means = dict(zip(self.names, (sums / counts.clamp(min=1.0)).tolist(), strict=True))
@@ -112,7 +121,8 @@ class TrainingLoss:
         scales = self._scales(counts)
         ce = float((torch.tensor(scales[:kinds], dtype=torch.float64) * sums[:kinds]).sum())
         loss = ce + sum(d.weight * d.every_n_batches * means[name] for name, d in self._terms())
-        present = {n: means[n] for n, c in zip(self.names, counts.tolist(), strict=True) if c > 0}
+        counted = [n for n, c in zip(self.names, counts.tolist(), strict=True) if c > 0]
+        present = {name: means[name] for name in counted if name in self.present}
         return {"loss": loss, "ce": ce} | present
 
     def backward(
@@ -137,6 +147,8 @@ class TrainingLoss:
         """
         scales = self._scales(counts)
         wanted = [n for n in self.present if only is None or n in only]
+        if all(name in self._on_weights for name in wanted):
+            return torch.zeros(len(self.names), dtype=torch.float64)
         scales = [s if n in wanted else 0.0 for s, n in zip(scales, self.names, strict=True)]
         everywhere = request = Request(self._logit_terms(batch, scales), batch.targets_BS)
         if wanted != self.names:  # A factor of 0 would not silence a gradient that is not finite.
@@ -161,7 +173,7 @@ class TrainingLoss:
                 stack.enter_context(defense.policy_forward())
             loss, hidden = self._forward(batch)
         sums = list(request.sums)
-        for name, scale in zip(self._on_hidden, scales[len(sums) :], strict=True):
+        for name, scale in zip(self._on_hidden, scales[len(sums) :], strict=False):
             if name not in wanted:
                 sums.append(request.sums.new_zeros(()))
                 continue
@@ -176,10 +188,32 @@ class TrainingLoss:
             loss = loss + scale * value.float()
             sums.append(value.detach().double())
         (loss * gradient_scale).backward()
+        sums += [request.sums.new_zeros(()) for _ in self._on_weights]
         return torch.stack(sums)
 
+    def backward_weights(self, only: Sequence[str] | None = None) -> Tensor:
+        """Once a step: the terms on the adapter's matrices, their gradients added to the others'.
+
+        Args:
+            only: As in `backward`.
+
+        Returns:
+            Each term's value, of other terms 0, shape (len(names),), float64, on the CPU.
+        """
+        sums = torch.zeros(len(self.names), dtype=torch.float64)
+        wanted = [n for n in self.present if only is None or n in only]
+        values = self._weight_terms.backward(
+            {n: d.weight * d.every_n_batches for n, d in self._on_weights.items() if n in wanted}
+        )
+        for name, value in values.items():
+            if value is None:
+                self.present.remove(name)  # In none of the adapter's layers: nothing to log.
+            else:
+                sums[self.names.index(name)] = value
+        return sums
+
     def _terms(self) -> list[tuple[str, Defense]]:
-        return [*self._on_logits.items(), *self._on_hidden.items()]
+        return [*self._on_logits.items(), *self._on_hidden.items(), *self._on_weights.items()]
 
     def _scales(self, counts: Tensor) -> list[float]:
         """Each term's factor in the loss: its weight over what its sum is divided by."""
@@ -261,16 +295,3 @@ def without_targets(
 ) -> Tensor:
     """A defense's `logit_term` as a term's `compute`."""
     return defense.logit_term(policy_TV, reference_TV)
-
-
-def check_hidden_layers(defenses: Mapping[str, Defense], model: nn.Module) -> None:
-    """Check that the layers which defenses read exist.
-
-    Raises:
-        ValueError: With the name of the defense.
-    """
-    depth = len(model.layers)  # type: ignore[arg-type]
-    for name, defense in defenses.items():
-        for layer in defense.hidden_layers:
-            if not 0 <= layer <= depth:
-                raise ValueError(f"{name}: layer {layer} is not in 0..{depth}")

@@ -7,8 +7,8 @@ import pytest
 import reference_defenses
 import torch
 from safetensors.torch import save_file
-from torchtune.data import padded_collate_sft
 from torchtune.modules.peft import disable_adapter, get_adapter_params
+from toy_loss import as_batches, assert_same, prepared, run
 from toy_models import FAMILIES, toy_microbatches, toy_model
 
 from emarecipes.defenses import (
@@ -17,70 +17,13 @@ from emarecipes.defenses import (
     KLToReference,
     ModelSource,
     PersonaSteering,
-    TrainingContext,
 )
 from emarecipes.errors import UserError
-from emarecipes.training.batch import Batch, make_batch
+from emarecipes.training.batch import Batch
 from emarecipes.training.loss_head import LossHead
 from emarecipes.training.step import TrainingLoss
 
 WIDTH = 32
-
-
-def as_batches(microbatches: list[dict[str, Any]]) -> list[Batch]:
-    return [
-        make_batch(
-            [
-                {
-                    "tokens": micro["tokens"][b, :length].tolist(),
-                    "labels": micro["labels"][b, :length].tolist(),
-                    "source": micro["sources"][b],
-                }
-                for b, length in enumerate(micro["lengths"])
-            ],
-            range(len(micro["lengths"])),
-            padded_collate_sft,
-            0,
-        )
-        for micro in microbatches
-    ]
-
-
-def prepared(model: Any, defenses: dict[str, Defense]) -> dict[str, Defense]:
-    source = ModelSource(model, Path(), "LLAMA3")
-    context = TrainingContext(torch.device("cpu"), torch.float32, 9, Path(), source, True)
-    for defense in defenses.values():
-        defense.check(source)
-        defense.setup(model, context)
-    return defenses
-
-
-def run(
-    model: Any,
-    defenses: dict[str, Defense],
-    microbatches: list[dict[str, Any]],
-    safe_ce_weight: float | None = None,
-) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
-    loss = TrainingLoss(model, prepared(model, defenses), safe_ce_weight, chunk_elements=61 * 3)
-    batches = as_batches(microbatches)
-    counts = loss.counts(batches)
-    sums = sum(loss.backward(batch, counts) for batch in batches)
-    grads = {n: p.grad for n, p in get_adapter_params(model).items() if p.grad is not None}
-    return loss.means(sums, counts), grads
-
-
-def assert_same(
-    found: tuple[dict[str, float], dict[str, torch.Tensor]],
-    expected: tuple[dict[str, float], dict[str, torch.Tensor]],
-) -> None:
-    for name, value in expected[0].items():
-        assert found[0][name] == pytest.approx(value, rel=3e-5, abs=1e-6), name
-    for name, gradient in expected[1].items():
-        scale = max(gradient.abs().max().item(), 1e-4)
-        actual = found[1].get(name, torch.zeros_like(gradient, dtype=torch.float32))
-        torch.testing.assert_close(
-            actual.double(), gradient, rtol=2e-3, atol=5e-5 * scale + 1e-8, msg=name
-        )
 
 
 SHAPES: list[dict[str, Any]] = [

@@ -15,6 +15,7 @@ from ranks import run_ranks
 from safetensors.torch import load_file
 from torch.testing import assert_close
 from torchtune.modules import TransformerDecoder
+from toy_defended import assert_same, defended_toy, train, trained, write_defended
 
 from emarecipes.training import run_lora
 
@@ -23,49 +24,11 @@ NAMES = ["feature_l2", "inoculation", "kl", "persona", "safelora"]
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> dict[str, Any]:
-    """The parts of a toy run with all defenses."""
-    folder = tmp_path_factory.mktemp("toy")
-    model = toy_run.write_toy_model(folder / "model", model_dir)
-    rows = toy_run.write_rows(folder / "rows.jsonl", 12)
-    config = toy_run.toy_config(model, rows, folder / "out")
-    config |= {"shuffle": True, "max_steps_per_epoch": 2, "pad_to_multiple_of": 32}
-    config["tokenizer"]["max_seq_len"] = 96
-    # Where a gradient is nearly zero, Adam makes up to a learning rate of its rounding.
-    config["optimizer"]["lr"] = 2e-3
-    safe = toy_defenses.write_safe_rows(folder / "safe.jsonl")
-    mixed = toy_defenses.interleaved(config["dataset"], safe, placement="per_batch")
-    defenses = toy_defenses.defense_entries(folder, model, toy_run.LAYERS, toy_run.WIDTH)
-    return {"config": config, "mixed": mixed, "defenses": defenses, "model": model}
+    return defended_toy(tmp_path_factory.mktemp("toy"), model_dir)
 
 
 def write(toy: dict[str, Any], folder: Path, names: Any = NAMES, **changes: Any) -> Path:
-    folder.mkdir(exist_ok=True)
-    config = toy["config"] | {"dataset": toy["mixed"]}
-    config |= {"defenses": {name: toy["defenses"][name] for name in names}} | changes
-    config["output_dir"] = str(folder / "out")
-    config["checkpointer"] = config["checkpointer"] | {"output_dir": str(folder / "out")}
-    config["metric_logger"] = None
-    return toy_run.write_config(folder / "config.yaml", config)
-
-
-def trained(folder: Path) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
-    rows = toy_run.metrics(folder / "out")
-    for row in rows:
-        row.pop("tokens_per_second")
-    return rows, load_file(folder / "out/adapter/adapter_model.safetensors")
-
-
-def train(config: Path, *overrides: str) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
-    assert run_lora(["--config", str(config), *overrides]) == 0
-    return trained(config.parent)
-
-
-def assert_same(one: Any, other: Any, rel: float = 1e-4) -> None:
-    for expected, found in zip(one[0], other[0], strict=True):
-        assert found == pytest.approx(expected, rel=rel, abs=2e-6)
-    assert one[1].keys() == other[1].keys()
-    for key, tensor in one[1].items():
-        assert_close(other[1][key], tensor, rtol=rel, atol=1e-4)
+    return write_defended(toy, folder, names, **changes)
 
 
 def assert_total_is_the_sum(rows: list[dict[str, float]], config: Path) -> None:

@@ -1,0 +1,90 @@
+"""What alignment changed in the weights: an aligned model's folder beside its unaligned base's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from emarecipes._adapter_layout import ModuleRows, adapter_modules
+from emarecipes.defenses.base import ModelSource
+from emarecipes.errors import UserError
+from emarecipes.models.weights_folder import Difference, WeightsFolder
+
+
+class AlignedPair:
+    """Two model folders, whose weights differ by what alignment did: V = W_aligned - W_base.
+
+    Args:
+        base_dir: The unaligned model's folder.
+        aligned_dir: The aligned model's.
+    """
+
+    def __init__(self, base_dir: str, aligned_dir: str) -> None:
+        self._base_dir, self._aligned_dir = Path(base_dir), Path(aligned_dir)
+
+    def open(self, hf_shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Open both folders and check them against the shapes of adapted weights, by name.
+
+        Raises:
+            UserError: A folder or weight is missing, shapes differ, or both hold the same weights.
+        """
+        for key, path in (("base_dir", self._base_dir), ("aligned_dir", self._aligned_dir)):
+            if not path.is_dir():
+                raise UserError(f"{key}: no such folder: {path}")
+        if self._base_dir.resolve() == self._aligned_dir.resolve():
+            raise UserError(f"base_dir and aligned_dir are the same folder, {self._base_dir}")
+        self._base, self._aligned = WeightsFolder(self._base_dir), WeightsFolder(self._aligned_dir)
+        for key, folder in (("base_dir", self._base), ("aligned_dir", self._aligned)):
+            for name, expected in hf_shapes.items():
+                if (shape := folder.shape(name)) != expected:
+                    raise UserError(
+                        f"{key}: {folder.path}: {name} is {_size(shape)}, the model's is "
+                        f"{_size(expected)}"
+                    )
+        self._probe = _a_few(list(hf_shapes))
+        changed = self.difference()
+        if not any(changed(name).any() for name in self._probe):
+            raise UserError(
+                f"base_dir {self._base_dir} and aligned_dir {self._aligned_dir} hold the same "
+                "weights: there is nothing that alignment changed"
+            )
+
+    def check(self, source: ModelSource) -> dict[str, ModuleRows]:
+        """Open the folders, check them against the model, and find its adapted layers in them.
+
+        Returns:
+            Which rows of which weight each adapted layer is, by torchtune's name.
+
+        Raises:
+            UserError: See `open`; the folders are swapped.
+        """
+        modules = adapter_modules(source.meta_model, source.model_type, source.checkpoint_dir)
+        self.open({m.hf_name: m.hf_shape for m in modules.values()})
+        trained = WeightsFolder(source.checkpoint_dir)
+        if self._same(trained, self._base) and not self._same(trained, self._aligned):
+            raise UserError(
+                f"base_dir {self._base_dir} holds the model that is trained, and aligned_dir does "
+                "not: are they swapped? The trained model is the aligned one"
+            )
+        return modules
+
+    def difference(self) -> Difference:
+        """V of one weight at a time, by its name in the folders."""
+        return Difference(self._aligned, self._base)
+
+    def _same(self, one: WeightsFolder, other: WeightsFolder) -> bool:
+        return all(
+            one.shape(name) is not None and torch.equal(one.read(name), other.read(name))
+            for name in self._probe
+        )
+
+
+def _a_few(names: list[str]) -> list[str]:
+    """Up to four of them, spread over the depth."""
+    return names[:: max(1, len(names) // 4)][:4]
+
+
+def _size(shape: tuple[int, ...] | None) -> str:
+    return "missing" if shape is None else "x".join(map(str, shape))

@@ -1,0 +1,80 @@
+"""Spectral penalty: the update's singular values stay even, so no single direction rules it."""
+
+from __future__ import annotations
+
+import math
+from statistics import fmean
+
+import torch
+from torch import Tensor
+
+from emarecipes.defenses.base import AdaptedModule, Defense
+
+
+class SpectralPenalty(Defense):
+    r"""Frobenius norm over nuclear norm of the update, averaged over adapted layers.
+
+    With s_1 >= s_2 >= ... the singular values of a layer's update B A, at most r of them,
+
+        term = mean over layers of  |B A|_F / |B A|_* = sqrt(sum_i s_i^2) / sum_i s_i
+
+    from 1 / sqrt(r), where all r are equal, to 1, where there is one. A factor of the update, such
+    as `lora_alpha`'s, changes nothing. A layer whose B is 0, as all are before the first step, is
+    left out; where all are, the term is not logged.
+
+    Logged too, means over layers: `<name>_stable_rank` = |B A|_F^2 / s_1^2, and `<name>_entropy` =
+    -sum_i p_i log p_i with p_i = s_i / sum_j s_j, in nats. `weight: 0` measures these of any run.
+
+    B A is never formed: with B = Q S and A^T = P T its singular values are those of the r x r
+    matrix M = S T^T. All in float32. With M = U diag(s) V^T, over the s_i that are not 0,
+
+        d term / d (B A) = Q (M / (F N) - (F / N^2) U V^T) P^T,  F = |M|_F, N = |M|_*
+
+    Source: arXiv 2606.31591. No weight has been published. With DoRA the term is of B A alone, not
+    of the magnitudes.
+
+    Args:
+        weight: Factor in the loss.
+        every_n_batches: k: in one step of every k, see `KLToReference`.
+
+    Raises:
+        UserError: For a negative weight, or `every_n_batches` less than 1.
+    """
+
+    def __init__(self, weight: float = 1.0, every_n_batches: int = 1) -> None:
+        super().__init__(weight, every_n_batches=every_n_batches)
+        self._measured: list[tuple[float, float]] = []
+
+    def weight_term(self, module: AdaptedModule) -> Tensor | None:
+        """The layer's |B A|_F / |B A|_*, None where B A is 0."""
+        a_RI, b_OR = module.a_RI, module.b_OR
+        if not (a_RI.isfinite().all() and b_OR.isfinite().all()):
+            return (a_RI.sum() + b_OR.sum()) * math.nan  # The run says so, with the step.
+        with torch.no_grad():
+            q, s = torch.linalg.qr(b_OR)
+            p, t = torch.linalg.qr(a_RI.T)
+            m = s @ t.T
+            u, values, vh = torch.linalg.svd(m, full_matrices=False)
+            if not values.any():
+                return None
+            kept = values > values[0] * max(m.shape) * torch.finfo(m.dtype).eps
+            frobenius, nuclear = values.norm(), values.sum()
+            term = frobenius / nuclear
+            inner = m / (frobenius * nuclear)
+            inner -= (frobenius / nuclear.square()) * (u[:, kept] @ vh[kept])
+            share = values[kept] / nuclear
+            self._measured.append(
+                (float((frobenius / values[0]) ** 2), float(-(share * share.log()).sum()))
+            )
+        # <G, B A> with G held constant has the term's gradient.
+        carrier = (inner * ((q.T @ b_OR) @ (a_RI @ p))).sum()
+        value: Tensor = term + (carrier - carrier.detach())
+        return value
+
+    def figures(self) -> dict[str, float]:
+        """Stable rank and entropy of the singular values before the step's update."""
+        measured, self._measured = self._measured, []
+        if not measured:
+            return {}
+        ranks, entropies = zip(*measured, strict=True)
+        return {"stable_rank": fmean(ranks), "entropy": fmean(entropies)}

@@ -1,0 +1,52 @@
+"""The defenses that a config names: built, and checked against the model before its weights."""
+
+from __future__ import annotations
+
+from omegaconf import DictConfig
+
+from emarecipes.components import build, locate
+from emarecipes.config import Origin
+from emarecipes.defenses import Defense, ModelSource
+from emarecipes.errors import UserError
+
+_TERMS = ("logit_term", "hidden_term", "weight_term")
+
+
+def build_defenses(cfg: DictConfig, origin: Origin, source: ModelSource) -> dict[str, Defense]:
+    """Build the defenses of a run, in order of name.
+
+    Raises:
+        UserError: The first thing that is wrong, with its place.
+    """
+    defenses: dict[str, Defense] = {}
+    for name in sorted(cfg.defenses):
+        key = f"defenses.{name}"
+        component = locate(str(cfg.defenses[name]["_component_"]), origin.at(key))
+        if not (isinstance(component, type) and issubclass(component, Defense)):
+            raise UserError(
+                f"{origin.at(f'{key}._component_')}: {component.__name__} is not a subclass of "
+                "emarecipes.defenses.Defense"
+            )
+        defense = defenses[name] = build(cfg, key, origin)
+        if not hasattr(defense, "samples"):
+            raise UserError(
+                f"{origin.at(key)}: its __init__ must call super().__init__(weight=...)"
+            )
+        terms = [method for method in _TERMS if defense.has(method)]
+        if len(terms) > 1:
+            raise UserError(
+                f"{origin.at(key)}: {component.__name__} has {' and '.join(terms)}: a defense has "
+                "one term, under one name in the log. Make it two classes"
+            )
+        try:
+            defense.check(source)
+            _check_hidden_layers(defense, len(source.meta_model.layers))
+        except ValueError as error:
+            raise UserError(f"{origin.at(key)}: {error}") from None
+    return defenses
+
+
+def _check_hidden_layers(defense: Defense, depth: int) -> None:
+    for layer in defense.hidden_layers:
+        if not 0 <= layer <= depth:
+            raise UserError(f"layer {layer} is not in 0..{depth}")

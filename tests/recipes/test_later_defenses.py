@@ -1,0 +1,92 @@
+"""The defenses that came after the paper, in runs: in pairs, on two processes, resumed."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import fuzz_cases
+import pytest
+import torch
+import toy_defenses
+import toy_run
+from ranks import run_ranks
+from toy_defended import assert_same, defended_toy, train, trained, write_defended
+
+EARLIER = ["feature_l2", "inoculation", "kl", "persona", "safelora"]
+LATER = ["ablation", "asft", "spectral"]
+# The name under which each logs something, in a run of two steps.
+LOGGED = {"ablation": "ablation_removed", "asft": "asft", "spectral": "spectral"}
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("toy")
+    tokenizer = fuzz_cases.write_toy_tokenizer(folder / "tokenizer")
+    toy = defended_toy(folder, tokenizer, fuzz_cases.VOCABULARY)
+    toy["config"]["tokenizer"]["max_seq_len"] = 256
+    toy["config"]["lr_scheduler"]["num_warmup_steps"] = 0  # An adapter from step 2 on.
+    later = toy_defenses.later_entries(folder, toy["model"], toy_run.LAYERS, toy_run.WIDTH)
+    assert sorted(later) == LATER
+    toy["defenses"] |= later
+    return toy
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_every_pair_trains(toy: dict[str, Any], tmp_path: Path, name: str) -> None:
+    """Each alone, with each earlier one, and with each that comes after it in the list."""
+    others = EARLIER + LATER[LATER.index(name) + 1 :]
+    adapters = []
+    for other in ([], *([other] for other in others)):
+        names = [name, *other]
+        rows, adapter = train(write_defended(toy, tmp_path / "-".join(names), names))
+        assert len(rows) == 2
+        for each in names:
+            assert LOGGED.get(each, "loss") in rows[1], names
+        terms = sum(
+            toy["defenses"][each].get("weight", 1.0) * rows[1][each]
+            for each in names
+            if each in rows[1]
+        )
+        assert rows[1]["loss"] == pytest.approx(rows[1]["ce"] + terms, rel=1e-9)
+        adapters.append(adapter)
+    for one, another in itertools.pairwise(adapters):
+        assert any(not torch.equal(one[key], another[key]) for key in one)
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_it_changes_what_is_learned(toy: dict[str, Any], tmp_path: Path, name: str) -> None:
+    _, plain = train(write_defended(toy, tmp_path / "plain", []))
+    _, defended = train(write_defended(toy, tmp_path / "defended", [name]))
+    assert any(not torch.equal(plain[key], defended[key]) for key in plain)
+
+
+def test_two_processes_and_accumulation_give_the_run_of_one(
+    toy: dict[str, Any], tmp_path: Path
+) -> None:
+    longer = {"max_steps_per_epoch": 3}
+    one = train(write_defended(toy, tmp_path / "one", LATER, **longer))
+    split = longer | {"batch_size": 2}
+    accumulated = write_defended(
+        toy, tmp_path / "accumulated", LATER, **split, gradient_accumulation_steps=2
+    )
+    two = write_defended(toy, tmp_path / "two", LATER, **split)
+    done = run_ranks(two)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for other in (train(accumulated), trained(tmp_path / "two")):
+        for row in (*one[0], *other[0]):
+            row.pop("padding_share", None)
+            row.pop("ablation_removed", None)  # Of the first process's last micro-batch.
+        assert_same(one, other)
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(toy: dict[str, Any], tmp_path: Path) -> None:
+    """Over step 10, where each term's gradient is compared once, and no more after it."""
+    longer = {"max_steps_per_epoch": 4, "epochs": 3, "save_every_n_steps": 11}
+    whole = train(write_defended(toy, tmp_path / "whole", LATER, **longer))
+    compared = [row["step"] for row in whole[0] if "spectral_gradient_ratio" in row]
+    assert compared == [10] and whole[0][9]["spectral_gradient_ratio"] > 0
+    checkpoint = tmp_path / "whole/out/checkpoints/step_11"
+    again = write_defended(toy, tmp_path / "again", LATER, **longer)
+    found = train(again, f"resume={checkpoint}")
+    assert found[0][-1] == whole[0][-1]
+    assert all(torch.equal(tensor, found[1][key]) for key, tensor in whole[1].items())
