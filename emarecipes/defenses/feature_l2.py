@@ -68,7 +68,8 @@ class FeatureL2(Defense):
             vectors of a conversation, flattened, at unit norm.
         average_dimensions: Divide by layers x width: a mean over dimensions, not a sum.
         gradient_ratio_every: Log the ratio of this term's gradient to cross entropy's every that
-            many steps (at step 10 first); 0: the first time alone. It costs two further steps' time each.
+            many steps (at step 10 first); 0: the first time alone. It costs two further steps' time
+            each.
         every_n_batches: k: compute the term in one step of every k, see `KLToReference`. The ratio,
             of k times the weight, is then logged in that step of the k where it would be due.
 
