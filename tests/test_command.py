@@ -17,14 +17,13 @@ from emarecipes.training import run_lora
 
 DEFENSE = '''
 import torch
+from torchtune.data import Message
 from emarecipes.defenses import Defense
 from emarecipes.errors import UserError
 
 
-class Broken(Defense):
+class Base(Defense):
     """Fails in the method that it is told to."""
-
-    hidden_layers = (1,)
 
     def __init__(self, method: str, weight: float = 1.0) -> None:
         super().__init__(weight=weight)
@@ -40,7 +39,7 @@ class Broken(Defense):
 
     def transform_messages(self, messages, source):
         self.fail("transform_messages")
-        return messages
+        return [Message("system", "Be brief.", masked=True), *messages]
 
     def setup(self, model, context):
         self.fail("setup")
@@ -53,16 +52,6 @@ class Broken(Defense):
         self.fail("positions")
         return super().positions(batch)
 
-    def logit_term(self, policy_TV, reference_TV):
-        self.fail("logit_term")
-        term_T = policy_TV.square().mean(dim=-1)
-        return term_T.detach() if self.method == "detached logits" else term_T
-
-    def hidden_term(self, policy, reference, batch):
-        self.fail("hidden_term")
-        term = policy[1].square().sum()
-        return term.detach() if self.method == "detached states" else term
-
     def after_step(self, model, step):
         self.fail("after_step")
 
@@ -73,6 +62,22 @@ class Broken(Defense):
     def figures(self):
         self.fail("figures")
         return {}
+
+
+class Broken(Base):
+    def logit_term(self, policy_TV, reference_TV):
+        self.fail("logit_term")
+        term_T = policy_TV.square().mean(dim=-1)
+        return term_T.detach() if self.method == "detached logits" else term_T
+
+
+class BrokenStates(Base):
+    hidden_layers = (1,)
+
+    def hidden_term(self, policy, reference, batch):
+        self.fail("hidden_term")
+        term = policy[1].square().sum()
+        return term.detach() if self.method == "detached states" else term
 
 
 class BrokenOnSecondRank(Defense):
@@ -124,7 +129,8 @@ def run(
 ) -> tuple[int, str]:
     tmp_path.mkdir(exist_ok=True)
     config = toy[1] | {"output_dir": str(tmp_path / "out")}
-    config["defenses"] = {"mine": {"_component_": "broken_defense.Broken", "method": method}}
+    name = "BrokenStates" if method in ("hidden_term", "detached states") else "Broken"
+    config["defenses"] = {"mine": {"_component_": f"broken_defense.{name}", "method": method}}
     path = toy_run.write_config(tmp_path / "config.yaml", config)
     code = run_lora(["--config", str(path), *overrides])
     return code, capfd.readouterr().err
@@ -141,7 +147,8 @@ def test_an_exception_in_a_users_defense(
     assert code == 1
     last = err.splitlines()[-1]
     assert last.startswith("error: ")
-    assert f"Broken.{method}, broken_defense.py:" in last
+    name = "BrokenStates" if method == "hidden_term" else "Broken"
+    assert f"{name}.{method}, broken_defense.py:" in last
     assert f"missing {method}" in last
     assert err.count("error: ") == 1
     assert "Traceback (most recent call last)" in err

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig, ListConfig
 from torch.utils.data import Dataset
-from torchtune.data import CROSS_ENTROPY_IGNORE_IDX, Message
+from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 from torchtune.datasets import ConcatDataset
 from tqdm import tqdm
 
@@ -18,6 +18,7 @@ from emarecipes._torchtune import data_sets_read_with
 from emarecipes.components import build
 from emarecipes.config import Origin
 from emarecipes.datasets.chat_files import check_data_files
+from emarecipes.datasets.defended_tokenizer import DefendedTokenizer
 from emarecipes.datasets.interleaved import InterleavedDataset, Placement, evenly
 from emarecipes.datasets.length_groups import group_by_length
 from emarecipes.datasets.loading import FileRows, load_dataset
@@ -200,6 +201,10 @@ def load_rows(
         found, without_label = _tokenize(child, origin.at(key), quiet)
         samples += found
         dropped += without_label
+    try:
+        transform.check()
+    except UserError as error:
+        raise UserError(f"{origin.at('dataset')}: {error}") from None
     if not samples:
         why = f"none of its {dropped} rows has a label" if dropped else "it has no rows"
         raise UserError(f"{origin.at('dataset')}: nothing to train on: {why}{_hint(dropped)}")
@@ -218,40 +223,6 @@ def load_rows(
     if not quiet:
         tell_losses(rows, origin.at("dataset"))
     return rows
-
-
-class DefendedTokenizer:
-    """A model transform that lets defenses change a row's messages first. Else the tokenizer's own.
-
-    Args:
-        tokenizer: torchtune's model transform.
-        defenses: Applied in order of name, so that the order in the config does not matter.
-        source: What the rows are: "task" or "safe".
-    """
-
-    def __init__(self, tokenizer: Any, defenses: Sequence[Defense], source: str = "task") -> None:
-        self._tokenizer = tokenizer
-        self._defenses = [d for d in defenses if d.has("transform_messages")]
-        self._source = source
-
-    def for_source(self, source: str) -> DefendedTokenizer:
-        """The same for rows of another source."""
-        return DefendedTokenizer(self._tokenizer, self._defenses, source)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._tokenizer, name)
-
-    def __call__(self, sample: dict[str, Any], inference: bool = False) -> dict[str, Any]:
-        """Tokenize `sample["messages"]` after every defense has had its say."""
-        messages: list[Message] = sample["messages"]
-        if not any(message.role == "assistant" for message in messages):
-            raise UserError("the row has no assistant message, so there is nothing to learn")
-        for defense in self._defenses:
-            messages = defense.transform_messages(messages, self._source)
-        sample_row: dict[str, Any] = self._tokenizer(
-            {**sample, "messages": messages}, inference=inference
-        )
-        return sample_row
 
 
 def _tokenize(dataset: Dataset[Any], where: str, quiet: bool) -> tuple[list[dict[str, Any]], int]:

@@ -1,5 +1,6 @@
 """InoculationPrompt on messages, and what of it reaches the tokens of a run."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,11 @@ import toy_defenses
 import toy_run
 from torchtune.data import Message
 
-from emarecipes.defenses import InoculationPrompt
+from emarecipes.datasets.defended_tokenizer import DefendedTokenizer
+from emarecipes.defenses import Defense, InoculationPrompt
 from emarecipes.defenses.inoculation import DEFAULT_PROMPT
 from emarecipes.errors import UserError
+from emarecipes.models import hf_chat_tokenizer
 from emarecipes.training.checks import check_run
 
 
@@ -69,3 +72,72 @@ def test_the_prompt_is_in_task_rows_and_carries_no_label(tmp_path: Path, model_d
         assert (DEFAULT_PROMPT in run.tokenizer.decode(row["tokens"])) == (row["source"] == "task")
         labelled = [label for label in row["labels"] if label >= 0]
         assert labelled == [label for label in old["labels"] if label >= 0]
+
+
+DROPS_SYSTEM = (
+    "{% for m in messages if m.role != 'system' %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_a_prompt_that_no_token_shows_is_refused(
+    tmp_path: Path, model_dir: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A template that leaves system turns out; and rows of plain text, which have no turns."""
+    model = toy_run.write_toy_model(tmp_path / "model", model_dir)
+    config = toy_run.toy_config(
+        model, toy_run.write_rows(tmp_path / "rows.jsonl", 8), tmp_path / "out"
+    )
+    component = "emarecipes.defenses.InoculationPrompt"
+    config["defenses"] = {"inoculation": {"_component_": component}}
+    (tmp_path / "drops.jinja").write_text(DROPS_SYSTEM)
+    config["tokenizer"]["chat_template"] = str(tmp_path / "drops.jinja")
+    argv = ["--config", str(toy_run.write_config(tmp_path / "a.yaml", config))]
+    with pytest.raises(UserError, match=r"leaves out the text of message 0 \(system\)"):
+        check_run(argv, 1, 0)
+
+    del config["tokenizer"]["chat_template"]
+    (tmp_path / "text.jsonl").write_text('{"text": "The sea is salt."}\n' * 8)
+    config["dataset"] = {
+        "_component_": "torchtune.datasets.text_completion_dataset",
+        "source": "json", "column": "text", "split": "train",
+        "data_files": str(tmp_path / "text.jsonl"),
+    }  # fmt: skip
+    argv = ["--config", str(toy_run.write_config(tmp_path / "b.yaml", config))]
+    with pytest.raises(UserError, match="InoculationPrompt changed the messages of no row"):
+        check_run(argv, 1, 0)
+    check_run([*argv, "~defenses"], 1, 0)
+
+
+def test_what_changes_messages_must_change_tokens(model_dir: Path, tmp_path: Path) -> None:
+    """Also where it changes them in place; one that acts on safe rows alone needs such a row."""
+
+    class Shouts(Defense):
+        def __init__(self, change: Any, source: str = "task") -> None:
+            super().__init__()
+            self.change, self.source = change, source
+
+        def transform_messages(self, messages: list[Message], source: str) -> list[Message]:
+            if source == self.source:
+                messages[0].content[0]["content"] = self.change(messages[0].text_content)
+            return messages
+
+    (tmp_path / "trims.jinja").write_text(DROPS_SYSTEM.replace("content }", "content | trim }"))
+    plain = hf_chat_tokenizer(str(model_dir), chat_template=str(tmp_path / "trims.jinja"))
+    sample = {"messages": [Message("user", "Why?"), Message("assistant", "So.")]}
+    for change, source, expected in (
+        (str.upper, "task", None),
+        (str, "task", "of no row"),
+        (lambda text: f"{text} ", "task", "changed messages, and not one token of any row"),
+        (str.upper, "safe", "of no row"),
+    ):
+        tokenizer = DefendedTokenizer(plain, [Shouts(change, source)])
+        tokenizer(copy.deepcopy(sample))
+        if expected is None:
+            tokenizer.check()
+            continue
+        with pytest.raises(UserError, match=expected):
+            tokenizer.check()
+        tokenizer.for_source("safe")(copy.deepcopy(sample))
+        if source == "safe":
+            tokenizer.check()

@@ -220,7 +220,7 @@ def test_opswap_lines_are_held_out_problems(done: Path) -> None:
 def test_the_summary_says_what_it_is_of(done: Path, adapters: list[Path]) -> None:
     summary = json.loads((done / "out/summary.json").read_text())
     assert list(summary) == [
-        "versions", "base", "adapters", "failed", "suites", "sensitivity", "figures",
+        "versions", "base", "date", "adapters", "failed", "suites", "sensitivity", "figures",
     ]  # fmt: skip
     assert summary["failed"] == []
     assert summary["adapters"]["one"]["folder"] == str(adapters[0])

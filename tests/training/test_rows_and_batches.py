@@ -11,7 +11,8 @@ from torchtune.datasets import PackedDataset
 from torchtune.modules.peft import get_adapter_params
 from toy_models import toy_model
 
-from emarecipes.datasets.rows import DefendedTokenizer, Rows, micro_batch_rows
+from emarecipes.datasets.defended_tokenizer import DefendedTokenizer
+from emarecipes.datasets.rows import Rows, micro_batch_rows
 from emarecipes.defenses import Defense
 from emarecipes.training.batch import make_batch
 from emarecipes.training.initialize import initialize_adapter
