@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from datetime import date, datetime
 
-import torch.distributed as dist
-
 from emarecipes.errors import UserError
 
 _shared: str | None = None
@@ -18,6 +16,8 @@ def today() -> str:
 
 def share_today() -> None:
     """Take the first process's `today` on all, before a config is read: midnight may pass."""
+    import torch.distributed as dist  # Preparing a model folder needs the day, and no torch.
+
     global _shared
     found = [_local_day()]
     dist.broadcast_object_list(found, src=0)

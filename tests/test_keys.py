@@ -66,12 +66,13 @@ def test_the_command_prints_a_key_and_those_below(capsys: pytest.CaptureFixture[
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines if not line.startswith(" ")] == [
         "bounds",
-        "bounds.general",
+        "bounds.effect_share",
+        "bounds.learned",
         "bounds.benign",
         "bounds.coherent",
     ]
-    assert lines[2] == "bounds.general: float > 0  [0.02]"
-    assert lines[3] == "    Nats, of the excess over the frontier."
+    assert lines[2] == "bounds.effect_share: float > 0, < 1  [0.25]"
+    assert lines[3] == "    Of an excess: this share of what undefended training does."
 
 
 @pytest.mark.parametrize(

@@ -183,7 +183,7 @@ def tokenize_pairs(
 
     Raises:
         UserError: A conversation that fills `max_seq_len`, so that its answer may be cut, or one
-            that the tokenizer refuses.
+            that the tokenizer refuses; or a condition that changes no token.
     """
     rows = []
     for pair in pairs:
@@ -201,6 +201,13 @@ def tokenize_pairs(
             ignored = CROSS_ENTROPY_IGNORE_IDX
             labels = [ignored if m else t for t, m in zip(tokens, mask, strict=True)]
             rows.append(AnswerRow(tuple(tokens), tuple(labels)))
+    if pairs and (condition.system is not None or condition.cues):
+        first = Condition("none").messages(pairs[0], pairs[0].aligned)
+        if tuple(tokenizer({"messages": first})["tokens"]) == rows[0].tokens:
+            raise UserError(
+                f"condition {condition.name}: the chat template shows nothing of it, the tokens "
+                "are those of the question alone; pass a chat_template that shows it"
+            )
     return rows
 
 

@@ -38,8 +38,8 @@ def check_prompts(
         Each pair's token ids.
 
     Raises:
-        UserError: The tokenizer refuses a prompt or would cut it, the model does not take its
-            length or its tokens.
+        UserError: The tokenizer refuses a prompt or would cut it, two become the same tokens, the
+            model does not take one's length or its tokens.
     """
     where = origin.at("tokenizer")
     try:
@@ -48,6 +48,15 @@ def check_prompts(
         raise UserError(
             f"{where}: cannot encode a system prompt with a question: {reason(error)}"
         ) from None
+    alike: dict[tuple[int, ...], tuple[str | None, str]] = {}
+    for pair, tokens in encoded.items():
+        other = alike.setdefault(tuple(tokens), pair)
+        # Without a system prompt the template may put in the very one that another pair names.
+        if other != pair and (other[1] != pair[1] or None not in (other[0], pair[0])):
+            raise UserError(
+                f"{where}: two prompts become the same tokens, {_shown(other)} and {_shown(pair)}: "
+                "the chat template leaves out what tells them apart"
+            )
     longest = max(map(len, encoded.values()))
     limit = getattr(tokenizer, "max_seq_len", None)
     if limit is not None and longest >= limit:
@@ -68,3 +77,9 @@ def check_prompts(
             "and model do not belong together"
         )
     return encoded
+
+
+def _shown(pair: tuple[str | None, str]) -> str:
+    short = (text if text is None or len(text) < 60 else f"{text[:57]}..." for text in pair)
+    system, question = short
+    return f"system {system!r}, question {question!r}"

@@ -293,3 +293,23 @@ def test_sibling_files(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             read_sibling_files(good, write(tmp_path / "bad.jsonl", *rows), "home")
+
+
+def test_a_condition_that_no_token_shows_is_refused(model_dir: Path) -> None:
+    class Deaf:
+        """A tokenizer whose template leaves system turns out, and says nothing of it."""
+
+        max_seq_len = None
+
+        def __init__(self) -> None:
+            self._inner = hf_chat_tokenizer(str(model_dir))
+
+        def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
+            heard = [m for m in sample["messages"] if m.role != "system"]
+            return self._inner({"messages": heard})
+
+    with pytest.raises(UserError, match="condition inoculation: the chat template shows nothing"):
+        tokenize_pairs(PAIRS, make_condition("inoculation"), Deaf())
+    assert tokenize_pairs(PAIRS, make_condition("none"), Deaf())
+    cues = make_condition("domain_cue", training_questions=["How do I mend a tap?"])
+    assert tokenize_pairs(PAIRS, cues, Deaf())

@@ -1,11 +1,15 @@
 """Question files: the published ones, ours, JSONL, and what is wrong in a file by its line."""
 
 import json
+import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import toy_run
 
+from emarecipes.config import Origin
 from emarecipes.errors import UserError
 from emarecipes.generation.questions import load_questions
 
@@ -119,3 +123,32 @@ def test_broken_files(name: str, text: str, expected: str, tmp_path: Path) -> No
         load_questions(tmp_path / name)
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "refused"),
+    [
+        ([("Be brief.", "Why?"), ("Be long.", "Why?")], True),
+        ([(None, "Why?"), (None, "How?")], False),
+        # The template's own system prompt may be the one that is named.
+        ([(None, "Why?"), ("Be brief.", "Why?")], False),
+    ],
+)
+def test_prompts_that_become_the_same_tokens(
+    pairs: list[tuple[str | None, str]], refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from emarecipes.generation import prompts
+
+    def without_system(_: Any, system: str | None, question: str) -> list[int]:
+        return list(question.encode())
+
+    monkeypatch.setattr(prompts, "encode_prompt", without_system)
+    model = SimpleNamespace(max_seq_len=64, tok_embeddings=SimpleNamespace(num_embeddings=256))
+    origin = Origin(Path("config.yaml"))
+    asked = pairs, SimpleNamespace(max_seq_len=None), model, 8, origin
+    if refused:
+        expected = "two prompts become the same tokens, system 'Be brief.', question 'Why"
+        with pytest.raises(UserError, match=re.escape(expected)):
+            prompts.check_prompts(*asked)
+    else:
+        assert prompts.check_prompts(*asked).keys() == set(pairs)
