@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 from jinja2.ext import Extension, loopcontrols
@@ -14,11 +16,17 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from emarecipes.errors import UserError
 
+if TYPE_CHECKING:
+    from emarecipes.models._layout import Layout
+
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token")
 
 
 class ChatTemplate:
     """A compiled chat template.
+
+    Attributes:
+        layouts: What it writes around messages, by their roles, see `find_layout`.
 
     Args:
         folder: the model's folder.
@@ -35,10 +43,14 @@ class ChatTemplate:
         self._variables = {
             key: name for key in _NAMED_TOKENS if (name := token_name(config, key)) is not None
         }
+        environment = _environment()
         try:
-            self._template = _environment().from_string(source)
+            self._template = environment.from_string(source)
+            self._literals = _literals(environment.parse(source))
         except jinja2.TemplateError as error:
             raise UserError(f"{self._origin}: not a valid chat template: {error}") from error
+        self.layouts: dict[tuple[tuple[str, ...], bool], Layout | None] = {}
+        self._warned: set[str] = set()
 
     def render(
         self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = False
@@ -63,9 +75,30 @@ class ChatTemplate:
         except Exception as error:  # A template is a program: it may raise anything.
             raise UserError(f"{self._origin}: the chat template failed: {error}") from error
 
+    def may_look_for(self, text: str) -> bool:
+        """Whether the text has something in it that the template names, such as ``</think>``."""
+        return self._literals.search(text) is not None
+
+    def warn_once(self, problem: str) -> None:
+        """Log a line that names the template, the first time."""
+        if problem not in self._warned:
+            from torchtune import utils  # Late: it takes seconds.
+
+            self._warned.add(problem)
+            line = f"{self._origin}: the chat template {problem}"
+            utils.log_rank_zero(utils.get_logger("INFO"), line, level=logging.WARNING)
+
     def fail(self, problem: str) -> UserError:
         """Return an error that names the template."""
         return UserError(f"{self._origin}: the chat template {problem}")
+
+
+def _literals(tree: jinja2.nodes.Template) -> re.Pattern[str]:
+    """Return what finds the template's strings in a text, but for words, spaces and punctuation."""
+    values = {const.value for const in tree.find_all(jinja2.nodes.Const)}
+    long = [value for value in values if isinstance(value, str) and len(value.strip()) >= 3]
+    marked = sorted(value.strip() for value in long if re.search(r"[^\w\s]", value))
+    return re.compile("|".join(map(re.escape, marked)) or "(?!)")
 
 
 def token_name(config: Mapping[str, Any], key: str) -> str | None:

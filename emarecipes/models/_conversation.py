@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
 from emarecipes.errors import UserError
 from emarecipes.models._chat_template import ChatTemplate
+from emarecipes.models._layout import PRIVATE_USE, find_layout
 from emarecipes.models._plain_text import PlainTextEncoder
-
-_PRIVATE_USE = range(0xE000, 0xF900)
+from emarecipes.models._shown_text import check_shown
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,10 @@ class Conversation:
     put in front of it, which the templates pass through. What is unguarded in the rendered text
     was written by the template. Offsets count the text without the guards.
 
+    Where the text is the messages between what the template writes around any of their roles, the
+    messages' places are read off it, in time linear in the number of messages. Else they are found
+    by rendering the conversation again, changed or cut off.
+
     Args:
         messages: each with ``role`` and ``content``.
         template: the chat template.
@@ -43,7 +48,7 @@ class Conversation:
         add_generation_prompt: end with what precedes the model's next answer.
 
     Raises:
-        UserError: the template refuses the conversation.
+        UserError: the template refuses the conversation, or does not show all of its text.
     """
 
     def __init__(
@@ -56,15 +61,27 @@ class Conversation:
         self._template = template
         self._encoder = encoder
         contents = "".join(message["content"] for message in messages)
-        self._guard, self._probe = _unused_characters(contents)
+        self._guard, *marks = _unused_characters(contents, 2 * len(messages) + 2)
+        self._probe = marks[0]
         in_messages = _alternatives(encoder.special_tokens, contents)
         self._messages = [
             {**message, "content": re.sub(f"(?={in_messages})", self._guard, message["content"])}
             for message in messages
         ]
         self._text = template.render(self._messages, add_generation_prompt)
+        self._guards = [match.start() for match in re.finditer(self._guard, self._text)]
         in_text = _alternatives(encoder.special_tokens, self._text)
+        self._longest_control = max(map(len, encoder.special_tokens), default=0)
         self._control_token = re.compile(f"(?<!{self._guard}){in_text}")
+        self._layout = find_layout(template, (m["role"] for m in messages), add_generation_prompt)
+        self._places = self._read_places()
+        if self._places is None:
+            check_shown(
+                template, self._messages, add_generation_prompt, self._text,
+                guard=self._guard, marks=marks,
+            )  # fmt: skip
+        # What the template looks for in a text, it may treat otherwise where less or more follows.
+        self._is_regular = self._places is not None and not template.may_look_for(contents)
 
     @property
     def length(self) -> int:
@@ -81,17 +98,16 @@ class Conversation:
             UserError: the template does not show the answer, or shows what comes before it
                 differently once the answer follows.
         """
-        before = self._messages[:index]
-        prompt = self._template.render(before, add_generation_prompt=True)
-        start = _common_prefix(prompt, self._text)
+        at, prompt = self._broken_off(index, add_generation_prompt=True)
+        same = self._common_from(at, prompt)
         # Templates may write another opening before an answer than they prompt for (an empty
         # thinking block), but what they make of the earlier messages must be the same.
-        if start < len(prompt) and start < _common_prefix(prompt, self._template.render(before)):
+        if same < len(prompt) and same < _common_prefix(prompt, self._broken_off(index)[1]):
             raise self._template.fail(
                 f"renders the messages before answer {index} differently once the answer follows, "
                 "so training would not match use; pass a chat_template that does not"
             )
-        return self._unguarded(start), self.turn_end(index)
+        return self._unguarded(at + same), self.turn_end(index)
 
     def turn_end(self, index: int) -> int:
         """Return where message ``index`` ends, the control token that closes it included.
@@ -102,9 +118,9 @@ class Conversation:
         end = self._content_end(index)
         limit = len(self._text)
         if index + 1 < len(self._messages):
-            so_far = self._template.render(self._messages[: index + 1])
-            limit = max(end, _common_prefix(so_far, self._text))
-        closing = self._control_token.search(self._text, end)
+            at, so_far = self._broken_off(index + 1)
+            limit = max(end, at + self._common_from(at, so_far))
+        closing = self._control_token.search(self._text, end, limit + self._longest_control)
         if closing is not None and closing.start() <= limit:
             return self._unguarded(closing.end())
         return self._unguarded(limit)
@@ -128,8 +144,8 @@ class Conversation:
             yield from self._text_segment(text.rstrip() if token.lstrip else text, position)
             yield Segment(match.group(), self._unguarded(match.start()), is_control=True)
             position = match.end()
-            if token.rstrip:
-                position += len(self._text[position:]) - len(self._text[position:].lstrip())
+            while token.rstrip and self._text[position : position + 1].isspace():
+                position += 1
         yield from self._text_segment(self._text[position:], position)
 
     def _text_segment(self, guarded: str, position: int) -> Iterator[Segment]:
@@ -137,8 +153,16 @@ class Conversation:
         if text:
             yield Segment(text, self._unguarded(position), is_control=False)
 
+    def _read_places(self) -> list[tuple[int, int]] | None:
+        """The (start, end) of every message's text, if it can be read off the rendered text."""
+        if self._layout is None:
+            return None
+        return self._layout.places(self._text, [message["content"] for message in self._messages])
+
     def _content_end(self, index: int) -> int:
         """Return where the template's rendering changes if message ``index`` goes on longer."""
+        if self._places is not None:
+            return self._places[index][1]
         longer = list(self._messages)
         longer[index] = {**longer[index], "content": longer[index]["content"] + self._probe}
         text = self._template.render(longer)
@@ -147,8 +171,25 @@ class Conversation:
             raise self._template.fail(f"leaves out the text of message {index} ({role})")
         return _common_prefix(text, self._text)
 
+    def _broken_off(self, count: int, add_generation_prompt: bool = False) -> tuple[int, str]:
+        """Return an offset, and how the conversation of the first ``count`` messages goes on there.
+
+        Up to the offset it is this one.
+        """
+        ending = None
+        if self._is_regular and self._layout is not None:
+            ending = self._layout.ending(count)
+        if ending is None or self._places is None:
+            return 0, self._template.render(self._messages[:count], add_generation_prompt)
+        at = self._places[count - 1][1] if count else 0
+        return at, ending[not add_generation_prompt]
+
+    def _common_from(self, at: int, text: str) -> int:
+        """Return how many characters of ``text`` stand at an offset."""
+        return _common_prefix(text, self._text[at : at + len(text)])
+
     def _unguarded(self, position: int) -> int:
-        return position - self._text.count(self._guard, 0, position)
+        return position - bisect_left(self._guards, position)
 
 
 def _alternatives(special_tokens: Mapping[str, int], text: str) -> str:
@@ -159,13 +200,13 @@ def _alternatives(special_tokens: Mapping[str, int], text: str) -> str:
     return f"(?:{'|'.join(map(re.escape, present))})"
 
 
-def _unused_characters(text: str) -> tuple[str, str]:
-    """Return two private-use characters that ``text`` does not contain."""
+def _unused_characters(text: str, count: int) -> list[str]:
+    """Return `count` private-use characters that ``text`` does not contain; two if they are few."""
     used = set(text)
-    unused = list(islice((chr(code) for code in _PRIVATE_USE if chr(code) not in used), 2))
+    unused = list(islice((chr(code) for code in PRIVATE_USE if chr(code) not in used), count))
     if len(unused) < 2:
         raise UserError("a conversation uses every private-use character of Unicode's first plane")
-    return unused[0], unused[1]
+    return unused
 
 
 def _common_prefix(first: str, second: str) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -155,7 +156,8 @@ class HFChatTokenizer:
         conversation = Conversation(chat, self._template, self._encoder)
         spans = _labelled_spans(messages, conversation)
         tokens, starts = self._encode(conversation)
-        mask = [not any(start <= at < end for start, end in spans) for at in starts]
+        edges = _edges(spans)
+        mask = [bisect_right(edges, at) % 2 == 0 for at in starts]
         return tokens[: self.max_seq_len], mask[: self.max_seq_len]
 
     def __call__(self, sample: Mapping[str, Any], inference: bool = False) -> dict[str, Any]:
@@ -222,6 +224,17 @@ def _labelled_spans(
         )
     start = conversation.turn_end(0) if masked else 0
     return [(start, conversation.length)]
+
+
+def _edges(spans: Sequence[tuple[int, int]]) -> list[int]:
+    """Return the offsets where the loss begins and ends, in turn."""
+    edges: list[int] = []
+    for start, end in sorted(spans):
+        if edges and start <= edges[-1]:
+            edges[-1] = max(edges[-1], end)
+        else:
+            edges += [start, end]
+    return edges
 
 
 def _as_chat_message(message: Message) -> dict[str, str]:

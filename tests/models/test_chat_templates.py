@@ -168,21 +168,30 @@ def test_tool_messages_have_the_role_tool(tmp_path: Path) -> None:
 
 
 def test_prompt_that_changes_with_the_answer_is_refused(tmp_path: Path) -> None:
-    """Mistral's newer templates show the system message with the last user message, if it is last.
+    """Mistral's newer templates show the system message with the last user message.
 
-    The answer would then be trained behind another prompt than it is asked for with, and the text
-    from the first difference on would look like the answer.
+    All answers but the last would then be trained behind another prompt than they are asked for
+    with, and the text from the first difference on would look like the answer.
     """
     template = """\
+    {%- set ns = namespace(last=0) %}
+    {%- for m in messages if m.role == 'user' %}{% set ns.last = loop.index %}{% endfor %}
+    {%- set users = namespace(seen=0) %}
     {%- for m in messages if m.role != 'system' %}
-        {%- if m.role == 'user' and loop.last %}{{ '[INST] ' + messages[0].content + '\n\n' }}
-        {%- elif m.role == 'user' %}{{ '[INST] ' }}{% endif %}
+        {%- if m.role == 'user' %}
+            {%- set users.seen = users.seen + 1 %}
+            {{- '[INST] ' + (messages[0].content + '\n\n' if users.seen == ns.last else '') }}
+        {%- endif %}
         {{- m.content + (' [/INST]' if m.role == 'user' else eos_token) }}
     {%- endfor %}"""
     FAMILIES["mistral_control"].write(tmp_path)
     tokenizer = hf_chat_tokenizer(str(tmp_path), chat_template=template)
+    assert loss_of(tokenizer, conversation("Hi", "Hello", system="Be short.")) == "Hello</s>"
+    messages = conversation("Hi", "Hello", "Bye", "Goodbye", system="Be short.")
     with pytest.raises(UserError, match="before answer 2 differently once the answer follows"):
-        tokenizer.tokenize_messages(conversation("Hi", "Hello", system="Be short."))
+        tokenizer.tokenize_messages(messages)
+    messages[2].masked = True
+    assert loss_of(tokenizer, messages) == "Goodbye</s>"
 
 
 def test_functions_that_templates_call(tmp_path: Path) -> None:
