@@ -69,7 +69,7 @@ def loss_of(tokenizer: HFChatTokenizer, messages: list[Message]) -> str:
         (
             template("m.content", "'bot' not in m.content"),
             chat("A bot", "Yes"),
-            "part of, the text",
+            "leaves out the text of message 0",
         ),
         (template("m.content | replace('a b', 'a')"), chat("a b", "Yes"), "changes, or leav"),
     ],
@@ -153,7 +153,8 @@ def test_spans_are_those_of_the_slow_way(
     for length in (1, 2, 3, 4, 5, 6, 33, 40):
         for pool in (TEXTS[:3], TEXTS[:6], texts):
             system = generator.choice(pool) if family.accepts_system else None
-            rows.append(chat(*generator.choices(pool, k=length), system=system))
+            k = min(length, 8) if pool is texts else length
+            rows.append(chat(*generator.choices(pool, k=k), system=system))
     found = []
     for slow in (False, True):
         with monkeypatch.context() as patch:
