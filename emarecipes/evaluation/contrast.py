@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -201,12 +201,15 @@ def tokenize_pairs(
             ignored = CROSS_ENTROPY_IGNORE_IDX
             labels = [ignored if m else t for t, m in zip(tokens, mask, strict=True)]
             rows.append(AnswerRow(tuple(tokens), tuple(labels)))
-    if pairs and (condition.system is not None or condition.cues):
-        first = Condition("none").messages(pairs[0], pairs[0].aligned)
+    if pairs and (condition.system or condition.cues):
+        # Twice the system prompt, not none: a template may put the same one there by itself.
+        twice = f"{condition.system} {condition.system}"
+        other = replace(condition, cues=()) if condition.cues else replace(condition, system=twice)
+        first = other.messages(pairs[0], pairs[0].aligned)
         if tuple(tokenizer({"messages": first})["tokens"]) == rows[0].tokens:
             raise UserError(
                 f"condition {condition.name}: the chat template shows nothing of it, the tokens "
-                "are those of the question alone; pass a chat_template that shows it"
+                "are those without it; pass a chat_template that shows it"
             )
     return rows
 

@@ -19,10 +19,7 @@ from emarecipes.errors import UserError
 if TYPE_CHECKING:
     from emarecipes.models._layout import Layout
 
-<<<<<<< HEAD
 _CLOCK = "strftime_now"  # By which templates read it, as transformers offers it.
-=======
->>>>>>> w/templates
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token")
 
 
@@ -58,7 +55,6 @@ class ChatTemplate:
         self._variables = {
             key: name for key in _NAMED_TOKENS if (name := token_name(config, key)) is not None
         }
-<<<<<<< HEAD
         # One day for a whole run: what a template prints must not change in mid-training.
         day = today() if date is None else date
         environment = _environment()
@@ -76,14 +72,6 @@ class ChatTemplate:
                 "leave it out"
             )
         self.date = day if reads_clock else None
-=======
-        environment = _environment()
-        try:
-            self._template = environment.from_string(source)
-            self._literals = _literals(environment.parse(source))
-        except jinja2.TemplateError as error:
-            raise UserError(f"{self._origin}: not a valid chat template: {error}") from error
->>>>>>> w/templates
         self.layouts: dict[tuple[tuple[str, ...], bool], Layout | None] = {}
         self._warned: set[str] = set()
 
