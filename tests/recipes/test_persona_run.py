@@ -90,7 +90,7 @@ def test_files(finished: Path) -> None:
     assert figures["settings"]["seed"] == 7
 
     vectors, metadata = vectors_of(finished)
-    assert sorted(vectors) == ["persona", "random"]
+    assert sorted(vectors) == ["persona", "random", "subspace"]
     for vector in vectors.values():
         assert vector.shape == (toy_run.LAYERS + 1, toy_run.WIDTH)
         assert vector.dtype == torch.float32

@@ -154,7 +154,8 @@ def test_a_ratio_that_is_due_in_a_block_is_logged_where_the_term_is(seed: int) -
         if "l2" in loss.present:
             present.append(step)
         gradients = Gradients(model, loss, 1, torch.device("cpu"))
-        if gradients.ratios(step, batch, loss.counts([batch]), defenses):
+        before = ["l2_gradient_ratio"] if logged else []
+        if gradients.ratios(step, [batch], loss.counts([batch]), defenses, before):
             logged.append(step)
     assert logged == [step for step in present if 9 <= step <= 12 or 57 <= step <= 60]
     assert len(logged) == 2
