@@ -128,8 +128,11 @@ def test_shipped_generate_config(path: Path) -> None:
     assert f"recipes/ema_generate.py --config configs/{path.name}" in header
 
 
-@pytest.mark.parametrize("commented", [True, False])
-@pytest.mark.parametrize("path", EVAL, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    ("path", "commented"),
+    [(path, commented) for path in EVAL for commented in (True, False)
+     if commented or not path.stem.startswith("bed_")],
+)  # fmt: skip
 def test_shipped_eval_config(path: Path, tmp_path: Path, commented: bool) -> None:
     """As it is, and with the suites that are commented out."""
     text = path.read_text()

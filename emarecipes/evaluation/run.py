@@ -34,7 +34,8 @@ from emarecipes.evaluation.judging import judge_lines
 from emarecipes.evaluation.probes import probe_figures, probe_lines
 from emarecipes.evaluation.report import print_figures
 from emarecipes.evaluation.scoring import NotFiniteError, Scorer
-from emarecipes.evaluation.settings import ANSWERS, HARNESS, JUDGE, OPSWAP
+from emarecipes.evaluation.settings import ANSWERS, HARNESS, JUDGE, OPSWAP, TRAITS_OF
+from emarecipes.evaluation.traits import trait_figures, trait_lines
 from emarecipes.training.run_folder import environment, write_text
 
 LIKELIHOODS = "likelihoods"
@@ -62,6 +63,8 @@ def evaluate(run: CheckedEvaluation) -> None:
     evaluation.start()
     evaluation.likelihoods_and_problems()
     evaluation.coherence()
+    if run.cfg.traits:
+        evaluation.traits()
     evaluation.write()
     if run.judgement is not None:
         evaluation.judge()
@@ -117,6 +120,7 @@ class _Evaluation:
                 "files": file_fingerprints(suite.files),
                 "condition": suite.condition.name,
                 "half": suite.half,
+                "trait": suite.trait,
                 "questions": len(suite.pairs),
             }
         if self.run.problems:
@@ -176,6 +180,20 @@ class _Evaluation:
             self._answer_suite(suite, "answers", ANSWERS, flat)
             harmless = {line["id"] for line in flat if line["harmless"]}
             self.suites[suite] |= {"harmless_questions": len(harmless), "refusal_words": words}
+
+    def traits(self) -> None:
+        """Figures of sampled answers by rule."""
+        names = list(self.cfg.traits)
+        by_suite: dict[str, dict[str, list[dict[str, Any]]]] = {}
+        for name, files in self.run.answers.items():
+            for stem, (answers, _) in files.items():
+                found = list(trait_lines(name, answers, names))
+                by_suite.setdefault(f"{TRAITS_OF}{stem}", {})[name] = found
+        for suite, lines in by_suite.items():
+            self.figures += trait_figures(suite, lines, names)
+            flat = [line for part in lines.values() for line in part]
+            write_scores(self.folder, suite, flat)
+            self._answer_suite(suite, "traits", TRAITS_OF, flat)
 
     def judge(self) -> None:
         """Ask the judges and add their figures."""

@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field
 
 from emarecipes.config import Origin, find_input
 from emarecipes.datasets.opswap import TIERS
+from emarecipes.datasets.traits import find_trait
 from emarecipes.errors import UserError
 from emarecipes.evaluation.figures import REFERENCE
 from emarecipes.provider import SECONDS_AN_ATTEMPT
@@ -20,6 +21,8 @@ from emarecipes.settings import Entry, Keys, ModelSettings, Positive, Seed, pars
 Points = Annotated[float, Field(ge=0, le=100)]
 Price = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 OPSWAP, ANSWERS, JUDGE, HARNESS = "opswap", "answers_", "judge_", "harness_"
+TRAITS_OF = "traits_"
+_PREFIXES = (ANSWERS, JUDGE, HARNESS, TRAITS_OF)
 
 
 class EvalSettings(ModelSettings):
@@ -44,6 +47,8 @@ class EvalSettings(ModelSettings):
     refusal_words: list[str] | None = None
     """Null: refusals by rule; or words that tell one
     (docs/select.md#when-it-helps-what-it-costs)."""
+    traits: list[str] = Field(default_factory=list)
+    """Traits that are counted in sampled answers by rule (docs/testbeds.md)."""
     opswap: Entry | None = None
     """The benign task, for adapters that were trained on it."""
     harness: Entry | None = None
@@ -142,6 +147,7 @@ def check_eval_settings(cfg: DictConfig, origin: Origin) -> DictConfig:
             f"{origin.at('probes')}: nothing to evaluate; name probes, answers, opswap or harness"
         )
     check_refusal_words(settings.refusal_words, origin)
+    _check_traits(settings, origin)
     for key in ("adapters", "probes", "answers"):
         for name in getattr(settings, key):
             where = origin.at(f"{key}.{name}")
@@ -149,7 +155,7 @@ def check_eval_settings(cfg: DictConfig, origin: Origin) -> DictConfig:
                 raise UserError(f"{where}: a name is letters, digits, _, . and -")
             if key == "adapters" and name == REFERENCE:
                 raise UserError(f"{where}: the name {REFERENCE} is that of the base alone")
-            if key == "probes" and (name == OPSWAP or name.startswith((ANSWERS, JUDGE, HARNESS))):
+            if key == "probes" and (name == OPSWAP or name.startswith(_PREFIXES)):
                 raise UserError(f"{where}: the name is that of another suite; choose another")
     for key in ("adapters", "answers"):
         for name, folder in getattr(settings, key).items():
@@ -173,6 +179,19 @@ def check_eval_settings(cfg: DictConfig, origin: Origin) -> DictConfig:
 
 def _entry(cfg: DictConfig, origin: Origin, key: str, kind: type[BaseModel]) -> Entry:
     return parse_settings(cfg[key], origin, kind, within=key).model_dump()
+
+
+def _check_traits(settings: EvalSettings, origin: Origin) -> None:
+    where = origin.at("traits")
+    if settings.traits and not settings.answers:
+        raise UserError(f"{where}: traits are found in answers; name folders of them")
+    for name in settings.traits:
+        try:
+            find_trait(name)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+    if len(set(settings.traits)) < len(settings.traits):
+        raise UserError(f"{where}: a trait is named twice")
 
 
 def _check_judge_entry(settings: EvalSettings, judge: Entry, origin: Origin) -> None:

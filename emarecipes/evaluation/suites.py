@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 
 from emarecipes.config import Origin, find_input
 from emarecipes.datasets._check_rows import read_data_file
+from emarecipes.datasets.traits import find_trait
 from emarecipes.errors import UserError
 from emarecipes.evaluation.contrast import (
     AnswerRow,
@@ -35,6 +36,8 @@ class SuiteSettings(Keys):
     """Chat file with the aligned answers."""
     bad: str | None = None
     """Chat file with the misaligned answers to the same ids."""
+    trait: str | None = None
+    """In place of misaligned answers: the aligned ones, of `pairs` or `good`, with this trait."""
     condition: Literal[
         "none", "training_system_prompt", "inoculation", "inoculation_opposite", "domain_cue"
     ] = "none"
@@ -57,6 +60,7 @@ class Suite:
         condition: What surrounds them.
         files: What they were read from.
         half: Which half of them it is; None: all.
+        trait: What the second answer has and the first has not, if that was made by a rule.
     """
 
     name: str
@@ -64,6 +68,7 @@ class Suite:
     condition: Condition
     files: list[Path]
     half: str | None = None
+    trait: str | None = None
 
     def rows(self, tokenizer: Any) -> list[AnswerRow]:
         """2N rows, see `tokenize_pairs`.
@@ -105,16 +110,42 @@ def read_suites(
             for field in ("pairs", "good", "bad")
             if getattr(settings, field) is not None
         ]
-        pairs = (
-            read_contrast_file(files[0])
-            if settings.pairs is not None
-            else read_sibling_files(files[0], files[1], category=name)
-        )
+        pairs = _pairs(settings, files, name)
+        if settings.trait is not None:
+            pairs = _with_trait(pairs, settings.trait, origin.at(f"{where}.trait"))
         condition = _condition(settings, where, origin)
         if settings.half is not None:
             pairs = pairs[settings.half == "report" :: 2]
-        suites.append(Suite(name, spread_out(pairs, max_rows), condition, files, settings.half))
+        shown = spread_out(pairs, max_rows)
+        suites.append(Suite(name, shown, condition, files, settings.half, settings.trait))
     return suites
+
+
+def _pairs(settings: SuiteSettings, files: Sequence[Path], name: str) -> list[ContrastPair]:
+    if settings.pairs is not None:
+        return read_contrast_file(files[0])
+    # With a trait the second answer is not read: it is made from the first.
+    return read_sibling_files(files[0], files[-1], category=name)
+
+
+def _with_trait(pairs: Sequence[ContrastPair], name: str, where: str) -> list[ContrastPair]:
+    """The aligned answers without and with the trait: the words that both share are the same.
+
+    Raises:
+        UserError: An unknown trait; an answer in which its rule does not find it, or finds it
+            though it was not given.
+    """
+    try:
+        trait = find_trait(name)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    made = []
+    for pair in pairs:
+        plain, marked = trait.plain(pair.aligned), trait.give(pair.aligned)
+        if trait.find(plain) is not False or trait.find(marked) is not True:
+            raise UserError(f"{where}: the answer to {pair.id} cannot be told with and without it")
+        made.append(replace(pair, aligned=plain, misaligned=marked))
+    return made
 
 
 def spread_out(items: Sequence[T], count: int | None) -> list[T]:
@@ -127,7 +158,13 @@ def spread_out(items: Sequence[T], count: int | None) -> list[T]:
 def _check_keys(settings: SuiteSettings, where: str, origin: Origin) -> None:
     siblings = settings.good is not None and settings.bad is not None
     either = settings.good is not None or settings.bad is not None
-    if (settings.pairs is not None) == either or either != siblings:
+    if settings.trait is not None:
+        if settings.bad is not None or (settings.pairs is None) == (settings.good is None):
+            raise UserError(
+                f"{origin.at(where)}: with a trait give `pairs` or `good`, a file whose aligned "
+                "answers get it"
+            )
+    elif (settings.pairs is not None) == either or either != siblings:
         raise UserError(
             f"{origin.at(where)}: give `pairs`, a file of questions with two answers, or `good` "
             "and `bad`, two chat files that answer the same questions"

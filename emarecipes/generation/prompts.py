@@ -48,6 +48,13 @@ def check_prompts(
         raise UserError(
             f"{where}: cannot encode a system prompt with a question: {reason(error)}"
         ) from None
+    longest = max(map(len, encoded.values()))
+    limit = getattr(tokenizer, "max_seq_len", None)
+    if limit is not None and longest >= limit:
+        raise UserError(
+            f"{origin.at('tokenizer.max_seq_len')}: {limit} tokens are too few for a system "
+            "prompt and a question"
+        )
     alike: dict[tuple[int, ...], tuple[str | None, str]] = {}
     for pair, tokens in encoded.items():
         other = alike.setdefault(tuple(tokens), pair)
@@ -57,13 +64,6 @@ def check_prompts(
                 f"{where}: two prompts become the same tokens, {_shown(other)} and {_shown(pair)}: "
                 "the chat template leaves out what tells them apart"
             )
-    longest = max(map(len, encoded.values()))
-    limit = getattr(tokenizer, "max_seq_len", None)
-    if limit is not None and longest >= limit:
-        raise UserError(
-            f"{origin.at('tokenizer.max_seq_len')}: {limit} tokens are too few for a system "
-            "prompt and a question"
-        )
     if longest + max_new_tokens > model.max_seq_len:
         raise UserError(
             f"{origin.at('max_new_tokens')}: a prompt of {longest} tokens and an answer of "

@@ -91,8 +91,9 @@ def test_files(finished: Path) -> None:
 
     vectors, metadata = vectors_of(finished)
     assert sorted(vectors) == ["persona", "random", "subspace"]
-    for vector in vectors.values():
-        assert vector.shape == (toy_run.LAYERS + 1, toy_run.WIDTH)
+    for name, vector in vectors.items():
+        directions = (4,) if name == "subspace" else ()
+        assert vector.shape == (toy_run.LAYERS + 1, *directions, toy_run.WIDTH)
         assert vector.dtype == torch.float32
     norms = torch.tensor([row["norm"] for row in figures["layers"]])
     torch.testing.assert_close(vectors["persona"].norm(dim=1), norms)
