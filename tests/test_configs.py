@@ -1,6 +1,7 @@
 """Every shipped config: well-formed, its model built on the meta device, its parts by signature."""
 
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from emarecipes import defenses
 from emarecipes._torchtune import model_on_meta
-from emarecipes.comparison.arms import expand_arms, make_jobs
+from emarecipes.comparison.arms import Arm, Job, expand_arms, make_jobs
 from emarecipes.comparison.checks import check_tasks
 from emarecipes.comparison.execute import evaluation_overrides
-from emarecipes.comparison.settings import check_compare_settings
+from emarecipes.comparison.settings import Plan, check_compare_settings
 from emarecipes.components import build, check_components
 from emarecipes.config import Origin, load_config
 from emarecipes.defenses import Defense, KLToReference, SafeLoRA
@@ -178,13 +179,18 @@ def test_shipped_select_config(path: Path, tmp_path: Path) -> None:
     assert f"output_dir={adapter.removesuffix('/adapter')}" in header
 
 
-@pytest.mark.parametrize("path", COMPARE, ids=lambda path: path.stem)
-def test_shipped_compare_config(path: Path) -> None:
+@cache
+def planned(path: Path) -> tuple[Plan, list[Arm], list[Job]]:
     raw, origin = load_config(["--config", str(path)])
     plan = check_compare_settings(raw, origin)
     arms = expand_arms(plan, origin)
     check_tasks(plan, origin)
-    jobs = make_jobs(plan, arms, origin)  # Checks every arm's training config.
+    return plan, arms, make_jobs(plan, arms, origin)  # Checks every arm's training config.
+
+
+@pytest.mark.parametrize("path", COMPARE, ids=lambda path: path.stem)
+def test_shipped_compare_config(path: Path) -> None:
+    plan, arms, jobs = planned(path)
     assert len(jobs) == len(plan.settings.seeds) * sum(len(arm.tasks) for arm in arms)
     assert len({job.fingerprint for job in jobs}) == len(jobs)
     for task in plan.tasks.values():
@@ -199,10 +205,8 @@ def test_shipped_compare_config(path: Path) -> None:
 
 
 def test_the_full_comparison_has_the_promised_arms() -> None:
-    raw, origin = load_config(["--config", str(toy_run.REPO / "configs/compare_smollm2_135m.yaml")])
-    plan = check_compare_settings(raw, origin)
-    arms = expand_arms(plan, origin)
-    steps = {job.cfg.max_steps_per_epoch for job in make_jobs(plan, arms, origin)
+    plan, _, jobs = planned(toy_run.REPO / "configs/compare_smollm2_135m.yaml")
+    steps = {job.cfg.max_steps_per_epoch for job in jobs
              if job.task == "narrow" and job.arm.role in ("undefended", "frontier")}  # fmt: skip
     assert steps == {4, 10, 20, 30, 40}  # 10, 25, 50, 75 and 100 %.
     assert len(plan.arms["lower_rate"].sweep["optimizer.lr"]) == 2

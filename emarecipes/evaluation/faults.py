@@ -1,6 +1,6 @@
 """What is wrong with a sampled answer as a text, whatever it says: by rule, and by likelihood.
 
-Likelihoods are the reference's. `benchmarks/coherence_check.py` shows that the measure fails word
+Likelihoods are the reference's. tests/evaluation/test_faults.py shows that the measure fails word
 salad, the question repeated and cut answers, and passes written ones.
 """
 
