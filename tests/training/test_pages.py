@@ -6,11 +6,9 @@ import sys
 
 import pytest
 
-from emarecipes.training import pages
-
 ROUNDS = """
-import resource, runpy, sys, torch
-keep_freed_pages = runpy.run_path(sys.argv[1])["keep_freed_pages"]
+import resource, torch
+from emarecipes.training.pages import keep_freed_pages
 kept = {call}
 def work():
     held = [torch.ones(1024, 1536) for _ in range(20)]  # 6 MB each
@@ -25,7 +23,7 @@ print(kept, (faults() - before) // 4)
 
 def faults(call: str, **variables: str) -> tuple[str, int]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
-    command = [sys.executable, "-c", ROUNDS.format(call=call), pages.__file__]
+    command = [sys.executable, "-c", ROUNDS.format(call=call)]
     output = subprocess.check_output(command, env=kept | variables, text=True)
     answer, count = output.split()
     return answer, int(count)
