@@ -39,10 +39,16 @@ class DefendedTokenizer:
         return getattr(self._tokenizer, name)
 
     def __call__(self, sample: dict[str, Any], inference: bool = False) -> dict[str, Any]:
-        """Tokenize `sample["messages"]` after every defense has had its say."""
+        """Tokenize `sample["messages"]` after every defense has had its say.
+
+        Raises:
+            UserError: There is no answer; or the tokenizer refuses the messages, with the names of
+                the defenses if it takes them as they were.
+        """
         messages: list[Message] = sample["messages"]
         if not any(message.role == "assistant" for message in messages):
             raise UserError("the row has no assistant message, so there is nothing to learn")
+        given = copy.deepcopy(messages) if self._defenses else messages
         for place, defense in enumerate(self._defenses):
             if self._changed.get(place):
                 messages = defense.transform_messages(messages, self._source)
@@ -50,9 +56,53 @@ class DefendedTokenizer:
             before = copy.deepcopy(messages)  # A user's own defense may change them in place.
             messages = defense.transform_messages(messages, self._source)
             if _texts(before) != _texts(messages):
-                one, other = (self._encode(sample, each, inference) for each in (before, messages))
+                one = self._encode(sample, before, inference)
+                other = self._encode_changed(sample, given, messages, inference)
                 self._changed[place] = not _same(one, other)
-        return self._encode(sample, messages, inference)
+        return self._encode_changed(sample, given, messages, inference)
+
+    def encode(self, *args: Any, **options: Any) -> Any:
+        """The tokenizer's own, for rows that no defense would change.
+
+        Raises:
+            UserError: A defense changes messages of this source, and these rows have none.
+        """
+        self._refuse_without_messages()
+        return self._tokenizer.encode(*args, **options)
+
+    def tokenize_messages(self, *args: Any, **options: Any) -> Any:
+        """As `encode`: the messages went past the defenses."""
+        self._refuse_without_messages()
+        return self._tokenizer.tokenize_messages(*args, **options)
+
+    def _refuse_without_messages(self) -> None:
+        for defense in self._defenses:
+            row = [Message("user", "a", masked=True), Message("assistant", "b")]
+            if _texts(defense.transform_messages(copy.deepcopy(row), self._source)) != _texts(row):
+                raise UserError(
+                    f"{type(defense).__name__} changes messages, and the data set encodes its rows "
+                    "without any; use a data set of conversations, such as "
+                    "torchtune.datasets.chat_dataset, or leave the defense out"
+                )
+
+    def _encode_changed(
+        self,
+        sample: dict[str, Any],
+        given: list[Message],
+        messages: list[Message],
+        inference: bool,
+    ) -> dict[str, Any]:
+        try:
+            return self._encode(sample, messages, inference)
+        except UserError as error:
+            if _texts(given) == _texts(messages):
+                raise
+            try:
+                self._encode(sample, given, inference)
+            except UserError:
+                raise error from None
+            names = " and ".join(type(defense).__name__ for defense in self._defenses)
+            raise UserError(f"with its messages as {names} changed them: {error}") from error
 
     def _encode(
         self, sample: dict[str, Any], messages: list[Message], inference: bool

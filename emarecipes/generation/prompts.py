@@ -38,8 +38,8 @@ def check_prompts(
         Each pair's token ids.
 
     Raises:
-        UserError: The tokenizer refuses a prompt or would cut it, two become the same tokens, the
-            model does not take one's length or its tokens.
+        UserError: The tokenizer refuses a prompt, would cut it or leaves its system prompt out, two
+            become the same tokens, the model does not take one's length or its tokens.
     """
     where = origin.at("tokenizer")
     try:
@@ -55,14 +55,22 @@ def check_prompts(
             f"{origin.at('tokenizer.max_seq_len')}: {limit} tokens are too few for a system "
             "prompt and a question"
         )
-    alike: dict[tuple[int, ...], tuple[str | None, str]] = {}
+    alike: dict[tuple[bool, tuple[int, ...]], tuple[str | None, str]] = {}
     for pair, tokens in encoded.items():
-        other = alike.setdefault(tuple(tokens), pair)
         # Without a system prompt the template may put in the very one that another pair names.
-        if other != pair and (other[1] != pair[1] or None not in (other[0], pair[0])):
+        other = alike.setdefault((pair[0] is None, tuple(tokens)), pair)
+        if other != pair:
             raise UserError(
                 f"{where}: two prompts become the same tokens, {_shown(other)} and {_shown(pair)}: "
                 "the chat template leaves out what tells them apart"
+            )
+    for system, question in {system: question for system, question in encoded if system}.items():
+        # Twice the prompt, not none, for the same reason.
+        twice = encode_prompt(tokenizer, f"{system} {system}", question)
+        if system.strip() and twice == encoded[system, question]:
+            raise UserError(
+                f"{where}: leaves out the system prompt {system!r:.60}: the tokens are the same "
+                "with another one; use a tokenizer or chat template that shows it"
             )
     if longest + max_new_tokens > model.max_seq_len:
         raise UserError(

@@ -104,7 +104,7 @@ def test_a_prompt_that_no_token_shows_is_refused(
         "data_files": str(tmp_path / "text.jsonl"),
     }  # fmt: skip
     argv = ["--config", str(toy_run.write_config(tmp_path / "b.yaml", config))]
-    with pytest.raises(UserError, match="InoculationPrompt changed the messages of no row"):
+    with pytest.raises(UserError, match="InoculationPrompt changes messages, and the data set enc"):
         check_run(argv, 1, 0)
     check_run([*argv, "~defenses"], 1, 0)
 

@@ -125,29 +125,40 @@ def test_broken_files(name: str, text: str, expected: str, tmp_path: Path) -> No
     assert "\n" not in str(caught.value)
 
 
+BRIEF_AND_LONG = [("Be brief.", "Why?"), ("Be long.", "Why?")]
+SAME = "two prompts become the same tokens, system 'Be brief.', question 'Why"
+
+
 @pytest.mark.parametrize(
-    ("pairs", "refused"),
+    ("pairs", "shown", "expected"),
     [
-        ([("Be brief.", "Why?"), ("Be long.", "Why?")], True),
-        ([(None, "Why?"), (None, "How?")], False),
+        (BRIEF_AND_LONG, False, SAME),
+        # Nor does the question alone hide that two others are the same.
+        ([(None, "Why?"), *BRIEF_AND_LONG], False, SAME),
+        ([(None, "Why?"), (None, "How?")], False, None),
+        ([("Be brief.", "Why?"), ("Be brief.", "How?")], False, "leaves out the system prompt 'Be"),
         # The template's own system prompt may be the one that is named.
-        ([(None, "Why?"), ("Be brief.", "Why?")], False),
+        ([(None, "Why?"), ("Be brief.", "Why?")], True, None),
+        (BRIEF_AND_LONG, True, None),
     ],
 )
 def test_prompts_that_become_the_same_tokens(
-    pairs: list[tuple[str | None, str]], refused: bool, monkeypatch: pytest.MonkeyPatch
+    pairs: list[tuple[str | None, str]],
+    shown: bool,
+    expected: str | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from emarecipes.generation import prompts
 
-    def without_system(_: Any, system: str | None, question: str) -> list[int]:
-        return list(question.encode())
+    def encode(_: Any, system: str | None, question: str) -> list[int]:
+        own = "Be brief." if system is None else system
+        return list(f"{own if shown else ''}{question}".encode())
 
-    monkeypatch.setattr(prompts, "encode_prompt", without_system)
+    monkeypatch.setattr(prompts, "encode_prompt", encode)
     model = SimpleNamespace(max_seq_len=64, tok_embeddings=SimpleNamespace(num_embeddings=256))
     origin = Origin(Path("config.yaml"))
     asked = pairs, SimpleNamespace(max_seq_len=None), model, 8, origin
-    if refused:
-        expected = "two prompts become the same tokens, system 'Be brief.', question 'Why"
+    if expected is not None:
         with pytest.raises(UserError, match=re.escape(expected)):
             prompts.check_prompts(*asked)
     else:
