@@ -51,15 +51,26 @@ class AlignedPair:
                 "weights: there is nothing that alignment changed"
             )
 
-    def check(self, source: ModelSource) -> dict[str, ModuleRows]:
+    def check(self, source: ModelSource, defense: str, does: str) -> dict[str, ModuleRows]:
         """Open the folders, check them against the model, and find its adapted layers in them.
+
+        Args:
+            source: The model.
+            defense: Whose pair it is, and
+            does: what it does to an update, for messages.
 
         Returns:
             Which rows of which weight each adapted layer is, by torchtune's name.
 
         Raises:
-            UserError: See `open`; the folders are swapped.
+            UserError: See `open`; the folders are swapped; the adapter is DoRA's.
         """
+        names = [name for name, _ in source.meta_model.named_parameters()]
+        if any(name.endswith("magnitude") for name in names):
+            raise UserError(
+                f"{defense} {does} an update B A; DoRA's also rescales each row, so this is not "
+                f"all of it. Use LoRA, or leave {defense} out"
+            )
         modules = adapter_modules(source.meta_model, source.model_type, source.checkpoint_dir)
         self.open({m.hf_name: m.hf_shape for m in modules.values()})
         trained = WeightsFolder(source.checkpoint_dir)

@@ -69,15 +69,9 @@ class AsFT(Defense):
         """Open the folders and check them against the model.
 
         Raises:
-            UserError: See `AlignedPair.check`; DoRA.
+            UserError: See `AlignedPair.check`.
         """
-        names = [name for name, _ in source.meta_model.named_parameters()]
-        if any(name.endswith("magnitude") for name in names):
-            raise UserError(
-                "AsFT measures an update B A; DoRA's also rescales each row. Use LoRA, or leave "
-                "AsFT out"
-            )
-        self._modules = self._pair.check(source)
+        self._modules = self._pair.check(source, "AsFT", "measures")
 
     def setup(self, model: Any, context: TrainingContext) -> None:
         """Read V of every adapted layer."""

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torchtune import utils
 
-from emarecipes.defenses.base import Defense, ModelSource, TrainingContext
+from emarecipes.defenses.activations import ActivationDefense, read_tensor, tell_other_model
+from emarecipes.defenses.base import ModelSource, TrainingContext
 from emarecipes.errors import UserError
 
-log = utils.get_logger("INFO")
 
-
-class PersonaSteering(Defense):
+class PersonaSteering(ActivationDefense):
     r"""Shifts the policy's residual stream along a persona vector, in the training forward only.
 
     With h the residual stream after `layer` layers and v the persona vector there, at every token
@@ -71,7 +65,6 @@ class PersonaSteering(Defense):
         self._alpha = alpha
         self._mode = mode
         self._kind = vector
-        self._active = False
         self._ratio = torch.zeros(())
 
     def check(self, source: ModelSource) -> None:
@@ -105,21 +98,12 @@ class PersonaSteering(Defense):
         self._vector_D = self._vector_D.to(context.device)
         model.layers[self._layer - 1].register_forward_hook(self._steer)
 
-    @contextmanager
-    def policy_forward(self) -> Iterator[None]:
-        """Within this context the layer's output is steered."""
-        self._active = True
-        try:
-            yield
-        finally:
-            self._active = False
-
     def figures(self) -> dict[str, float]:
         """The size of the change over the residual stream's."""
         return {"ratio": float(self._ratio)}
 
     def _steer(self, module: nn.Module, inputs: Any, hidden_BSD: Tensor) -> Tensor | None:
-        if not self._active:
+        if not self.acts:
             return None
         if self._mode == "add":
             shift = (self._alpha * self._vector_D).to(hidden_BSD.dtype)
@@ -134,53 +118,3 @@ class PersonaSteering(Defense):
     def _note(self, change: Tensor, hidden_BSD: Tensor) -> None:
         norm = hidden_BSD.detach()[:, 1:].float().square().sum(dim=-1).mean().sqrt()
         self._ratio = change.detach() / norm
-
-
-def tell_other_model(
-    path: Path, made_with: str | None, source: ModelSource, key: str = "vectors"
-) -> None:
-    """Warn of directions that another model's folder gave; a copy may have another name.
-
-    Args:
-        path: Their file.
-        made_with: From `read_tensor`.
-        source: What is trained.
-        key: What names the file in the config.
-    """
-    here = source.checkpoint_dir.resolve().name
-    if made_with not in (None, here):
-        utils.log_rank_zero(
-            log,
-            f"{key}: {path} was made with {made_with}, and {here} is trained: a direction of "
-            "another model means nothing in this one",
-            level=logging.WARNING,
-        )
-
-
-def read_tensor(path: Path, name: str, key: str = "vectors") -> tuple[Tensor, str | None]:
-    """A tensor of a file that `recipes/ema_persona.py` writes, or a user.
-
-    Args:
-        path: The file.
-        name: The tensor's.
-        key: What names the file in the config, for messages.
-
-    Returns:
-        It, and the model's folder that it was made with, where the file says so.
-
-    Raises:
-        UserError: No such file, or no such tensor in it.
-    """
-    if not path.is_file():
-        raise UserError(
-            f"{key}: no such file: {path}; make it with recipes/ema_persona.py, as the config's "
-            "header says"
-        )
-    try:
-        with safe_open(path, framework="pt") as file:
-            if name not in file.keys():  # noqa: SIM118 (not a dict)
-                raise UserError(f"{key}: {path} has no tensor {name}; it has {file.keys()}")
-            tensor: Tensor = file.get_tensor(name)
-            return tensor, (file.metadata() or {}).get("model")
-    except SafetensorError as error:
-        raise UserError(f"{key}: {path} is no safetensors file: {error}") from None

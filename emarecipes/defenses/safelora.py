@@ -115,15 +115,9 @@ class SafeLoRA(Defense):
         """Open the folders and check them against the model.
 
         Raises:
-            UserError: See `AlignedPair.check`; DoRA.
+            UserError: See `AlignedPair.check`.
         """
-        names = [name for name, _ in source.meta_model.named_parameters()]
-        if any(name.endswith("magnitude") for name in names):
-            raise UserError(
-                "SafeLoRA projects an update B A; DoRA's also rescales each row, so a projection "
-                "of B is none of the update. Use LoRA, or leave SafeLoRA out"
-            )
-        self._modules = self._pair.check(source)
+        self._modules = self._pair.check(source, "SafeLoRA", "projects")
 
     def setup(self, model: Any, context: TrainingContext) -> None:
         """Remember the run's length and folder."""

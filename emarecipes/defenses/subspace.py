@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -12,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torchtune import utils
 
-from emarecipes.defenses.base import Defense, ModelSource, TrainingContext
-from emarecipes.defenses.persona import read_tensor, tell_other_model
+from emarecipes.defenses.activations import ActivationDefense, read_tensor, tell_other_model
+from emarecipes.defenses.base import ModelSource, TrainingContext
 from emarecipes.errors import UserError
 
 log = utils.get_logger("INFO")
@@ -21,7 +19,7 @@ log = utils.get_logger("INFO")
 _TENSOR = "subspace"
 
 
-class SubspaceAblation(Defense):
+class SubspaceAblation(ActivationDefense):
     r"""Projects directions out of the policy's residual stream, in the training forward only.
 
     With h the residual stream after each of the chosen layers, and Q there (D, k) orthonormal,
@@ -74,7 +72,6 @@ class SubspaceAblation(Defense):
         self._rank = rank
         self._basis = basis
         self._seed = seed
-        self._active = False
         self._removed: dict[int, Tensor] = {}
 
     def check(self, source: ModelSource) -> None:
@@ -109,15 +106,6 @@ class SubspaceAblation(Defense):
             self._q_KD[layer] = self._q_KD[layer].to(context.device)
             model.layers[layer - 1].register_forward_hook(partial(self._ablate, layer))
 
-    @contextmanager
-    def policy_forward(self) -> Iterator[None]:
-        """Within this context the layers' outputs are projected."""
-        self._active = True
-        try:
-            yield
-        finally:
-            self._active = False
-
     def figures(self) -> dict[str, float]:
         """The size of what is taken out over the residual stream's."""
         return {"removed": float(torch.stack(list(self._removed.values())).mean())}
@@ -125,7 +113,7 @@ class SubspaceAblation(Defense):
     def _ablate(
         self, layer: int, module: nn.Module, inputs: Any, hidden_BSD: Tensor
     ) -> Tensor | None:
-        if not self._active:
+        if not self.acts:
             return None
         q_KD = self._q_KD[layer]
         along_BSK = hidden_BSD.float() @ q_KD.T  # In float32: in bf16 Q would not be orthonormal.
