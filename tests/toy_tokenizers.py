@@ -12,9 +12,11 @@ from emarecipes.models import HFChatTokenizer
 
 BEGIN, END, PAD = "<begin>", "<end>", "<pad>"
 KINDS = ("none", "bytes", "pieces")
+PRINTS_THE_DAY = "bytes"  # As Llama 3.2's template does.
 # As Llama 3's and Gemma's, the template writes the beginning token too.
 TEMPLATE = (
     "{% for m in messages %}{{ FIRST if loop.first else '' }}"
+    "{{ DAY if loop.first else '' }}"
     "{{ '\n' + m['role'] + ':\n' + m['content'] + '<end>' }}{% endfor %}"
     "{{ '\nassistant:\n' if add_generation_prompt else '' }}"
 )
@@ -43,9 +45,11 @@ def write_tokenizer(folder: Path, kind: str, vocabulary: int = 500) -> Path:
             single=f"{BEGIN} $A", special_tokens=[(BEGIN, tokenizer.token_to_id(BEGIN))]
         )
     tokenizer.save(str(folder / "tokenizer.json"))
+    day = "strftime_now('%d %b %Y')" if kind == PRINTS_THE_DAY else "''"
+    template = TEMPLATE.replace("FIRST", f"'{BEGIN}'" if kind != "none" else "''")
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "pad_token": PAD,
-        "chat_template": TEMPLATE.replace("FIRST", f"'{BEGIN}'" if kind != "none" else "''"),
+        "chat_template": template.replace("DAY", day),
     } | ({"bos_token": BEGIN} if kind != "none" else {})  # fmt: skip
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     (folder / "generation_config.json").write_text(
