@@ -30,9 +30,9 @@ _SETTINGS = {
     "ema_eval": {
         "": "evaluation.settings:EvalSettings",
         "probes.NAME": "evaluation.suites:SuiteSettings",
-        "opswap": "evaluation.settings:OpSwapSettings",
-        "harness": "evaluation.settings:HarnessSettings",
-        "judge": "evaluation.settings:JudgeSettings",
+        "opswap": "evaluation.benign:OpSwapSettings",
+        "harness": "evaluation.harness:HarnessSettings",
+        "judge": "evaluation.judge_suite:JudgeSettings",
     },
     "ema_compare": {
         "": "comparison.settings:CompareSettings",

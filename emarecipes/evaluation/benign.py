@@ -2,58 +2,88 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated, Any
 
 from omegaconf import DictConfig
-from torchtune.modules.peft import disable_adapter
+from pydantic import Field
 
-from emarecipes.datasets.opswap import Problem, canonical, problems, score
-from emarecipes.evaluation.figures import Figure, Item, make_figures
-from emarecipes.evaluation.settings import OPSWAP
-from emarecipes.generation.draw import Sampling
-from emarecipes.generation.prompts import encode_prompt
-from emarecipes.generation.sampler import sample_answers
-from emarecipes.training.loss_head import LossHead
+from emarecipes.config import Origin
+from emarecipes.datasets.opswap import TIERS, Problem, canonical, problems, score
+from emarecipes.errors import UserError
+from emarecipes.evaluation.figures import Figure, Item
+from emarecipes.evaluation.suite import KeyedSuite, Line, Scored, item_of
+from emarecipes.evaluation.suite_context import SuiteContext
+from emarecipes.settings import Keys, Positive, parse_settings
 
+if TYPE_CHECKING:
+    from emarecipes.evaluation.model import Model
 
-def held_out_problems(cfg: DictConfig) -> list[Problem]:
-    """`size` problems of each tier that no training set has.
-
-    Raises:
-        UserError: More problems than a tier has.
-    """
-    return [p for tier in cfg.tiers for p in problems("test", tier, cfg.size)]
+EXACT_MATCH = "exact_match"
 
 
-def answer_problems(
-    head: LossHead, rows: Sequence[Problem], tokenizer: Any, cfg: DictConfig, *, reference: bool
-) -> list[str]:
-    """The model's greedy answers.
+class OpSwapSettings(Keys):
+    """The entry `opswap`: held-out problems, `size` of each tier, answered greedily."""
+
+    tiers: Annotated[list[int], Field(min_length=1)] = Field(default_factory=lambda: list(TIERS))
+    """From the easiest, 1."""
+    size: Positive = 50
+    """Held-out problems a tier."""
+    max_new_tokens: Positive = 24
+    """Of an answer."""
+    batch_size: Positive = 16
+    """Problems answered at a time."""
+
+
+class OpSwap(KeyedSuite):
+    """`opswap`: the share of held-out problems that a model answers right.
 
     Args:
-        head: Of the model, its adapter in place.
-        rows: The problems.
-        tokenizer: torchtune's model transform.
-        cfg: The checked entry `opswap`.
-        reference: Whether the adapter is to be off.
+        settings: The entry.
     """
-    sampling = Sampling(cfg.max_new_tokens, tuple(tokenizer.stop_tokens), temperature=0.0)
-    prompts = [encode_prompt(tokenizer, None, problem.prompt) for problem in rows]
-    with disable_adapter(head.model) if reference else nullcontext():
-        completions = sample_answers(
-            head, prompts, [0] * len(rows), sampling, batch_size=cfg.batch_size
+
+    kind, may_fail = "opswap", False
+
+    def __init__(self, settings: OpSwapSettings) -> None:
+        self.settings = settings
+        self._problems: list[Problem] = []
+
+    @classmethod
+    def named(cls, cfg: DictConfig, origin: Origin) -> Iterator[KeyedSuite]:
+        """Where the config has the entry, which gets its defaults."""
+        if cfg.opswap is None:
+            return
+        settings = parse_settings(cfg.opswap, origin, OpSwapSettings, within="opswap")
+        tiers = settings.tiers
+        if len(set(tiers)) < len(tiers) or not set(tiers) <= set(TIERS):
+            raise UserError(f"{origin.at('opswap.tiers')}: must be different ones of {list(TIERS)}")
+        cfg.opswap = settings.model_dump()
+        yield cls(settings)
+
+    def check(self, context: SuiteContext) -> None:
+        """Take `size` problems of each tier that no training set has."""
+        size = self.settings.size
+        try:
+            self._problems = [p for t in self.settings.tiers for p in problems("test", t, size)]
+        except UserError as error:
+            raise UserError(f"{context.origin.at('opswap.size')}: {error}") from None
+
+    def score(self, models: Mapping[str, Model]) -> Scored:
+        """Exact match, by adapter and tier."""
+        lines = [line for name, model in models.items() for line in self._lines(name, model)]
+        description = {"kind": self.kind, "files": {}, "questions": len(self._problems)}
+        return Scored(self.figures(lines, {EXACT_MATCH: "share"}), lines, description)
+
+    def _lines(self, name: str, model: Model) -> Iterator[dict[str, Any]]:
+        """A line a problem."""
+        answers = model.answer(
+            [problem.prompt for problem in self._problems],
+            max_new_tokens=self.settings.max_new_tokens,
+            batch_size=self.settings.batch_size,
         )
-    return [str(tokenizer.decode(completion.tokens)).strip() for completion in completions]
-
-
-def opswap_lines(rows: Sequence[Problem], answers: Mapping[str, Sequence[str]]) -> Iterator[Any]:
-    """A line a problem and adapter for `scores/opswap.jsonl`."""
-    for adapter, found in answers.items():
-        for problem, answer in zip(rows, found, strict=True):
+        for problem, answer in zip(self._problems, answers, strict=True):
             yield {
-                "adapter": adapter,
+                "adapter": name,
                 "id": problem.prompt,
                 "category": f"tier {problem.tier}",
                 "question": problem.prompt,
@@ -62,15 +92,14 @@ def opswap_lines(rows: Sequence[Problem], answers: Mapping[str, Sequence[str]]) 
                 "correct": score(answer, problem),
             }
 
+    @classmethod
+    def items(cls, lines: Iterable[Line], figure: Figure) -> list[Item]:
+        """Whether each answer is right; prompts of one expression are drawn together."""
+        if figure.figure != EXACT_MATCH:
+            return super().items(lines, figure)
+        kept = [line for line in lines if line["adapter"] == figure.adapter]
+        return [item_of(line, line["correct"], canonical(line["question"])) for line in kept]
 
-def opswap_figures(lines: Sequence[Mapping[str, Any]]) -> list[Figure]:
-    """Exact match, by adapter and tier; prompts of one expression are drawn together."""
-    figures = []
-    for adapter in dict.fromkeys(line["adapter"] for line in lines):
-        items = [
-            Item(float(line["correct"]), canonical(line["question"]), line["category"])
-            for line in lines
-            if line["adapter"] == adapter
-        ]
-        figures += make_figures(items, adapter, OPSWAP, "exact_match", "share")
-    return figures
+    def figure_names(self) -> list[str]:
+        """One."""
+        return [EXACT_MATCH]

@@ -12,33 +12,18 @@ from omegaconf import DictConfig
 
 from emarecipes.components import build, check_components
 from emarecipes.config import Origin, load_config
-from emarecipes.datasets.opswap import Problem
-from emarecipes.datasets.rows import Rows
 from emarecipes.defenses import ModelSource
 from emarecipes.errors import UserError
 from emarecipes.evaluation.answers import Answer, read_answers
-from emarecipes.evaluation.benign import held_out_problems
-from emarecipes.evaluation.coherence import CoherenceRows, coherence_rows
-from emarecipes.evaluation.contrast import AnswerRow
 from emarecipes.evaluation.figures import SCORES, SUMMARY
-from emarecipes.evaluation.harness import (
-    check_harness,
-    check_harness_template,
-    settle_harness_date,
-)
-from emarecipes.evaluation.judge import check_judge
-from emarecipes.evaluation.judging import Judgement
+from emarecipes.evaluation.named_suites import named_suites
 from emarecipes.evaluation.settings import check_eval_settings
-from emarecipes.evaluation.suites import Suite, read_suites
+from emarecipes.evaluation.suite import Suite
+from emarecipes.evaluation.suite_context import SuiteContext
 from emarecipes.fingerprint import adapter_digest
 from emarecipes.models.adapter import check_adapter
 from emarecipes.models.dates import adapter_date, check_answers_dates, settle_date
-from emarecipes.training.model_checks import (
-    check_checkpoint_files,
-    check_device,
-    check_model,
-    check_rows_fit,
-)
+from emarecipes.training.model_checks import check_checkpoint_files, check_device, check_model
 from emarecipes.training.trained_with import check_origin
 
 
@@ -47,20 +32,16 @@ class CheckedEvaluation:
     """An evaluation that passed every check, with what was built on the way.
 
     Attributes:
-        suites: Probe suites with their tokenized rows.
-        answers: By adapter's name and file's stem, with what the reference is to score.
-        problems: Of OpSwap; empty without it.
-        judgement: What judges will be asked; None without them.
+        suites: In the order in which they are scored.
+        answers: Names of `answers`, which may be others than those of adapters.
     """
 
     cfg: DictConfig
     source: ModelSource
     tokenizer: Any
     adapters: dict[str, Path]
-    suites: list[tuple[Suite, list[AnswerRow]]]
-    answers: dict[str, dict[str, tuple[list[Answer], CoherenceRows]]]
-    problems: list[Problem]
-    judgement: Judgement | None
+    suites: list[Suite]
+    answers: frozenset[str]
 
 
 def check_evaluation(argv: Sequence[str]) -> CheckedEvaluation:
@@ -76,21 +57,11 @@ def check_evaluation(argv: Sequence[str]) -> CheckedEvaluation:
     cfg = check_eval_settings(raw, origin)
     check_components(cfg, origin)
     check_device(cfg, origin)
-    if cfg.harness is not None:
-        check_harness(cfg.harness, origin)
     _check_output(cfg, origin)
     check_checkpoint_files(cfg, origin)
-    if cfg.harness is not None:
-        check_harness_template(cfg, origin)
     _settle_date(cfg, origin)
-    suites = read_suites(cfg.probes, "probes", origin, cfg.max_rows)
-    found = {name: _read_answers(cfg, origin, name) for name in cfg.answers}
-    _mark_harmless(cfg, origin, found)
-    judgement = None if cfg.judge is None else _check_judges(cfg, origin, found)
-    try:
-        problems = [] if cfg.opswap is None else held_out_problems(cfg.opswap)
-    except UserError as error:
-        raise UserError(f"{origin.at('opswap.size')}: {error}") from None
+    answers = {str(name): _read_answers(cfg, origin, name) for name in cfg.answers}
+    _mark_harmless(cfg, origin, answers)
 
     source = check_model(cfg, origin)
     adapters = {str(name): Path(folder) for name, folder in cfg.adapters.items()}
@@ -103,19 +74,27 @@ def check_evaluation(argv: Sequence[str]) -> CheckedEvaluation:
         _check_sampled_from(folder, cfg, origin, name)
 
     tokenizer = build(cfg, "tokenizer", origin)
-    tokenized = [(suite, suite.rows(tokenizer)) for suite in suites]
-    answers = {
-        name: {suite: (a, coherence_rows(a, tokenizer)) for suite, a in files.items()}
-        for name, files in found.items()
-    }
-    rows = [row for _, part in tokenized for row in part]
-    rows += [row for files in answers.values() for _, part in files.values() for row in part.rows]
-    if rows:
-        samples = [{"tokens": list(row.tokens), "labels": list(row.labels)} for row in rows]
-        check_rows_fit(cfg, origin, Rows(samples, dropped=0), source.meta_model)
-    return CheckedEvaluation(
-        cfg, source, tokenizer, adapters, tokenized, answers, problems, judgement
-    )
+    suites = named_suites(cfg, origin)
+    check_suites(suites, SuiteContext(cfg, origin, source, tokenizer, answers))
+    return CheckedEvaluation(cfg, source, tokenizer, adapters, suites, frozenset(answers))
+
+
+def check_suites(suites: Sequence[Suite], context: SuiteContext) -> None:
+    """Let every suite read what it asks and refuse what cannot work.
+
+    Raises:
+        UserError: With the suite's place.
+    """
+    for suite in suites:
+        try:
+            if suite.needs_answers and not context.answers:
+                raise ValueError("is of sampled answers; name folders of them as `answers`")
+            suite.check(context)
+            context.check_rows(suite.rows)
+        except UserError:
+            raise
+        except ValueError as error:
+            raise UserError(f"{context.origin.at(suite.key)}: {error}") from None
 
 
 def _settle_date(cfg: DictConfig, origin: Origin) -> None:
@@ -123,8 +102,6 @@ def _settle_date(cfg: DictConfig, origin: Origin) -> None:
     answered = check_answers_dates(cfg.answers, origin)
     trained = {f"adapters.{name}": adapter_date(path) for name, path in cfg.adapters.items()}
     settle_date(cfg, origin, answered or trained)
-    if cfg.harness is not None:
-        settle_harness_date(cfg, origin)
     date = cfg.tokenizer.get("date")
     for key, day in answered.items():
         if date is not None and day != date:
@@ -199,18 +176,3 @@ def _mark_harmless(
                     answer.model_copy(update={"harmless": answer.harmless is not False})
                     for answer in files[suite]
                 ]
-
-
-def _check_judges(
-    cfg: DictConfig, origin: Origin, answers: dict[str, dict[str, list[Answer]]]
-) -> Judgement:
-    try:
-        judgement = Judgement(cfg.judge, answers)
-    except UserError as error:
-        raise UserError(f"{origin.at('judge')}: {error}") from None
-    for model in cfg.judge.models:
-        try:
-            check_judge(model)
-        except UserError as error:
-            raise UserError(f"{origin.at('judge.models')}: {error}") from None
-    return judgement

@@ -6,22 +6,29 @@ with the same model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torchtune.data import CROSS_ENTROPY_IGNORE_IDX, Message
+from omegaconf import DictConfig
+from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 
+from emarecipes.config import Origin
 from emarecipes.errors import UserError
 from emarecipes.evaluation.answers import Answer
 from emarecipes.evaluation.contrast import AnswerRow
 from emarecipes.evaluation.faults import faults, repetition, shuffled
-from emarecipes.evaluation.figures import Figure, Item, make_figures
-from emarecipes.evaluation.probes import NATS
+from emarecipes.evaluation.figures import NATS, REFERENCE, Figure, Item
+from emarecipes.evaluation.suite import KeyedSuite, Line, Scored
+from emarecipes.evaluation.suite_context import SuiteContext, answer_row
 from emarecipes.selection.ranking import plain_words
 from emarecipes.selection.refusals import is_refusal
+from emarecipes.selection.settings import check_refusal_words
+
+if TYPE_CHECKING:
+    from emarecipes.evaluation.model import Model
 
 
 def other_question(answers: Sequence[Answer]) -> dict[tuple[str, int], str | None]:
@@ -103,26 +110,15 @@ def _closing(labels: Sequence[int], stop_tokens: set[int]) -> int:
 
 
 def _row(answer: Answer, question: str, tokenizer: Any) -> AnswerRow:
-    system = [] if answer.system is None else [Message("system", answer.system, masked=True)]
-    messages = [
-        *system,
-        Message("user", question, masked=True),
-        Message("assistant", answer.answer, masked=False),
-    ]
     try:
-        sample = tokenizer({"messages": messages})
-    except ValueError as error:
-        raise UserError(f"answer to {answer.id}: {str(error).splitlines()[0]}") from error
-    tokens, limit = list(sample["tokens"]), tokenizer.max_seq_len
-    if limit is not None and len(tokens) >= limit:
-        raise UserError(
-            f"answer to {answer.id}: the conversation does not fit into {limit} tokens; raise "
-            "tokenizer.max_seq_len"
-        )
-    labels = np.where(sample["mask"], CROSS_ENTROPY_IGNORE_IDX, tokens).tolist()
-    if answer.stop == "length":
-        _unlabel_end(labels, set(tokenizer.stop_tokens))
-    return AnswerRow(tuple(tokens), tuple(labels))
+        row = answer_row(tokenizer, question, answer.answer, answer.system)
+    except UserError as error:
+        raise UserError(f"answer to {answer.id}: {error}") from error
+    if answer.stop != "length":
+        return row
+    labels = list(row.labels)
+    _unlabel_end(labels, set(tokenizer.stop_tokens))
+    return AnswerRow(row.tokens, tuple(labels))
 
 
 def _unlabel_end(labels: list[int], stop_tokens: set[int]) -> None:
@@ -194,12 +190,67 @@ _FIGURES = {
 }
 
 
-def coherence_figures(suite: str, lines: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Figure]:
-    """Means of the lines' values, by adapter and category; refusals of harmless questions alone."""
-    figures: list[Figure] = []
-    for adapter, rows in lines.items():
-        for figure, (key, unit) in _FIGURES.items():
-            counted = [row for row in rows if figure != "over_refusal" or row["harmless"]]
-            items = [Item(float(row[key]), row["id"], row["category"]) for row in counted]
-            figures += make_figures(items, adapter, suite, figure, unit)
-    return figures
+class Coherence(KeyedSuite):
+    """`answers_<stem>`: whether sampled answers hang together, by rule and the reference.
+
+    Args:
+        refusal_words: See `is_refusal`.
+    """
+
+    kind, needs_answers, may_fail = "answers", True, False
+
+    def __init__(self, refusal_words: list[str] | None = None) -> None:
+        self.refusal_words = refusal_words
+        self._files: dict[str, dict[str, tuple[Sequence[Answer], CoherenceRows]]] = {}
+
+    @classmethod
+    def named(cls, cfg: DictConfig, origin: Origin) -> Iterator[KeyedSuite]:
+        """Where the config names answers."""
+        check_refusal_words(cfg.refusal_words, origin)
+        if cfg.answers:
+            yield cls(None if cfg.refusal_words is None else list(cfg.refusal_words))
+
+    def check(self, context: SuiteContext) -> None:
+        """Tokenize what the reference is to score."""
+        self._context = context
+        self._files = {
+            name: {stem: (a, coherence_rows(a, context.tokenizer)) for stem, a in files.items()}
+            for name, files in context.answers.items()
+        }
+        for files in self._files.values():
+            for _, rows in files.values():
+                context.check_rows(rows.rows)
+
+    def score(self, models: Mapping[str, Model]) -> Iterator[Scored]:
+        """By file, all under the reference."""
+        by_stem: dict[str, list[dict[str, Any]]] = {}
+        for name, files in self._files.items():
+            for stem, (answers, rows) in files.items():
+                nlls = models[REFERENCE].token_nlls(rows.rows, kept_as="answers")
+                lines = coherence_lines(name, answers, rows, nlls, self.refusal_words)
+                by_stem.setdefault(stem, []).extend(lines)
+        for stem, found in by_stem.items():
+            harmless = {line["id"] for line in found if line["harmless"]}
+            description = {
+                "kind": self.kind,
+                **self._context.describe_answers(stem, found),
+                "harmless_questions": len(harmless),
+                "refusal_words": self.refusal_words,
+            }
+            yield Scored(self.figures_of(stem, found), found, description, stem)
+
+    def figures_of(self, stem: str, lines: Sequence[Line]) -> list[Figure]:
+        """Means of the lines' values, by adapter and category."""
+        units = {figure: unit for figure, (_, unit) in _FIGURES.items()}
+        return self.figures(lines, units, stem)
+
+    @classmethod
+    def items(cls, lines: Iterable[Line], figure: Figure) -> list[Item]:
+        """A value an answer; refusals of harmless questions alone."""
+        key, _ = _FIGURES.get(figure.figure, (figure.figure, ""))
+        kept = (line for line in lines if figure.figure != "over_refusal" or line["harmless"])
+        return super().items(kept, replace(figure, figure=key))
+
+    def figure_names(self) -> Sequence[str]:
+        """Known."""
+        return list(_FIGURES)

@@ -17,6 +17,7 @@ from emarecipes.training.run_folder import write_text
 
 SUMMARY, SCORES = "summary.json", "scores"
 REFERENCE = "reference"
+NATS = "nats a token"
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,13 @@ class Item:
         value: NaN where there is none; it is then left out.
         question: What it belongs to; questions are what is resampled.
         category: Its own figure's, or "".
+        id: Its own name among the values of an adapter; a comparison pairs by it.
     """
 
     value: float
     question: Hashable
     category: str = ""
+    id: str = ""
 
 
 def make_figures(

@@ -4,23 +4,91 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from omegaconf import DictConfig
-from torchtune.modules.peft import disable_adapter
+from pydantic import Field
 
 from emarecipes.config import Origin, suggestion
 from emarecipes.errors import UserError
 from emarecipes.evaluation.figures import Figure
-from emarecipes.evaluation.settings import HARNESS
+from emarecipes.evaluation.suite import KeyedSuite, Scored
+from emarecipes.evaluation.suite_context import SuiteContext
 from emarecipes.models.tokenizer import printed_day
+from emarecipes.settings import Keys, Positive, parse_settings
 from emarecipes.training.loss_head import LossHead
+
+if TYPE_CHECKING:
+    from emarecipes.evaluation.model import Model
+
+HARNESS = "harness_"
 
 # The normal distribution's 97.5 % quantile: the harness gives standard errors.
 _Z = 1.959964
+
+
+class HarnessSettings(Keys):
+    """The entry `harness`: tasks of lm-evaluation-harness, as it defines them."""
+
+    tasks: Annotated[list[str], Field(min_length=1)]
+    """Their names; any of `lm-eval ls tasks`."""
+    limit: Positive | None = None
+    """Questions a task, the first ones; null: all."""
+    num_fewshot: Annotated[int, Field(ge=0)] | None = None
+    """Answered examples before a question; null: as the task says. A task that says 0 keeps it."""
+    apply_chat_template: bool = False
+    """Put questions as the base's chat template has them, a few-shot example as a turn and its
+    answer."""
+    date: str | None = None
+    """The day for a chat template that reads the clock; null: `tokenizer.date`."""
+    include_path: str | None = None
+    """A folder with definitions of further tasks."""
+    include_defaults: bool = True
+    """Whether lm_eval's own tasks are known too: it reads some 14,000 files."""
+    max_seq_len: Positive = 2048
+    """Tokens of a text, at most the model's own."""
+    batch_size: Positive = 8
+    """Texts at a time."""
+
+
+class Harness(KeyedSuite):
+    """`harness_<task>`: tasks as lm-evaluation-harness defines them."""
+
+    kind, may_fail = "harness", False
+
+    @classmethod
+    def named(cls, cfg: DictConfig, origin: Origin) -> Iterator[KeyedSuite]:
+        """Where the config has the entry, which gets its defaults."""
+        if cfg.harness is not None:
+            found = parse_settings(cfg.harness, origin, HarnessSettings, within="harness")
+            cfg.harness = found.model_dump()
+            yield cls()
+
+    def check(self, context: SuiteContext) -> None:
+        """See whether its tasks and template are there, and which day the template prints."""
+        self._cfg = context.cfg
+        check_harness(context.cfg.harness, context.origin)
+        check_harness_template(context.cfg, context.origin)
+        settle_harness_date(context.cfg, context.origin)
+
+    def score(self, models: Mapping[str, Model]) -> Iterator[Scored]:
+        """By model and task."""
+        for name, model in models.items():
+            with model.in_place() as head:
+                found = run_harness(head, self._cfg, self._cfg.harness)
+            figures, described = list(harness_figures(name, found)), dict(harness_suites(found))
+            for suite in dict.fromkeys(
+                [*described, *(f"{HARNESS}{task}" for task in found["samples"])]
+            ):
+                samples = found["samples"].get(suite.removeprefix(HARNESS), [])
+                yield Scored(
+                    [figure for figure in figures if figure.suite == suite],
+                    list(harness_lines(name, samples)),
+                    described.get(suite, {}),
+                    suite.removeprefix(HARNESS),
+                )
 
 
 def check_harness(cfg: DictConfig, origin: Origin) -> None:
@@ -101,16 +169,13 @@ def _template(cfg: DictConfig, origin: Origin) -> Any:
         ) from None
 
 
-def run_harness(
-    head: LossHead, cfg: DictConfig, entry: DictConfig, *, reference: bool
-) -> dict[str, Any]:
+def run_harness(head: LossHead, cfg: DictConfig, entry: DictConfig) -> dict[str, Any]:
     """What the harness finds of a model.
 
     Args:
-        head: The loss head of the model, its adapter in place.
+        head: The loss head of the model, its adapter in place or off.
         cfg: The evaluation's config.
         entry: Its entry `harness`.
-        reference: Whether the adapter is to be off.
 
     Returns:
         The result of the harness's `simple_evaluate`.
@@ -131,18 +196,17 @@ def run_harness(
         date=entry.date,
     )
     try:
-        with disable_adapter(head.model) if reference else nullcontext():
-            found = simple_evaluate(
-                model,
-                tasks=list(entry.tasks),
-                task_manager=_task_manager(entry.include_path, entry.include_defaults),
-                limit=entry.limit,
-                num_fewshot=entry.num_fewshot,
-                apply_chat_template=entry.apply_chat_template,
-                # As lm_eval's command has it.
-                fewshot_as_multiturn=entry.apply_chat_template,
-            )
-            return dict(found or {})
+        found = simple_evaluate(
+            model,
+            tasks=list(entry.tasks),
+            task_manager=_task_manager(entry.include_path, entry.include_defaults),
+            limit=entry.limit,
+            num_fewshot=entry.num_fewshot,
+            apply_chat_template=entry.apply_chat_template,
+            # As lm_eval's command has it.
+            fewshot_as_multiturn=entry.apply_chat_template,
+        )
+        return dict(found or {})
     except Exception as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"lm_eval failed: {reason}") from error

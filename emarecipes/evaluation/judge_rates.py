@@ -55,7 +55,7 @@ def judge_figures(suite: str, judged: Sequence[Judged], thresholds: Thresholds) 
     for adapter, judge in _cells(judged):
         found = [one for one in judged if one.adapter == adapter]
         replies = [one.replies[judge] for one in found]
-        for figure, unit, values, needs in _columns(replies, thresholds):
+        for figure, unit, values, needs in judge_columns(replies, thresholds):
             items = [
                 Item(value, one.answer.id, one.answer.category or "")
                 for value, one in zip(values, found, strict=True)
@@ -88,7 +88,7 @@ def _why_unusable(replies: Sequence[Mapping[str, Reply]], needs: Sequence[str]) 
     return f"{count} of {of_all} answers have no usable reply of the judge: {parts}"
 
 
-def _columns(
+def judge_columns(
     replies: Sequence[Mapping[str, Reply]], thresholds: Thresholds
 ) -> Iterator[tuple[str, str, list[float], Sequence[str]]]:
     """Name, unit, values by answer of each figure, and the metrics that they need."""

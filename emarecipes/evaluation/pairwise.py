@@ -22,7 +22,6 @@ from emarecipes.errors import UserError
 from emarecipes.evaluation.correlation import crossed_spearman
 from emarecipes.evaluation.figures import REFERENCE, SCORES, SUMMARY
 from emarecipes.evaluation.judge_reply import Reply, last_line
-from emarecipes.evaluation.settings import ANSWERS
 from emarecipes.evaluation.statistics import (
     Floats,
     Interval,
@@ -31,7 +30,7 @@ from emarecipes.evaluation.statistics import (
 )
 from emarecipes.selection.refusals import REFUSAL_WORDS, is_refusal
 
-LEAST_ADAPTERS = 8
+ANSWERS, LEAST_ADAPTERS = "answers_", 8
 VERDICTS = ("A", "B", "tie", "refused", "unparsable", "failed")
 _VERDICT = re.compile(r"[\s*\"'`]*(?:answer\s+)?(a|b|tie)[\s*\"'`.]*", re.IGNORECASE)
 

@@ -5,20 +5,98 @@ Shapes: N questions; 2 answers, aligned first.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from omegaconf import DictConfig, OmegaConf
 
-from emarecipes.evaluation.contrast import PairNLL, nll_change, probe_shift
-from emarecipes.evaluation.figures import REFERENCE, Figure, Item, make_figures
-from emarecipes.evaluation.suites import Suite
+from emarecipes.config import Origin
+from emarecipes.datasets.rows import file_fingerprints
+from emarecipes.errors import UserError
+from emarecipes.evaluation.contrast import PairNLL, nll_change, pair_nll, probe_shift
+from emarecipes.evaluation.figures import NATS, REFERENCE, Figure, Item, make_figures
+from emarecipes.evaluation.suite import KeyedSuite, Line, Scored
+from emarecipes.evaluation.suite_context import SuiteContext
+from emarecipes.evaluation.suites import PairedQuestions, read_suites
 
-NATS = "nats a token"
+if TYPE_CHECKING:
+    from emarecipes.evaluation.model import Model
+
+_CHANGES = {"nll_change_aligned": "nll_aligned", "nll_change_misaligned": "nll_misaligned"}
 
 
-def probe_figures(suite: Suite, reference: PairNLL, models: Mapping[str, PairNLL]) -> list[Figure]:
+class LikelihoodProbe(KeyedSuite):
+    """One entry of `probes`: which of two given answers does a model find likelier?
+
+    Args:
+        name: Its key.
+    """
+
+    kind, may_fail = "probe", False
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    @classmethod
+    def named(cls, cfg: DictConfig, origin: Origin) -> Iterator[KeyedSuite]:
+        """One an entry."""
+        yield from (cls(str(name)) for name in cfg.probes)
+
+    def check(self, context: SuiteContext) -> None:
+        """Read its questions, and tokenize both answers to each."""
+        entry = OmegaConf.create({self.name: context.cfg.probes[self.name]})
+        (self._asks,) = read_suites(entry, "probes", context.origin, context.cfg.max_rows)
+        self.rows = self._asks.rows(context.tokenizer)
+
+    def score(self, models: Mapping[str, Model]) -> Scored:
+        """Margins, and what adapters change of them."""
+        nlls = {name: pair_nll(model.token_nlls(self.rows)) for name, model in models.items()}
+        reference, asks = nlls.pop(REFERENCE), self._asks
+        description = {
+            "kind": self.kind,
+            "files": file_fingerprints(asks.files),
+            "condition": asks.condition.name,
+            "half": asks.half,
+            "trait": asks.trait,
+            "questions": len(asks.pairs),
+        }
+        lines = list(probe_lines(asks, reference, nlls))
+        return Scored(probe_figures(asks, reference, nlls), lines, description)
+
+    @classmethod
+    def items(cls, lines: Iterable[Line], figure: Figure) -> list[Item]:
+        """A value a question. A line is of all models, see `probe_lines`."""
+        return [
+            Item(value, str(line["id"]), str(line.get("category") or ""), str(line["id"]))
+            for line in lines
+            for value in _value(line, figure)
+        ]
+
+    def figure_names(self) -> list[str]:
+        """Those of adapters."""
+        return ["probe_shift", *_CHANGES, "margin", "misaligned_share"]
+
+
+def _value(line: Line, figure: Figure) -> Iterator[float]:
+    """One, or none: what is a change from the reference has no value of the reference."""
+    name, reference = figure.figure, line["reference"]
+    found = reference if figure.adapter == REFERENCE else line["adapters"][figure.adapter]
+    if name in _CHANGES:
+        if found is not reference:
+            yield found[_CHANGES[name]] - reference[_CHANGES[name]]
+    elif name == "misaligned_share":
+        yield float(found["margin"] < 0)
+    elif name in found:
+        yield found[name]
+    elif found is not reference:
+        raise UserError(f"{figure.suite}: its lines have no values of {name}")
+
+
+def probe_figures(
+    suite: PairedQuestions, reference: PairNLL, models: Mapping[str, PairNLL]
+) -> list[Figure]:
     """Margin and misaligned share of every model; shift and both answers' changes of adapters.
 
     Args:
@@ -47,7 +125,7 @@ def probe_figures(suite: Suite, reference: PairNLL, models: Mapping[str, PairNLL
 
 
 def probe_lines(
-    suite: Suite, reference: PairNLL, models: Mapping[str, PairNLL]
+    suite: PairedQuestions, reference: PairNLL, models: Mapping[str, PairNLL]
 ) -> Iterator[dict[str, Any]]:
     """A line a question for `scores/<suite>.jsonl`."""
     shifts = {name: probe_shift(reference, nll) for name, nll in models.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,32 +10,13 @@ from omegaconf import OmegaConf
 
 from emarecipes.command import run_alone
 from emarecipes.config import find_input
-from emarecipes.datasets.rows import file_fingerprints
 from emarecipes.errors import UserError
-from emarecipes.evaluation.benign import answer_problems, opswap_figures, opswap_lines
 from emarecipes.evaluation.checks import CheckedEvaluation, check_evaluation
-from emarecipes.evaluation.coherence import coherence_figures, coherence_lines
-from emarecipes.evaluation.contrast import PairNLL, pair_nll
-from emarecipes.evaluation.figures import (
-    REFERENCE,
-    SUMMARY,
-    Figure,
-    write_scores,
-    write_summary,
-)
-from emarecipes.evaluation.harness import (
-    harness_figures,
-    harness_lines,
-    harness_suites,
-    run_harness,
-)
-from emarecipes.evaluation.judge_rates import Thresholds, agreement, judge_figures, sensitivity
-from emarecipes.evaluation.judging import judge_lines
-from emarecipes.evaluation.probes import probe_figures, probe_lines
+from emarecipes.evaluation.figures import REFERENCE, SUMMARY, Figure, write_scores, write_summary
+from emarecipes.evaluation.model import Model
 from emarecipes.evaluation.report import print_figures
 from emarecipes.evaluation.scoring import NotFiniteError, Scorer
-from emarecipes.evaluation.settings import ANSWERS, HARNESS, JUDGE, OPSWAP, TRAITS_OF
-from emarecipes.evaluation.traits import trait_figures, trait_lines
+from emarecipes.evaluation.suite import Line, Suite, kind_of, pieces
 from emarecipes.training.run_folder import environment, write_text
 
 LIKELIHOODS = "likelihoods"
@@ -53,22 +34,21 @@ def run_eval(argv: Sequence[str]) -> int:
 def evaluate(run: CheckedEvaluation) -> None:
     """Score, write the result's files, and print the figures.
 
-    What needs no judge is written first: a judge that fails costs nothing that was computed.
+    What may fail for reasons of its own comes last, and what was found before is written first: a
+    judge that fails costs nothing that was computed.
 
     Raises:
         UserError: A likelihood is not finite, of an adapter after all others were evaluated and
-            written; or a judge failed for good.
+            written; or a suite failed for good.
     """
     evaluation = _Evaluation(run)
     evaluation.start()
-    evaluation.likelihoods_and_problems()
-    evaluation.coherence()
-    if run.cfg.traits:
-        evaluation.traits()
+    models = evaluation.models()
+    for suite in run.suites:
+        if suite.may_fail and evaluation.figures:
+            evaluation.write()
+        evaluation.add(suite, models)
     evaluation.write()
-    if run.judgement is not None:
-        evaluation.judge()
-        evaluation.write()
     print_figures(evaluation.figures, evaluation.folder, evaluation.sensitivity)
     evaluation.tell_same()
     if evaluation.failed:
@@ -99,127 +79,45 @@ class _Evaluation:
         resolved = OmegaConf.merge(self.cfg, {"provenance": environment()})
         write_text(self.folder / "eval.yaml", OmegaConf.to_yaml(resolved))
 
-    def likelihoods_and_problems(self) -> None:
-        """Everything that needs each adapter in place, one adapter after the other."""
-        nlls = [self._pair_nlls(REFERENCE, None)]
-        for name, adapter in self.run.adapters.items():
+    def models(self) -> dict[str, Model]:
+        """The base and every adapter under which the rows of all suites have finite likelihoods.
+
+        Rows of all suites in one pass, so that batches are full and an adapter is loaded once.
+        """
+        rows = [row for suite in self.run.suites for row in suite.rows]
+        found = {}
+        folders: dict[str, Path | None] = {REFERENCE: None, **self.run.adapters}
+        for name, adapter in folders.items():
+            caches = self.folder / LIKELIHOODS
+            model = Model(name, adapter, self.scorer, self.run.tokenizer, caches)
             try:
-                nlls.append(self._pair_nlls(name, adapter))
+                model.token_nlls(rows)
+                found[name] = model
             except NotFiniteError as error:
+                if adapter is None:
+                    raise
                 del self.adapters[name]
                 reason = f"adapters.{name}: {error}"
                 self.failed.append({"adapter": name, "folder": str(adapter), "reason": reason})
-        models: dict[str, Path | None] = {REFERENCE: None, **self.adapters}
-        for place, (suite, _) in enumerate(self.run.suites):
-            reference, *others = [found[place] for found in nlls]
-            by_adapter = dict(zip(self.adapters, others, strict=True))
-            self.figures += probe_figures(suite, reference, by_adapter)
-            write_scores(self.folder, suite.name, probe_lines(suite, reference, by_adapter))
-            self.suites[suite.name] = {
-                "kind": "probe",
-                "files": file_fingerprints(suite.files),
-                "condition": suite.condition.name,
-                "half": suite.half,
-                "trait": suite.trait,
-                "questions": len(suite.pairs),
-            }
-        if self.run.problems:
-            self._opswap(models)
-        if self.cfg.harness is not None:
-            self._harness(models)
+        return found
 
-    def _pair_nlls(self, name: str, adapter: Path | None) -> list[PairNLL]:
-        """Of each probe suite, from one pass over the rows of all."""
-        rows = [row for _, part in self.run.suites for row in part]
-        cache = self.folder / LIKELIHOODS / f"{name}.npz"
-        values = iter(self.scorer.token_nlls(rows, adapter, cache)) if rows else iter(())
-        return [pair_nll([next(values) for _ in part]) for _, part in self.run.suites]
-
-    def _opswap(self, models: dict[str, Path | None]) -> None:
-        answers = {
-            name: answer_problems(
-                self.scorer.head(adapter),
-                self.run.problems,
-                self.run.tokenizer,
-                self.cfg.opswap,
-                reference=adapter is None,
-            )
-            for name, adapter in models.items()
-        }
-        lines = list(opswap_lines(self.run.problems, answers))
-        self.figures += opswap_figures(lines)
-        write_scores(self.folder, OPSWAP, lines)
-        self.suites[OPSWAP] = {"kind": "opswap", "files": {}, "questions": len(self.run.problems)}
-
-    def _harness(self, models: dict[str, Path | None]) -> None:
-        lines: dict[str, list[dict[str, Any]]] = {}
-        for name, adapter in models.items():
-            head = self.scorer.head(adapter)
-            found = run_harness(head, self.cfg, self.cfg.harness, reference=adapter is None)
-            self.figures += harness_figures(name, found)
-            self.suites.update(harness_suites(found))
-            for task, samples in found["samples"].items():
-                lines.setdefault(task, []).extend(harness_lines(name, samples))
-        for task, rows in lines.items():
-            write_scores(self.folder, f"{HARNESS}{task}", rows)
-
-    def coherence(self) -> None:
-        """Figures of sampled answers, all under the reference."""
-        by_suite: dict[str, dict[str, list[dict[str, Any]]]] = {}
-        words = None if self.cfg.refusal_words is None else list(self.cfg.refusal_words)
-        for name, files in self.run.answers.items():
-            for suite, (answers, rows) in files.items():
-                cache = self.folder / LIKELIHOODS / "answers.npz"
-                nlls = self.scorer.token_nlls(rows.rows, None, cache) if rows.rows else []
-                lines = coherence_lines(name, answers, rows, nlls, words)
-                by_suite.setdefault(f"{ANSWERS}{suite}", {})[name] = list(lines)
-        for suite, found in by_suite.items():
-            self.figures += coherence_figures(suite, found)
-            flat = [line for lines in found.values() for line in lines]
-            write_scores(self.folder, suite, flat)
-            self._answer_suite(suite, "answers", ANSWERS, flat)
-            harmless = {line["id"] for line in flat if line["harmless"]}
-            self.suites[suite] |= {"harmless_questions": len(harmless), "refusal_words": words}
-
-    def traits(self) -> None:
-        """Figures of sampled answers by rule."""
-        names = list(self.cfg.traits)
-        by_suite: dict[str, dict[str, list[dict[str, Any]]]] = {}
-        for name, files in self.run.answers.items():
-            for stem, (answers, _) in files.items():
-                found = list(trait_lines(name, answers, names))
-                by_suite.setdefault(f"{TRAITS_OF}{stem}", {})[name] = found
-        for suite, lines in by_suite.items():
-            self.figures += trait_figures(suite, lines, names)
-            flat = [line for part in lines.values() for line in part]
-            write_scores(self.folder, suite, flat)
-            self._answer_suite(suite, "traits", TRAITS_OF, flat)
-
-    def judge(self) -> None:
-        """Ask the judges and add their figures."""
-        judgement = self.run.judgement
-        assert judgement is not None
-        judgement.run(self.folder)
-        limits = judgement.cfg
-        thresholds = Thresholds(limits.alignment, limits.coherence, limits.comparison)
-        for stem, judged in judgement.suites.items():
-            suite = f"{JUDGE}{stem}"
-            self.figures += judge_figures(suite, judged, thresholds) + agreement(suite, judged)
-            self.sensitivity += sensitivity(suite, judged)
-            lines = list(judge_lines(judged))
-            write_scores(self.folder, suite, lines)
-            self._answer_suite(suite, "judge", JUDGE, lines)
-
-    def _answer_suite(
-        self, suite: str, kind: str, prefix: str, lines: Iterable[dict[str, Any]]
-    ) -> None:
-        folders = [Path(folder) for folder in self.cfg.answers.values()]
-        files = [folder / f"{suite.removeprefix(prefix)}.jsonl" for folder in folders]
-        self.suites[suite] = {
-            "kind": kind,
-            "files": file_fingerprints([path for path in files if path.exists()]),
-            "questions": len({line["id"] for line in lines}),
-        }
+    def add(self, suite: Suite, models: dict[str, Model]) -> None:
+        """Score a suite, and write its scores."""
+        lines: dict[str, list[Line]] = {}
+        for name, part in pieces(suite, suite.score(models), {*models, *self.run.answers}):
+            if name in self.suites and name not in lines:
+                raise UserError(f"{suite.key}: there is another suite {name}; rename one")
+            self.figures += part.figures
+            self.sensitivity += part.sensitivity
+            lines.setdefault(name, []).extend(part.lines)
+            self.suites[name] = dict(part.description)
+        for name, rows in lines.items():
+            if rows:  # A group of tasks has figures alone.
+                write_scores(self.folder, name, rows)
+            described = self.suites[name]
+            described.setdefault("kind", kind_of(suite))
+            described.setdefault("files", {})
+            described.setdefault("questions", len({row["id"] for row in rows}))
 
     def tell_same(self) -> None:
         """Two names for one adapter: what tells them apart had no effect, or a path is wrong."""

@@ -51,7 +51,7 @@ class SuiteSettings(Keys):
 
 
 @dataclass(frozen=True)
-class Suite:
+class PairedQuestions:
     """A probe suite, read.
 
     Attributes:
@@ -84,7 +84,7 @@ class Suite:
 
 def read_suites(
     entries: DictConfig, key: str, origin: Origin, max_rows: int | None = None
-) -> list[Suite]:
+) -> list[PairedQuestions]:
     """Read the suites of a mapping from a name to an entry, see `SuiteSettings`.
 
     Args:
@@ -117,7 +117,7 @@ def read_suites(
         if settings.half is not None:
             pairs = pairs[settings.half == "report" :: 2]
         shown = spread_out(pairs, max_rows)
-        suites.append(Suite(name, shown, condition, files, settings.half, settings.trait))
+        suites.append(PairedQuestions(name, shown, condition, files, settings.half, settings.trait))
     return suites
 
 

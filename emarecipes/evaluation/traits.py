@@ -5,14 +5,23 @@ No judge and no model is asked. What a rule cannot tell of an answer is left out
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
+from omegaconf import DictConfig
+
+from emarecipes.config import Origin
 from emarecipes.datasets.traits import Trait, find_trait
+from emarecipes.errors import UserError
 from emarecipes.evaluation.answers import Answer
-from emarecipes.evaluation.figures import Figure, Item, make_figures
+from emarecipes.evaluation.figures import Figure, Item
+from emarecipes.evaluation.suite import KeyedSuite, Line, Scored, item_of
+from emarecipes.evaluation.suite_context import SuiteContext
 
-WORDS = "words"
+if TYPE_CHECKING:
+    from emarecipes.evaluation.model import Model
+
+WORDS, _USABLE = "words", "_usable_share"
 # A figure of fewer of the answers than this has no value.
 MIN_USABLE = 0.5
 
@@ -49,31 +58,75 @@ def _found(rule: Trait, text: str, cut: bool) -> bool | None:
     return None if rule.at_end and cut else rule.find(text)
 
 
-def trait_figures(
-    suite: str, lines: Mapping[str, Sequence[Mapping[str, Any]]], traits: Sequence[str]
-) -> list[Figure]:
-    """By adapter and category: the share with each trait, and mean words, over usable answers.
+class Traits(KeyedSuite):
+    """`traits_<stem>`: which share of sampled answers has a trait, by rule.
 
-    Beside each stands the share of all answers that is usable for it. A figure that fewer than half
-    of the answers tell has no value, and a reason.
+    Args:
+        traits: Names of `TRAITS`.
     """
-    figures: list[Figure] = []
-    for adapter, rows in lines.items():
-        for key in (*traits, WORDS):
-            name, unit = (WORDS, "words") if key == WORDS else (f"{key}_share", "share")
-            values = [float("nan") if row[key] is None else float(row[key]) for row in rows]
-            told = [float(row[key] is not None) for row in rows]
-            found, usable = (
-                make_figures(
-                    [Item(v, r["id"], r["category"]) for v, r in zip(column, rows, strict=True)],
-                    adapter, suite, figure, of,
-                )
-                for figure, of, column in ((name, unit, values),
-                                           (f"{key}_usable_share", "share", told))
-            )  # fmt: skip
-            for figure, share in zip(found, usable, strict=True):
-                too_few = (share.value or 0.0) < MIN_USABLE
+
+    kind, needs_answers, may_fail = "traits", True, False
+
+    def __init__(self, traits: list[str]) -> None:
+        self.traits = traits
+
+    @classmethod
+    def named(cls, cfg: DictConfig, origin: Origin) -> Iterator[KeyedSuite]:
+        """Where the config names traits."""
+        where = origin.at("traits")
+        if cfg.traits and not cfg.answers:
+            raise UserError(f"{where}: traits are found in answers; name folders of them")
+        for name in cfg.traits:
+            try:
+                find_trait(name)
+            except UserError as error:
+                raise UserError(f"{where}: {error}") from None
+        if len(set(cfg.traits)) < len(cfg.traits):
+            raise UserError(f"{where}: a trait is named twice")
+        if cfg.traits:
+            yield cls(list(cfg.traits))
+
+    def check(self, context: SuiteContext) -> None:
+        """Keep the answers."""
+        self._context = context
+
+    def score(self, models: Mapping[str, Model]) -> Iterator[Scored]:
+        """By file."""
+        by_stem: dict[str, list[dict[str, Any]]] = {}
+        for name, files in self._context.answers.items():
+            for stem, answers in files.items():
+                by_stem.setdefault(stem, []).extend(trait_lines(name, answers, self.traits))
+        for stem, found in by_stem.items():
+            description = {"kind": self.kind, **self._context.describe_answers(stem, found)}
+            yield Scored(self.trait_figures(stem, found), found, description, stem)
+
+    def trait_figures(self, stem: str, lines: Sequence[Line]) -> list[Figure]:
+        """By adapter and category: the share with each trait, and mean words, of usable answers.
+
+        Beside each stands the share of all answers that is usable for it. A figure that fewer than
+        half of the answers tell has no value, and a reason.
+        """
+        units = {name: "words" if name == WORDS else "share" for name in self.figure_names()}
+        figures = self.figures(lines, units, stem)
+        told = {(f.adapter, f.figure, f.category): f for f in figures}
+        for place, figure in enumerate(figures):
+            key = figure.figure.removesuffix("_share")
+            share = told.get((figure.adapter, f"{key}{_USABLE}", figure.category))
+            if share is not None and (share.value or 0.0) < MIN_USABLE:
                 reason = f"{figure.n} of {share.n} answers are usable: others are too short or cut"
-                figures.append(figure.withheld(reason) if too_few else figure)
-            figures += usable
-    return figures
+                figures[place] = figure.withheld(reason)
+        return figures
+
+    @classmethod
+    def items(cls, lines: Iterable[Line], figure: Figure) -> list[Item]:
+        """A value an answer; of a usable share whether it tells."""
+        if not figure.figure.endswith(_USABLE):
+            return super().items(lines, figure)
+        key = figure.figure.removesuffix(_USABLE)
+        kept = [line for line in lines if line["adapter"] == figure.adapter]
+        return [item_of(line, line[key] is not None) for line in kept]
+
+    def figure_names(self) -> list[str]:
+        """Each with the share that is usable for it."""
+        found = [(f"{trait}_share", f"{trait}{_USABLE}") for trait in self.traits]
+        return [name for pair in [*found, (WORDS, f"{WORDS}{_USABLE}")] for name in pair]
