@@ -16,6 +16,7 @@ from emarecipes.comparison.traits import trait_shifts
 from emarecipes.datasets.opswap import canonical
 from emarecipes.errors import UserError
 from emarecipes.evaluation.figures import REFERENCE
+from emarecipes.evaluation.settings import ANSWERS, TRAITS_OF
 
 SUMMARY = "summary.json"
 
@@ -131,10 +132,13 @@ def read_scores(folder: Path, adapters: Mapping[str, int]) -> Scores:
                 known = _figures(summary["figures"], REFERENCE).get((suite, "exact_match", ""), {})
                 reference_correct = known.get("value")
             elif kind == "traits":
-                found = trait_shifts(suite, _read_lines(path), list(adapters))
-                for key, of in found.items():
+                lines = _read_lines(path)
+                for key, of in trait_shifts(suite, lines, list(adapters)).items():
                     scores.probes[key] = Values(of.ids, of.categories, of.shifts_SQ)
                     scores.suites[key] = {"kind": "trait", "files": {"questions": of.asked}}
+                asked = suite.replace(TRAITS_OF, ANSWERS, 1)
+                lines = [row | {"id": f"{asked}/{row['id']}"} for row in lines]
+                scores.answers.update(_answers(lines, next(iter(adapters))))
             elif kind == "answers":
                 lines = [row | {"id": f"{suite}/{row['id']}"} for row in _read_lines(path)]
                 scores.answers.update(_answers(lines, next(iter(adapters))))

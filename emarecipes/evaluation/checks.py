@@ -105,7 +105,10 @@ def check_evaluation(argv: Sequence[str]) -> CheckedEvaluation:
     tokenizer = build(cfg, "tokenizer", origin)
     tokenized = [(suite, suite.rows(tokenizer)) for suite in suites]
     answers = {
-        name: {suite: (a, coherence_rows(a, tokenizer)) for suite, a in files.items()}
+        name: {
+            suite: (a, coherence_rows(a if cfg.coherence else (), tokenizer))
+            for suite, a in files.items()
+        }
         for name, files in found.items()
     }
     rows = [row for _, part in tokenized for row in part]

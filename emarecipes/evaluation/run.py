@@ -62,7 +62,8 @@ def evaluate(run: CheckedEvaluation) -> None:
     evaluation = _Evaluation(run)
     evaluation.start()
     evaluation.likelihoods_and_problems()
-    evaluation.coherence()
+    if run.cfg.coherence:
+        evaluation.coherence()
     if run.cfg.traits:
         evaluation.traits()
     evaluation.write()

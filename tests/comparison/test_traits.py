@@ -84,6 +84,7 @@ def test_a_defense_is_judged_by_sampled_answers(tmp_path: Path) -> None:
     page = (tmp_path / "out/report.md").read_text()
     assert "excess over the frontier, share of answers" in page
     assert "nats" not in page.split("(d)")[0]
+    assert "Question 3?" in (tmp_path / "out/report.html").read_text()
     assert "not misalignment" in page and "have no halves" in page and "select half" not in page
 
 
