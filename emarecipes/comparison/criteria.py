@@ -21,10 +21,11 @@ from emarecipes.comparison.cells import (
     coherent_cell,
     narrow_cell,
 )
+from emarecipes.comparison.criterion import ProbeNames
 from emarecipes.comparison.frontier import Excess, Shifts, excess
 from emarecipes.comparison.gate import Effect, bound_of, measure_effect
 from emarecipes.comparison.results import Scores
-from emarecipes.comparison.settings import BoundSettings, ProbeNames
+from emarecipes.comparison.settings import BoundSettings
 from emarecipes.comparison.statistics import Estimate, crossed_mean
 from emarecipes.comparison.verdicts import Contrast, Verdict, verdicts
 from emarecipes.errors import UserError
@@ -190,16 +191,16 @@ def general_probes(scores: Scores, probes: ProbeNames) -> list[str]:
         name = getattr(probes, role)
         if name not in scores.probes:
             raise UserError(
-                f"probes.{role}: the evaluation has no probe {name}; it has "
+                f"criteria.{role}: the evaluation has no figure {name}; it has "
                 f"{', '.join(scores.probes) or 'none'}"
             )
-    files = scores.suites[probes.general].get("files")
+    asked = [scores.suites[probes.general].get(key) for key in ("files", "trait")]
     conditional = [
         name
         for name in scores.probes
         if name not in (probes.general, probes.in_domain, probes.controls)
         and scores.suites[name].get("condition", "none") != "none"
-        and scores.suites[name].get("files") == files
+        and [scores.suites[name].get(key) for key in ("files", "trait")] == asked
     ]
     return [probes.general, *conditional]
 

@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from emarecipes.comparison import process
 from emarecipes.comparison.arms import Arm, Job, fingerprint
+from emarecipes.comparison.base_answers import sample_base
 from emarecipes.comparison.outcome import Half
 from emarecipes.comparison.results import (
     SUMMARY,
@@ -71,6 +72,7 @@ class Runner:
     def __post_init__(self) -> None:
         self._children: set[process.Started] = set()
         self._stopping = False
+        self._base: Path | None = None
         self.status = Status(len(self.places))
 
     @property
@@ -126,7 +128,7 @@ class Runner:
         write_text(path, OmegaConf.to_yaml(OmegaConf.create(known)))
         processes = self.plan.settings.nproc_per_node
         launcher = ["--nproc_per_node", str(processes)] if processes > 1 else []
-        if self._run(step, [*launcher, "recipes/ema_lora.py", "--config", str(path)], place):
+        if self.run_step(step, [*launcher, "recipes/ema_lora.py", "--config", str(path)], place):
             step.write(step.mark)
 
     def answer(self, jobs: Sequence[Job], task: str) -> list[Job]:
@@ -154,7 +156,7 @@ class Runner:
                 # Answers of another adapter or setting go; those of an interrupted step are kept.
                 again = ["overwrite=true"] if step.mark.exists() else []
                 command = ["recipes/ema_generate.py", "--config", settings.config]
-                if self._run(step, [*command, *overrides, *again], place):
+                if self.run_step(step, [*command, *overrides, *again], place):
                     step.write(step.mark)
 
         self._each(runs, sample)
@@ -173,9 +175,13 @@ class Runner:
         """
         runs = {arm: [j for j in jobs if j.arm == arm and j.task == task] for arm in arms}
         shown = [arm for arm in arms if task in arm.tasks]
-        # Frontier arms are there for their shifts alone.
-        asked = [job for arm in shown if arm.role != "frontier" for job in runs[arm]]
+        # Frontier arms are there for their shifts alone, which answers may be what shows.
+        sampled = task == "narrow" and self.plan.settings.criteria.sampled
+        asked = [job for a in shown if sampled or a.role != "frontier" for job in runs[a]]
         answered = self.answer(asked, task)
+        generate = self.plan.tasks[task].generate if task in self.plan.tasks else None
+        if sampled and answered and generate is not None:
+            self._base = sample_base(self, generate)
         found = {}
         for arm in shown:
             title = scores_title(arm, task)
@@ -204,9 +210,11 @@ class Runner:
         overrides += [f"adapters.seed_{job.seed}={job.folder / 'adapter'}" for job in runs]
         given = [job for job in runs if job in answered]
         overrides += [f"answers.seed_{job.seed}={job.folder / 'answers'}" for job in given]
+        if given and task == "narrow" and self._base is not None:
+            overrides.append(f"answers.{REFERENCE}={self._base}")
         cfg, _ = load_config(["--config", settings.evaluate.config, *overrides])
         if not given:  # What is about answers is refused where there are none.
-            about = [f"~{key}" for key in ("judge", "harmless") if cfg.get(key)]
+            about = [f"~{key}" for key in ("judge", "harmless", "traits") if cfg.get(key)]
             overrides += about
             cfg, _ = load_config(["--config", settings.evaluate.config, *overrides])
         mark = fingerprint(cfg, Path(str(cfg.output_dir)))
@@ -222,7 +230,7 @@ class Runner:
         # Alone, so with all of the machine.
         command = ["recipes/ema_eval.py", "--config", settings.evaluate.config, *overrides]
         (shared / SUMMARY).unlink(missing_ok=True)
-        ended = self._run(step, command, place={})
+        ended = self.run_step(step, command, place={})
         # Written also where an adapter or a judge failed: the rest counts; a next call tries again.
         if not (shared / SUMMARY).is_file():
             return None
@@ -233,7 +241,7 @@ class Runner:
             step.write(step.mark)  # Last: a kill before leaves no older scores that look done.
         return folder
 
-    def _run(self, step: Step, command: list[str], place: Place) -> bool:
+    def run_step(self, step: Step, command: list[str], place: Place) -> bool:
         """`tune run COMMAND`, its output in a log; whether it ended well. A failure is noted."""
         log = self.folder / "logs" / f"{step.name}.log"
         note = log.with_suffix(".progress")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from emarecipes.comparison.criterion import ProbeNames
 from emarecipes.comparison.frontier import (
     CONTROLS,
     GENERAL,
@@ -13,7 +14,6 @@ from emarecipes.comparison.frontier import (
     effect_by_seed,
 )
 from emarecipes.comparison.results import Scores
-from emarecipes.comparison.settings import ProbeNames
 from emarecipes.comparison.statistics import Estimate, crossed_estimate
 
 

@@ -12,9 +12,11 @@ from typing import Any, overload
 import numpy as np
 
 from emarecipes.comparison.statistics import Floats
+from emarecipes.comparison.traits import trait_shifts
 from emarecipes.datasets.opswap import canonical
 from emarecipes.errors import UserError
 from emarecipes.evaluation.figures import REFERENCE
+from emarecipes.evaluation.settings import ANSWERS, TRAITS_OF
 
 SUMMARY = "summary.json"
 
@@ -80,7 +82,8 @@ class Scores:
             return False
         mine, others = self.suites[suite], other.suites[suite]
         contents = [sorted(map(str, (s.get("files") or {}).values())) for s in (mine, others)]
-        return contents[0] == contents[1] and mine.get("condition") == others.get("condition")
+        alike = all(mine.get(key) == others.get(key) for key in ("condition", "trait"))
+        return alike and contents[0] == contents[1]
 
 
 def read_scores(folder: Path, adapters: Mapping[str, int]) -> Scores:
@@ -118,7 +121,7 @@ def read_scores(folder: Path, adapters: Mapping[str, int]) -> Scores:
         raise UserError(f"{folder / SUMMARY}: not an evaluation's summary ({error!r})") from None
     correct = reference_correct = None
     answered: list[dict[str, Any]] = []
-    for suite, description in scores.suites.items():
+    for suite, description in list(scores.suites.items()):
         path = folder / "scores" / f"{suite}.jsonl"
         kind = description.get("kind")
         try:
@@ -128,6 +131,14 @@ def read_scores(folder: Path, adapters: Mapping[str, int]) -> Scores:
                 correct = _correct(path, list(adapters))
                 known = _figures(summary["figures"], REFERENCE).get((suite, "exact_match", ""), {})
                 reference_correct = known.get("value")
+            elif kind == "traits":
+                lines = _read_lines(path)
+                for key, of in trait_shifts(suite, lines, list(adapters)).items():
+                    scores.probes[key] = Values(of.ids, of.categories, of.shifts_SQ)
+                    scores.suites[key] = {"kind": "trait", "files": {"questions": of.asked}}
+                asked = suite.replace(TRAITS_OF, ANSWERS, 1)
+                lines = [row | {"id": f"{asked}/{row['id']}"} for row in lines]
+                scores.answers.update(_answers(lines, next(iter(adapters))))
             elif kind == "answers":
                 lines = [row | {"id": f"{suite}/{row['id']}"} for row in _read_lines(path)]
                 scores.answers.update(_answers(lines, next(iter(adapters))))

@@ -34,6 +34,7 @@ from emarecipes.comparison.settings import Plan, check_compare_settings
 from emarecipes.comparison.statistics import Estimate
 from emarecipes.comparison.status import pieces_of
 from emarecipes.comparison.steps import places
+from emarecipes.comparison.told import keep_told
 from emarecipes.config import load_config
 from emarecipes.errors import UserError
 from emarecipes.reporting import content, write_report
@@ -169,6 +170,8 @@ def _measure(
     opening: Opening | None,
 ) -> Outcome:
     settings = plan.settings
+    sampled = [c.key for c in settings.criteria.given.values() if c.sampled]
+    narrow, left_out = keep_told(narrow, sampled)
 
     def figures_of(family: list[str]) -> tuple[list[ArmFigures], Effect, list[str]]:
         return measure(arms, narrow, benign, settings.probes, settings.bounds, family)
@@ -179,6 +182,7 @@ def _measure(
     else:
         family = [arm.name for arm in arms if opening.chosen.get(arm.group) == arm.name]
     figures, effect, missing = figures_of(family)
+    missing += left_out
     half: Half = "select" if opening is None else "report"
     read = _read_half(arms, narrow, settings.probes.general) or half
     if read != half:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from omegaconf import DictConfig
 from pydantic import ConfigDict, Field, ValidationError
 
+from emarecipes.comparison.criterion import CriteriaSettings, ProbeNames, check_criteria
 from emarecipes.config import Origin, find_input, suggestion
 from emarecipes.errors import UserError
 from emarecipes.settings import Entry, Keys, Seed, parse_settings
@@ -77,17 +78,6 @@ class TaskSettings(_Strict):
     """How runs are scored."""
 
 
-class ProbeNames(_Strict):
-    """Which suites of the narrow task's evaluation play which role."""
-
-    general: str = "general"
-    """The suite of general questions."""
-    in_domain: str = "in_domain"
-    """The suite of the trained domain."""
-    controls: str = "controls"
-    """The suite of harmless answers."""
-
-
 class BoundSettings(_Strict):
     """Half widths of what counts as no difference, one a criterion, fixed before looking."""
 
@@ -114,8 +104,8 @@ class CompareSettings(Keys):
     """Ways of training, by name."""
     tasks: dict[str, Entry] = Field(default_factory=dict)
     """`narrow`, and maybe `benign`: what every arm is trained on."""
-    probes: ProbeNames = Field(default_factory=ProbeNames)
-    """Names of the narrow evaluation's suites."""
+    criteria: CriteriaSettings = Field(default_factory=CriteriaSettings)
+    """Which figures of the narrow task's evaluation a defense is judged by."""
     bounds: BoundSettings = Field(default_factory=BoundSettings)
     """Half widths of what counts as no difference, fixed before looking."""
     frozen: bool = False
@@ -126,6 +116,12 @@ class CompareSettings(Keys):
     """Training and sampling runs side by side, each with its share of cores, or `nproc_per_node`
     GPUs of its own. A small model on a CPU gains from it: two runs of one thread are faster than
     one of two."""
+
+    @property
+    def probes(self) -> ProbeNames:
+        """Where the figures of the criteria are found."""
+        found = {role: criterion.key for role, criterion in self.criteria.given.items()}
+        return ProbeNames(**({"controls": ""} | found))
 
 
 class Plan(_Strict):
@@ -162,6 +158,7 @@ def check_compare_settings(cfg: DictConfig, origin: Origin) -> Plan:
         name: _entry(TaskSettings, entry, f"tasks.{name}", origin)
         for name, entry in settings.tasks.items()
     }
+    check_criteria(settings.criteria, origin)
     plan = Plan(settings=settings, arms=arms, tasks=tasks)
     _check_tasks(plan, origin)
     for name, arm in arms.items():

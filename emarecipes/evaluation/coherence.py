@@ -205,9 +205,9 @@ class Coherence(KeyedSuite):
 
     @classmethod
     def named(cls, cfg: DictConfig, origin: Origin) -> Iterator[KeyedSuite]:
-        """Where the config names answers."""
+        """Where the config names answers, unless it says `coherence: false`."""
         check_refusal_words(cfg.refusal_words, origin)
-        if cfg.answers:
+        if cfg.answers and cfg.coherence:
             yield cls(None if cfg.refusal_words is None else list(cfg.refusal_words))
 
     def check(self, context: SuiteContext) -> None:

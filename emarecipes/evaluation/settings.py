@@ -32,6 +32,9 @@ class EvalSettings(ModelSettings):
     """Questions a probe suite, evenly over its file; null: all."""
     answers: dict[str, str] = Field(default_factory=dict)
     """Folders that `ema_generate` wrote, by adapter (or `reference`)."""
+    coherence: bool = True
+    """Whether answers are scored for coherence, by the base's likelihoods. False where these say
+    nothing, as of answers in capitals: then only traits and judges read them."""
     harmless: list[str] = Field(default_factory=list)
     """Files (stems) whose questions are harmless though the file does not say so."""
     refusal_words: list[str] | None = None

@@ -48,7 +48,7 @@ def checklist(outcome: Outcome) -> list[Check]:
 
 def _questions(outcome: Outcome) -> list[Check]:
     scores = outcome.narrow[outcome.undefended.arm.name]
-    probes = outcome.settings.probes
+    probes, sampled = outcome.settings.probes, outcome.settings.criteria.general.sampled
     conditional = sorted(
         name
         for name in outcome.undefended.shifts
@@ -67,8 +67,10 @@ def _questions(outcome: Outcome) -> list[Check]:
         ),
         Check(
             "choices on the select half, figures from the report half",
-            outcome.half == "report" and not outcome.changed,
-            "select half, choices open"
+            outcome.half == "report" and not outcome.changed and not sampled,
+            "questions of sampled answers have no halves"
+            if sampled
+            else "select half, choices open"
             if outcome.half == "select"
             else "report half"
             + (f"; changed since: {', '.join(outcome.changed)}" if outcome.changed else ""),
@@ -118,7 +120,8 @@ def _training(outcome: Outcome) -> list[Check]:
         Check(
             "undefended training does something to defend against",
             outcome.effect.is_there,
-            f"{show(outcome.effect.by_probe[outcome.effect.general])} nats",
+            f"{show(outcome.effect.by_probe[outcome.effect.general])} "
+            f"{outcome.settings.criteria.general.unit}",
         ),
         Check(
             "a benign task was trained under each defense",

@@ -53,12 +53,15 @@ class ShownCell:
     note: str = ""
 
 
-HEADINGS = (
-    "(a) General probe shift: excess over the frontier, nats",
-    "(b) Narrow behaviour learned: in-domain shift, nats",
-    "(c) Benign task learned: right answers",
-    "(d) Coherent: share of sampled answers",
-)
+def headings(outcome: Outcome) -> tuple[str, ...]:
+    """Of the four-criteria table, with the units of the figures behind it."""
+    criteria = outcome.settings.criteria
+    return (
+        f"(a) General shift: excess over the frontier, {criteria.general.unit}",
+        f"(b) Narrow behaviour learned: in-domain shift, {criteria.in_domain.unit}",
+        "(c) Benign task learned: right answers",
+        "(d) Coherent: share of sampled answers",
+    )
 
 
 def show(estimate: Estimate | None, form: str = "+.3f") -> str:
@@ -92,9 +95,10 @@ def _cells(figures: ArmFigures, outcome: Outcome) -> list[ShownCell]:
         general = Cell(general.estimate, "not chosen", general.note)
     cells = [(general, "+.3f"), (figures.narrow, "+.3f"), (figures.benign, ".0%")]
     cells.append((figures.coherent, ".0%"))
-    shown = [_shown(heading, *cell) for heading, cell in zip(HEADINGS, cells, strict=True)]
+    names = headings(outcome)
+    shown = [_shown(heading, *cell) for heading, cell in zip(names, cells, strict=True)]
     if figures.arm.role == "undefended":
-        shown[0] = ShownCell(HEADINGS[0], "0 by definition", note=general.note)
+        shown[0] = ShownCell(names[0], "0 by definition", note=general.note)
     return shown
 
 
@@ -115,7 +119,12 @@ def status(outcome: Outcome) -> list[str]:
             "over questions alone."
         )
     lines += _effect(outcome)
-    if outcome.half == "select" and outcome.opening is not None:
+    if outcome.settings.criteria.general.sampled:
+        lines.append(
+            "The general figure is from sampled answers, whose questions have no halves: choices "
+            "and figures are from the same ones."
+        )
+    elif outcome.half == "select" and outcome.opening is not None:
         lines.append(
             "Figures are from the select half of the general questions: verdicts are provisional. "
             f"The report half was opened on {outcome.opening.opened}."
@@ -133,22 +142,31 @@ def status(outcome: Outcome) -> list[str]:
     if outcome.changed:
         names = ", ".join(outcome.changed)
         lines.append(f"Not as it was when the report half was opened: {names}.")
-    lines.append(
-        "“Shift” is a probe shift, the change of which of two given answers is likelier. It is a "
-        "proxy, not a rate of misaligned behaviour."
-    )
+    kinds = {criterion.sampled for criterion in outcome.settings.criteria.given.values()}
+    if False in kinds:
+        lines.append(
+            "“Shift” is a probe shift, the change of which of two given answers is likelier. It is "
+            "a proxy, not a rate of misaligned behaviour."
+        )
+    if True in kinds:
+        lines.append(
+            f"“Shift” {'of sampled answers ' if False in kinds else ''}is the change of the share "
+            "with a trait, by rule, against the base's own answers to the same questions: "
+            "generalisation of a trait, not misalignment."
+        )
     return lines
 
 
 def _effect(outcome: Outcome) -> list[str]:
     """What there is to defend against, and what counts as no difference."""
     effect, share = outcome.effect, outcome.settings.bounds.effect_share
+    unit = outcome.settings.criteria.general.unit
     beyond = f"beyond {outcome.settings.probes.controls}" if effect.controls else "(no controls)"
-    by_probe = {name: f"{show(e)} nats {beyond}" for name, e in effect.by_probe.items()}
+    by_probe = {name: f"{show(e)} {unit} {beyond}" for name, e in effect.by_probe.items()}
     moves = f"undefended training moves {effect.general} by {by_probe[effect.general]}"
     if effect.is_there:
         still = [name for name in by_probe if name not in effect.moved]
-        bound = f"{share:.0%} of it, ±{effect.bound:.3f} nats"
+        bound = f"{share:.0%} of it, ±{effect.bound:.3f} {unit}"
         lines = [
             f"What there is to defend against: {moves}. What counts as no difference is {bound}."
         ]
@@ -168,14 +186,14 @@ def _effect(outcome: Outcome) -> list[str]:
     if effect.moved:
         lines.append(
             f"It does move {', '.join(f'{n} by {by_probe[n]}' for n in sorted(effect.moved))}; "
-            "name that as probes.general to ask about it."
+            "name that as criteria.general to ask about it."
         )
     return lines
 
 
 def findings(outcome: Outcome) -> list[tuple[str, str, str]]:
     """One line a defense: label, verdict with sign, what it means."""
-    found = []
+    found, unit = [], outcome.settings.criteria.general.unit
     for figures in outcome.figures:
         if figures.arm.name not in outcome.family:
             continue
@@ -187,9 +205,9 @@ def findings(outcome: Outcome) -> list[tuple[str, str, str]]:
             p, error = verdict.p_difference, verdict.error_difference
             if cell.decision == "equivalent":
                 p, error = verdict.p_equivalent, verdict.error_equivalent
-                bound = f"within ±{outcome.effect.bound:.3f} nats, "
+                bound = f"within ±{outcome.effect.bound:.3f} {unit}, "
             elif cell.decision in ("better", "worse") and verdict.p_equivalent < ALPHA:
-                bound = f"by less than {outcome.effect.bound:.3f} nats, "
+                bound = f"by less than {outcome.effect.bound:.3f} {unit}, "
             meaning += f" ({bound}Holm-corrected p {show_p(p, error)})"
         if figures.narrow.share is not None:
             meaning += f"; in-domain it learned {figures.narrow.share:.0%} of what undefended did"

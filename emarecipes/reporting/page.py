@@ -66,8 +66,9 @@ def markdown(outcome: Outcome) -> str:
         lines.append(
             f"- **{_plain(label)}**: {_plain(verdict)}{_plain(f', {meaning}' if meaning else '')}"
         )
-    lines += ["", f"| arm | {' | '.join(content.HEADINGS)} |"]
-    lines.append("| --- " * (len(content.HEADINGS) + 1) + "|")
+    headings = content.headings(outcome)
+    lines += ["", f"| arm | {' | '.join(headings)} |"]
+    lines.append("| --- " * (len(headings) + 1) + "|")
     for figures, cells in content.criteria_rows(outcome):
         texts = [
             _plain(
@@ -92,7 +93,7 @@ def _context(outcome: Outcome) -> dict[str, Any]:
         "status": content.status(outcome),
         "findings": content.findings(outcome),
         "criteria": content.criteria_rows(outcome),
-        "headings": content.HEADINGS,
+        "headings": content.headings(outcome),
         "frontier": content.frontier_rows(outcome),
         "figures": content.all_figures(outcome),
         "answers": content.sampled_answers(outcome),
@@ -107,7 +108,8 @@ def _context(outcome: Outcome) -> dict[str, Any]:
 
 
 def _pictures(outcome: Outcome) -> dict[str, bytes]:
-    number = plots.numbers(outcome.figures)
+    number, criteria = plots.numbers(outcome.figures), outcome.settings.criteria
+    unit = criteria.general.unit
     labels = {f.arm.name: f.arm.label for f in outcome.figures}
     shown = {
         f.arm.name: outcome.runs[f.arm.name]
@@ -117,8 +119,8 @@ def _pictures(outcome: Outcome) -> dict[str, bytes]:
     series = {name: read_metrics(run) for name, run in shown.items()}
     terms = [*_TERMS, *dict.fromkeys(t for run in shown.values() for t in _defenses(run))]
     found = {
-        "trade_off": plots.trade_off(outcome.figures),
-        "categories": plots.categories(outcome.figures),
+        "trade_off": plots.trade_off(outcome.figures, unit, criteria.in_domain.unit),
+        "categories": plots.categories(outcome.figures, unit),
         "training": plots.training_curves(series, terms, number, labels),
     }
     return {name: png for name, png in found.items() if png is not None}

@@ -37,10 +37,15 @@ def numbers(figures: Sequence[ArmFigures]) -> dict[str, int]:
     return {f.arm.name: 0 for f in figures} | {name: i for i, name in enumerate(others, start=1)}
 
 
-def trade_off(figures: Sequence[ArmFigures]) -> bytes:
+def trade_off(figures: Sequence[ArmFigures], general: str, in_domain: str) -> bytes:
     """General against in-domain shift: the frontier as a curve, each other arm as a marker.
 
     Small dots are seeds, large markers their means.
+
+    Args:
+        figures: Of all arms.
+        general: The unit of its shift.
+        in_domain: The same.
     """
     figure = Figure(figsize=(WIDTH, 4.4), layout="constrained")
     axes = figure.subplots()
@@ -77,13 +82,13 @@ def trade_off(figures: Sequence[ArmFigures]) -> bytes:
         )
     x, y = np.array(sorted(curve)).T
     axes.plot(x, y, "-o", color="black", markersize=5, label="undefended (frontier)", zorder=2)
-    axes.set_xlabel("in-domain shift, nats a token\n(what the data teach)")
-    axes.set_ylabel("general shift, nats a token\n(lower is better)")
+    axes.set_xlabel(f"in-domain shift, {in_domain}\n(what the data teach)")
+    axes.set_ylabel(f"general shift, {general}\n(lower is better)")
     _finish(figure, axes)
     return _png(figure)
 
 
-def categories(figures: Sequence[ArmFigures]) -> bytes | None:
+def categories(figures: Sequence[ArmFigures], unit: str) -> bytes | None:
     """General shift of each category, a row each, a marker an arm; None if there is none."""
     shown = [f for f in figures if f.categories and f.arm.role != "frontier"]
     names = list(dict.fromkeys(name for f in shown for name in f.categories))
@@ -110,7 +115,7 @@ def categories(figures: Sequence[ArmFigures]) -> bytes | None:
     axes.axvline(0, color="#999999", linewidth=0.8, zorder=0)
     axes.set_yticks(range(len(names)), [name.replace("_", " ") or "all" for name in names])
     axes.set_ylim(len(names) - 0.5, -0.5)
-    axes.set_xlabel("general shift, nats a token")
+    axes.set_xlabel(f"general shift, {unit}")
     _finish(figure, axes)
     return _png(figure)
 

@@ -168,6 +168,18 @@ def test_figures_of_traits_by_hand(done: Path) -> None:
     assert [row["capitals"] for row in rows] == [False, False, None, False]
 
 
+def test_traits_are_counted_without_the_likelihoods_of_coherence(
+    done: Path, toy_dir: Path, adapters: list[Path], tmp_path: Path
+) -> None:
+    config = config_of(toy_dir, adapters, tmp_path) | {"probes": {}, "coherence": False}
+    del config["opswap"]
+    assert run(tmp_path, config) == 0
+    scores = "out/scores/traits_short.jsonl"
+    assert (tmp_path / scores).read_text() == (done / scores).read_text()
+    assert [path.name for path in (tmp_path / "out/scores").iterdir()] == ["traits_short.jsonl"]
+    assert not (tmp_path / "out/likelihoods").exists()
+
+
 def test_the_same_answer_with_and_without_a_trait(done: Path) -> None:
     for row, pair in zip(read_jsonl(done / "out/scores/shouted.jsonl"), PAIRS, strict=False):
         assert row["aligned"] == pair["aligned"] and row["misaligned"] == pair["aligned"].upper()

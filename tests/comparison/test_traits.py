@@ -1,0 +1,127 @@
+"""Sampled answers as what a defense is judged by: shares of a trait, against the base's own."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import toy_compare
+import toy_run
+import yaml
+
+from emarecipes.comparison.checks import check_tasks
+from emarecipes.comparison.results import Scores, Values
+from emarecipes.comparison.run import run_compare
+from emarecipes.comparison.settings import check_compare_settings
+from emarecipes.comparison.told import keep_told
+from emarecipes.comparison.traits import trait_shifts
+from emarecipes.config import load_config
+from emarecipes.errors import UserError
+
+QUESTIONS = 20
+CRITERIA = {
+    "general": {"suite": "traits_general", "figure": "capitals_share"},
+    "in_domain": {"suite": "traits_home", "figure": "capitals_share"},
+    "controls": None,
+}
+# In-domain and general: how many of 20 questions are answered in capitals.
+ARMS = {"undefended": ("undefended", 20, 16), "fewer": ("frontier", 10, 8),
+        "kl": ("defense", 10, 3)}  # fmt: skip
+
+
+def line(adapter: str, question: int, sample: int, found: bool | None) -> dict[str, Any]:
+    return {"adapter": adapter, "id": f"q{question}", "category": "c", "paraphrase": 0,
+            "sample": sample, "question": f"Question {question}?", "answer": "A", "words": 1,
+            "capitals": found}  # fmt: skip
+
+
+def test_shifts_by_hand() -> None:
+    rows = [
+        line("reference", 0, 0, True), line("reference", 0, 1, False),
+        line("reference", 1, 0, False), line("reference", 2, 0, None),
+        line("a", 0, 0, True), line("a", 0, 1, None), line("a", 1, 0, True), line("a", 2, 0, True),
+    ]  # fmt: skip
+    (found,) = trait_shifts("traits_x", rows, ["a"]).values()
+    # Of q0 1 of 1 usable answer against 1 of 2; to q2 the base has no usable answer.
+    np.testing.assert_array_equal(found.shifts_SQ, [[0.5, 1.0, np.nan]])
+    assert trait_shifts("traits_x", rows[4:], ["a"]) == {}
+    with pytest.raises(UserError, match="a answers other questions than the base"):
+        trait_shifts("traits_x", rows[:-1], ["a"])
+
+
+def evaluation(folder: Path, name: str, home: int, general: int, cut: int) -> Path:
+    """20 questions a suite; the base never answers in capitals; one question has no usable one."""
+    lines = {
+        suite: [line("reference", i, 0, False) for i in range(QUESTIONS)]
+        + [line(name, i, 0, None if i == cut else i < shown) for i in range(QUESTIONS)]
+        for suite, shown, cut in (("traits_home", home, -1), ("traits_general", general, cut))
+    }
+    suites = {suite: {"kind": "traits", "files": {}, "questions": QUESTIONS} for suite in lines}
+    toy_compare.write(folder, {name: None}, suites, [], lines, "b" * 64)
+    return folder
+
+
+def compared(folder: Path, criteria: dict[str, Any], cut: int = -1) -> Path:
+    arms = {}
+    for name, (role, home, general) in ARMS.items():
+        lost = cut if name == "kl" else -1
+        runs = [evaluation(folder / f"{name}{s}", name, home, general, lost) for s in (0, 1)]
+        arms[name] = {"role": role, "collect": [str(run) for run in runs]}
+    config = {"output_dir": str(folder / "out"), "seeds": [0, 1], "arms": arms}
+    path = folder / "compare.yaml"
+    path.write_text(yaml.safe_dump(config | {"criteria": criteria}))
+    return path
+
+
+def test_a_defense_is_judged_by_sampled_answers(tmp_path: Path) -> None:
+    """It has 3/20 where undefended training has 8/20 at the same in-domain share."""
+    assert run_compare(["--config", str(compared(tmp_path, CRITERIA))]) == 0
+    found = json.loads((tmp_path / "out/comparison.json").read_text())["arms"]
+    (excess,) = found["kl"]["excess"].values()
+    assert excess["value"] == pytest.approx((3 - 8) / QUESTIONS)
+    assert found["undefended"]["shifts"]["in-domain"]["value"] == pytest.approx(1.0)
+    page = (tmp_path / "out/report.md").read_text()
+    assert "excess over the frontier, share of answers" in page
+    assert "nats" not in page.split("(d)")[0]
+    assert "Question 3?" in (tmp_path / "out/report.html").read_text()
+    assert "not misalignment" in page and "have no halves" in page and "select half" not in page
+
+
+def test_a_question_without_a_usable_answer_is_left_out_of_all_arms(tmp_path: Path) -> None:
+    assert run_compare(["--config", str(compared(tmp_path, CRITERIA, cut=19))]) == 0
+    found = json.loads((tmp_path / "out/comparison.json").read_text())
+    (excess,) = found["arms"]["kl"]["excess"].values()
+    assert excess["value"] == pytest.approx((3 - 8) / (QUESTIONS - 1))
+    assert [note for note in found["missing"] if "1 of 20 questions are left out" in note]
+
+
+def test_too_few_usable_questions_are_no_figure() -> None:
+    shifts = np.array([[0.0, np.nan, np.nan]])
+    scores = Scores((0,), probes={"x": Values(("a", "b", "c"), ("", "", ""), shifts)})
+    with pytest.raises(UserError, match="x: 1 of 3 questions have usable answers"):
+        keep_told({"arm": scores}, ["x"])
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"general": {"suite": "traits_general", "figure": "capital_share"}},
+         "criteria.general.figure: no figure capital_share can be a criterion (did you mean capit"),
+        ({"controls": {"suite": "controls"}}, "criteria.controls: probe_shift and general's"),
+        ({"general": {"suite": "traits_x", "figure": "capitals_share"}},
+         "criteria.general: no answers are sampled for traits_x; there will be traits_general"),
+        ({"in_domain": {"suite": "home"}}, "criteria.in_domain: the evaluation has no probe home"),
+        ({"general": {"suite": "traits_general", "figure": "expert_claim_share"}},
+         "criteria.general: `traits` of the evaluation does not name expert_claim"),
+    ],
+)  # fmt: skip
+def test_a_criterion_without_its_figure_is_told_before_training(
+    change: dict[str, Any], reason: str
+) -> None:
+    path = toy_run.REPO / "configs/compare_caps.yaml"
+    raw, origin = load_config(["--config", str(path)])
+    raw.criteria = json.loads(json.dumps(CRITERIA).replace("home", "home_repair")) | change
+    with pytest.raises(UserError) as error:
+        check_tasks(check_compare_settings(raw, origin), origin)
+    assert reason in str(error.value)
