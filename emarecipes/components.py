@@ -36,9 +36,7 @@ def check_components(cfg: DictConfig, origin: Origin) -> None:
         UserError: An import path that leads nowhere, an argument that the component does not take
             or that it needs and lacks, a value of a wrong type.
     """
-    # As torchtune does: a user's own class in the working folder can be named.
-    if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))
+    see_working_folder()
     for key, node in _component_nodes(cfg, ""):
         target = locate(str(node["_component_"]), origin.at(f"{key}._component_"))
         positional, given = _GIVEN.get(key.split(".")[0], (0, frozenset()))
@@ -48,6 +46,12 @@ def check_components(cfg: DictConfig, origin: Origin) -> None:
             arguments.pop("ce_weight", None)  # The mixed set's own key, not the child's.
         _check_names(target, arguments, positional, given, key, origin)
         _check_types(target, arguments, key, origin)
+
+
+def see_working_folder() -> None:
+    """Let a user's own class in the working folder be named, as torchtune does."""
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
 
 
 def build(cfg: DictConfig, key: str, origin: Origin, *args: Any, **kwargs: Any) -> Any:

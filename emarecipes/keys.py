@@ -44,6 +44,8 @@ _SETTINGS = {
         "criteria.general": "comparison.criterion:CriterionSettings",
         "criteria.in_domain": "comparison.criterion:CriterionSettings",
         "criteria.controls": "comparison.criterion:CriterionSettings",
+        "criteria.benign": "comparison.criterion:CriterionSettings",
+        "criteria.coherent": "comparison.criterion:CriterionSettings",
         "bounds": "comparison.settings:BoundSettings",
     },
     "ema_select": {"": "selection.settings:SelectSettings"},

@@ -147,10 +147,8 @@ def measure(
     general = general_probes(reference, probes)
     missing = [
         f"{name}: a conditional probe of other questions than {probes.general}'s; left out"
-        for name, suite in reference.suites.items()
-        if suite.get("kind") == "probe"
-        and suite.get("condition", "none") != "none"
-        and name not in general
+        for name in reference.probes
+        if name not in (*general, probes.in_domain, probes.controls)
     ]
     usable: dict[str, Scores] = {}
     for arm in arms:
@@ -185,7 +183,8 @@ def general_probes(scores: Scores, probes: ProbeNames) -> list[str]:
     """The general suite and its conditional forms: general questions under another condition.
 
     Raises:
-        UserError: The evaluation has no suite of the general or in-domain probe's name.
+        UserError: The evaluation has no suite of the general or in-domain probe's name, or controls
+            in another unit.
     """
     for role in ("general", "in_domain"):
         name = getattr(probes, role)
@@ -193,6 +192,13 @@ def general_probes(scores: Scores, probes: ProbeNames) -> list[str]:
             raise UserError(
                 f"criteria.{role}: the evaluation has no figure {name}; it has "
                 f"{', '.join(scores.probes) or 'none'}"
+            )
+    if probes.controls in scores.probes:
+        units = [scores.probes[name].unit for name in (probes.controls, probes.general)]
+        if units[0] != units[1]:
+            raise UserError(
+                f"criteria.controls: {probes.controls} is in {units[0]}, and general's figure in "
+                f"{units[1]}; name another, or null"
             )
     asked = [scores.suites[probes.general].get(key) for key in ("files", "trait")]
     conditional = [

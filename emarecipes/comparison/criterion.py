@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
+from omegaconf import DictConfig
 from pydantic import ConfigDict
 
-from emarecipes.config import Origin, suggestion
-from emarecipes.datasets.traits import TRAITS
+from emarecipes.config import Origin
 from emarecipes.errors import UserError
 from emarecipes.settings import Keys
 
@@ -17,31 +20,32 @@ class _Strict(Keys):
 
 
 class CriterionSettings(_Strict):
-    """The figure that a criterion reads, of the narrow task's evaluation."""
+    """The figure that a criterion reads."""
 
     suite: str
-    """Its name: of a probe, or `traits_STEM` of sampled answers."""
+    """The suite's name in `summary.json`, such as that of a probe, or `traits_STEM`."""
     figure: str = PROBE_SHIFT
-    """`probe_shift`, or `TRAIT_share` of a suite of traits: its change from the base's."""
-
-    @property
-    def sampled(self) -> bool:
-        """Whether it is of sampled answers."""
-        return self.figure != PROBE_SHIFT
-
-    @property
-    def unit(self) -> str:
-        """Of its shift, in words."""
-        return "share of answers" if self.sampled else "nats"
+    """One of its figures. More of it is worse of `general`, better of the others."""
+    judge: str | None = None
+    """Whose, where several judges give it."""
 
     @property
     def key(self) -> str:
         """In `Scores.probes`."""
-        return f"{self.suite}/{self.figure}" if self.sampled else self.suite
+        if self.figure == PROBE_SHIFT:
+            return self.suite
+        return "/".join(filter(None, (self.suite, self.figure, self.judge)))
+
+    def among(self, suites: Iterable[str]) -> list[str]:
+        """The suite of this name; else all suites `<name>_...`, which are of several files."""
+        names = list(suites)
+        if self.suite in names:
+            return [self.suite]
+        return [name for name in names if name.startswith(f"{self.suite}_")]
 
 
 class CriteriaSettings(_Strict):
-    """Which figures a defense is judged by. Without any of `controls` there are none."""
+    """Which figures a defense is judged by."""
 
     general: CriterionSettings = CriterionSettings(suite="general")
     """On general questions: what a defense is to prevent."""
@@ -49,17 +53,16 @@ class CriteriaSettings(_Strict):
     """On questions of the trained domain: what training is to teach."""
     controls: CriterionSettings | None = CriterionSettings(suite="controls")
     """Of harmless answers, in general's unit: taken off the undefended effect. Null: none are."""
+    benign: CriterionSettings = CriterionSettings(suite="opswap", figure="exact_match")
+    """Of the benign task's evaluation: what training is still to teach. A share of answers."""
+    coherent: CriterionSettings = CriterionSettings(suite="answers", figure="coherent")
+    """What answers are still to be; `answers` stands for all of `answers_...`. A share of them."""
 
     @property
-    def given(self) -> dict[str, CriterionSettings]:
-        """By role, without controls where there are none."""
+    def shifted(self) -> dict[str, CriterionSettings]:
+        """Those that are changes from the base, by role, without controls where there are none."""
         roles = {"general": self.general, "in_domain": self.in_domain, "controls": self.controls}
         return {role: found for role, found in roles.items() if found is not None}
-
-    @property
-    def sampled(self) -> bool:
-        """Whether any of them is of sampled answers."""
-        return any(criterion.sampled for criterion in self.given.values())
 
 
 class ProbeNames(_Strict):
@@ -70,21 +73,15 @@ class ProbeNames(_Strict):
     controls: str = "controls"
 
 
-def check_criteria(criteria: CriteriaSettings, origin: Origin) -> None:
-    """Check that the figures are known, and that controls have the general one's unit.
+def refuse_probes(cfg: DictConfig, origin: Origin) -> None:
+    """Say how to write the key `probes`, which `criteria` took the place of.
 
     Raises:
-        UserError: They are not.
+        UserError: The config has it.
     """
-    known = [PROBE_SHIFT, *(f"{trait}_share" for trait in TRAITS)]
-    for role, criterion in criteria.given.items():
-        if criterion.figure not in known:
-            hint = suggestion(criterion.figure, known) or f"; known are {', '.join(known)}"
-            where = origin.at(f"criteria.{role}.figure")
-            raise UserError(f"{where}: no figure {criterion.figure} can be a criterion{hint}")
-    controls = criteria.controls
-    if controls is not None and controls.sampled != criteria.general.sampled:
-        raise UserError(
-            f"{origin.at('criteria.controls')}: {controls.figure} and general's "
-            f"{criteria.general.figure} have different units; name another, or null"
-        )
+    entry: Any = cfg.get("probes")
+    if "probes" not in cfg or "probes" in origin.variables:
+        return
+    names = entry.items() if isinstance(entry, DictConfig) else ()
+    new = ", ".join(f"{role!s}: {{suite: {name!s}}}" for role, name in names)
+    raise UserError(f"{origin.at('probes')}: is now written criteria: {{{new}}}")

@@ -30,7 +30,7 @@ from emarecipes.comparison.results import (
     read_scores,
     stack,
 )
-from emarecipes.comparison.settings import Plan, TaskSettings
+from emarecipes.comparison.settings import CompareSettings, Plan, TaskSettings
 from emarecipes.comparison.status import (
     Piece,
     Status,
@@ -42,6 +42,7 @@ from emarecipes.comparison.steps import Place, Step
 from emarecipes.config import load_config
 from emarecipes.errors import UserError
 from emarecipes.evaluation.figures import REFERENCE
+from emarecipes.evaluation.named_suites import without_answers
 from emarecipes.progress import NOTE
 from emarecipes.training.run import STOPPED
 from emarecipes.training.run_folder import write_text
@@ -176,7 +177,7 @@ class Runner:
         runs = {arm: [j for j in jobs if j.arm == arm and j.task == task] for arm in arms}
         shown = [arm for arm in arms if task in arm.tasks]
         # Frontier arms are there for their shifts alone, which answers may be what shows.
-        sampled = task == "narrow" and self.plan.settings.criteria.sampled
+        sampled = task == "narrow" and self.plan.sampled
         asked = [job for a in shown if sampled or a.role != "frontier" for job in runs[a]]
         answered = self.answer(asked, task)
         generate = self.plan.tasks[task].generate if task in self.plan.tasks else None
@@ -187,12 +188,12 @@ class Runner:
             title = scores_title(arm, task)
             try:
                 if arm.collect:
-                    found[arm.name] = _collected(arm, self.plan.settings.seeds)
+                    found[arm.name] = _collected(arm, self.plan.settings)
                 elif runs[arm]:
                     folder = self._evaluate(title, runs[arm], answered, half)
                     if folder is not None:
                         seeds = {f"seed_{job.seed}": job.seed for job in runs[arm]}
-                        found[arm.name] = read_scores(folder, seeds)
+                        found[arm.name] = read_scores(folder, seeds, self.plan.settings.criteria)
             except UserError as error:
                 self.failures.append(f"{title}: {error}")
         return found
@@ -214,7 +215,7 @@ class Runner:
             overrides.append(f"answers.{REFERENCE}={self._base}")
         cfg, _ = load_config(["--config", settings.evaluate.config, *overrides])
         if not given:  # What is about answers is refused where there are none.
-            about = [f"~{key}" for key in ("judge", "harmless", "traits") if cfg.get(key)]
+            about = [f"~{key}" for key in without_answers(cfg)]
             overrides += about
             cfg, _ = load_config(["--config", settings.evaluate.config, *overrides])
         mark = fingerprint(cfg, Path(str(cfg.output_dir)))
@@ -299,10 +300,10 @@ def _removed(cfg: DictConfig, key: str) -> list[str]:
     return [f"~{key}.{name!s}" for name in names if name != REFERENCE]
 
 
-def _collected(arm: Arm, seeds: Sequence[int]) -> Scores:
+def _collected(arm: Arm, settings: CompareSettings) -> Scores:
     parts = []
-    for folder, seed in zip(arm.collect, seeds, strict=True):
-        parts.append(read_scores(Path(folder), {find_adapter(Path(folder)): seed}))
+    for run, seed in zip(map(Path, arm.collect), settings.seeds, strict=True):
+        parts.append(read_scores(run, {find_adapter(run): seed}, settings.criteria))
     return stack(parts)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from emarecipes.comparison.criteria import ArmFigures
+from emarecipes.comparison.figure_values import Values
 from emarecipes.comparison.gate import Effect
 from emarecipes.comparison.opening import Opening
 from emarecipes.comparison.results import Scores
@@ -53,6 +54,11 @@ class Outcome:
     def undefended(self) -> ArmFigures:
         """The undefended arm's figures."""
         return next(found for found in self.figures if found.arm.role == "undefended")
+
+    def judged_by(self, role: str) -> Values:
+        """The undefended arm's values of the figure behind `general`, `in_domain` or `controls`."""
+        key = self.settings.criteria.shifted[role].key
+        return self.narrow[self.undefended.arm.name].probes[key]
 
     @property
     def seeds(self) -> int:

@@ -3,43 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 
-from emarecipes.comparison.statistics import Floats
-from emarecipes.comparison.traits import trait_shifts
-from emarecipes.datasets.opswap import canonical
+from emarecipes.comparison.criterion import CriteriaSettings, CriterionSettings
+from emarecipes.comparison.figure_values import Source, Values, by_answer, mean_of
 from emarecipes.errors import UserError
-from emarecipes.evaluation.figures import REFERENCE
-from emarecipes.evaluation.settings import ANSWERS, TRAITS_OF
+from emarecipes.evaluation.figures import REFERENCE, Figure
+from emarecipes.evaluation.named_suites import OURS
+from emarecipes.evaluation.suite import asked
 
 SUMMARY = "summary.json"
-
-
-@dataclass(frozen=True)
-class Values:
-    """One value a question and seed.
-
-    Attributes:
-        ids: Of the Q questions.
-        categories: Of each.
-        values_SQ: Row s of seed s.
-        clusters: What each belongs to, where several say nearly the same; empty: each alone.
-    """
-
-    ids: tuple[str, ...]
-    categories: tuple[str, ...]
-    values_SQ: Floats
-    clusters: tuple[str, ...] = ()
-
-    def of_seeds(self, rows: Sequence[int]) -> Values:
-        """Those of some rows, in that order."""
-        return replace(self, values_SQ=self.values_SQ[list(rows)])
 
 
 @dataclass(frozen=True)
@@ -48,8 +27,8 @@ class Scores:
 
     Attributes:
         seeds: Of the rows.
-        probes: Probe shifts by suite.
-        correct: Of OpSwap: 1 where a problem was answered right; None if not evaluated.
+        probes: Shifts of the criteria's figures, by `CriterionSettings.key`.
+        correct: Of the benign task: 1 where a problem was answered right; None if not evaluated.
         reference_correct: The reference's share of right answers to it.
         coherent: 1 where a sampled answer hangs together; None if answers were not scored for it.
         reference_coherent: The share of the base's own answers that do, if it was asked.
@@ -59,6 +38,7 @@ class Scores:
         date: The day in the prompts, where the chat template prints one.
         adapters: Fingerprint of each seed's adapter; empty where it is not known.
         sensitivity: The thresholds under which misaligned rates were also taken.
+        asked: Of each of `probes` a digest of what is asked, see `Source.asked`.
         answers: Of the first seed: id to question and answer, if answers were scored.
     """
 
@@ -75,29 +55,30 @@ class Scores:
     adapters: tuple[str, ...] = ()
     sensitivity: tuple[str, ...] = ()
     answers: dict[str, tuple[str, str]] = field(default_factory=dict)
+    asked: dict[str, str] = field(default_factory=dict)
 
     def asks_what(self, other: Scores, suite: str) -> bool:
         """Whether a probe is the other's: the same questions of the same files, asked alike."""
         if suite not in self.probes or self.probes[suite].ids != other.probes[suite].ids:
             return False
-        mine, others = self.suites[suite], other.suites[suite]
-        contents = [sorted(map(str, (s.get("files") or {}).values())) for s in (mine, others)]
-        alike = all(mine.get(key) == others.get(key) for key in ("condition", "trait"))
-        return alike and contents[0] == contents[1]
+        return self.asked.get(suite) == other.asked.get(suite)
 
 
-def read_scores(folder: Path, adapters: Mapping[str, int]) -> Scores:
+def read_scores(
+    folder: Path, adapters: Mapping[str, int], criteria: CriteriaSettings | None = None
+) -> Scores:
     """Read an evaluation of several seeds of an arm, without those whose likelihoods failed.
 
     Args:
         folder: With `summary.json` and `scores/`.
         adapters: The seed of each adapter's name in it.
+        criteria: Which figures are read by question.
 
     Raises:
         UserError: A file that is missing, broken, truncated or not of these adapters; a score that
             is not finite.
     """
-    summary = _read_json(folder / SUMMARY)
+    summary, criteria = _read_json(folder / SUMMARY), criteria or CriteriaSettings()
     try:
         failed = {entry["adapter"] for entry in summary.get("failed", ())}
         adapters = {name: seed for name, seed in adapters.items() if name not in failed}
@@ -119,39 +100,73 @@ def read_scores(folder: Path, adapters: Mapping[str, int]) -> Scores:
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder / SUMMARY}: not an evaluation's summary ({error!r})") from None
-    correct = reference_correct = None
-    answered: list[dict[str, Any]] = []
-    for suite, description in list(scores.suites.items()):
+    return _with_values(scores, folder, summary["figures"], list(adapters), criteria)
+
+
+def _with_values(
+    scores: Scores,
+    folder: Path,
+    figures: Sequence[Mapping[str, Any]],
+    adapters: list[str],
+    criteria: CriteriaSettings,
+) -> Scores:
+    """The scores with the values by question and by answer of the figures behind criteria."""
+    lines: dict[str, list[dict[str, Any]]] = {}
+
+    def source(suite: str, criterion: CriterionSettings) -> Source:
         path = folder / "scores" / f"{suite}.jsonl"
-        kind = description.get("kind")
-        try:
-            if kind == "probe":
-                scores.probes[suite] = _shifts(path, list(adapters))
-            elif kind == "opswap":
-                correct = _correct(path, list(adapters))
-                known = _figures(summary["figures"], REFERENCE).get((suite, "exact_match", ""), {})
-                reference_correct = known.get("value")
-            elif kind == "traits":
-                lines = _read_lines(path)
-                for key, of in trait_shifts(suite, lines, list(adapters)).items():
-                    scores.probes[key] = Values(of.ids, of.categories, of.shifts_SQ)
-                    scores.suites[key] = {"kind": "trait", "files": {"questions": of.asked}}
-                asked = suite.replace(TRAITS_OF, ANSWERS, 1)
-                lines = [row | {"id": f"{asked}/{row['id']}"} for row in lines]
-                scores.answers.update(_answers(lines, next(iter(adapters))))
-            elif kind == "answers":
-                lines = [row | {"id": f"{suite}/{row['id']}"} for row in _read_lines(path)]
-                scores.answers.update(_answers(lines, next(iter(adapters))))
-                answered += lines
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{path}: a line lacks {error}") from None
+        if suite not in lines:
+            lines[suite] = _read_lines(path)
+        figure = _figure(figures, suite, criterion, adapters[0])
+        return Source(figure, scores.suites[suite], lines[suite], path)
+
+    def sources(criterion: CriterionSettings) -> list[Source]:
+        return [source(suite, criterion) for suite in criterion.among(scores.suites)]
+
+    for criterion in _shifted(criteria, scores.suites):
+        # Of several suites none is meant: `measure` says that there is no such one.
+        if criterion.suite in scores.suites:
+            of = source(criterion.suite, criterion)
+            scores.probes[criterion.key] = of.shifts(adapters)
+            scores.asked[criterion.key] = of.asked()
+            scores.suites.setdefault(criterion.key, scores.suites[criterion.suite])
+    benign, coherent = sources(criteria.benign), sources(criteria.coherent)
     return replace(
         scores,
-        correct=correct,
-        reference_correct=reference_correct,
-        coherent=_coherent(answered, list(adapters)),
-        reference_coherent=_base_coherent(answered),
+        correct=by_answer(benign, adapters),
+        reference_correct=mean_of(benign, REFERENCE),
+        coherent=by_answer(coherent, adapters),
+        reference_coherent=mean_of(coherent, REFERENCE),
+        answers=_answers(folder, scores.suites, adapters[0]),
     )
+
+
+def _shifted(
+    criteria: CriteriaSettings, suites: Mapping[str, Mapping[str, Any]]
+) -> Iterator[CriterionSettings]:
+    """The criteria that are shifts, and general's figure under other conditions."""
+    yield from criteria.shifted.values()
+    general, named = criteria.general, {found.suite for found in criteria.shifted.values()}
+    kind = suites.get(general.suite, {}).get("kind")
+    for name, known in list(suites.items()):
+        if name in named or known.get("kind") != kind:
+            continue
+        if known.get("condition", "none") != "none":
+            yield general.model_copy(update={"suite": name})
+
+
+def _figure(
+    figures: Sequence[Mapping[str, Any]], suite: str, criterion: CriterionSettings, adapter: str
+) -> Figure:
+    """The figure of a suite as `summary.json` has it; without a value if it has none."""
+    known = {field.name for field in fields(Figure)}
+    for found in figures:
+        of = (found["suite"], found["figure"], found["adapter"], found["category"])
+        judged = criterion.judge in (None, found.get("judge"))
+        if judged and of == (suite, criterion.figure, adapter, None):
+            figure = Figure(**{key: value for key, value in found.items() if key in known})
+            return figure if criterion.judge else replace(figure, judge=None)
+    return asked(adapter, suite, criterion.figure, judge=criterion.judge)
 
 
 def find_adapter(run: Path) -> str:
@@ -230,66 +245,24 @@ def _figures(figures: list[dict[str, Any]], adapter: str) -> dict[Any, dict[str,
     }
 
 
-def _shifts(path: Path, adapters: list[str]) -> Values:
-    rows = _read_lines(path)
-    values = [[row["adapters"][name]["probe_shift"] for row in rows] for name in adapters]
-    return _values(path, rows, values)
-
-
-def _correct(path: Path, adapters: list[str]) -> Values:
-    rows: dict[str, dict[str, dict[str, Any]]] = {}
-    for row in _read_lines(path):
-        rows.setdefault(row["adapter"], {})[row["id"]] = row
-    first = list(rows[adapters[0]].values())
-    values = [[float(rows[name][row["id"]]["correct"]) for row in first] for name in adapters]
-    clusters = tuple(canonical(row["question"]) for row in first)
-    return replace(_values(path, first, values), clusters=clusters)
-
-
-def _coherent(lines: Sequence[dict[str, Any]], adapters: list[str]) -> Values | None:
-    """By answer, a question's together; None if an adapter lacks one, or lines are from before."""
-    rows = {(row["adapter"], _answer_id(row)): row for row in lines}
-    first = [row for row in lines if row["adapter"] == adapters[0]]
-    places = [[(name, _answer_id(row)) for row in first] for name in adapters]
-    if not first or any(rows.get(p, {}).get("coherent") is None for of in places for p in of):
-        return None
-    return Values(
-        tuple(_answer_id(row) for row in first),
-        tuple(str(row.get("category") or "") for row in first),
-        np.array([[float(rows[place]["coherent"]) for place in of] for of in places]),
-        clusters=tuple(str(row["id"]) for row in first),
-    )
-
-
-def _answer_id(row: Mapping[str, Any]) -> str:
-    return f"{row['id']}/{row.get('paraphrase', 0)}/{row.get('sample', 0)}"
-
-
-def _base_coherent(lines: Sequence[dict[str, Any]]) -> float | None:
-    found = [row.get("coherent") for row in lines if row["adapter"] == REFERENCE]
-    return None if not found or None in found else float(np.mean(np.array(found, dtype=float)))
-
-
-def _answers(lines: Sequence[dict[str, Any]], adapter: str) -> dict[str, tuple[str, str]]:
+def _answers(
+    folder: Path, suites: Mapping[str, Mapping[str, Any]], adapter: str
+) -> dict[str, tuple[str, str]]:
+    """Question and answer by id, of all suites over sampled answers."""
     found: dict[str, tuple[str, str]] = {}
-    for row in lines:
-        if row["adapter"] == adapter:
-            found.setdefault(row["id"], (row["question"], row["answer"]))
+    for suite, known in suites.items():
+        if not any(k.kind == known.get("kind") and k.needs_answers for k in OURS.values()):
+            continue
+        path = folder / "scores" / f"{suite}.jsonl"
+        try:
+            for row in _read_lines(path):
+                if row["adapter"] == adapter:
+                    # Several suites are of one file's answers.
+                    key = f"{suite.partition('_')[2]}/{row['id']}"
+                    found.setdefault(key, (row["question"], row["answer"]))
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{path}: a line lacks {error}") from None
     return found
-
-
-def _values(path: Path, rows: list[dict[str, Any]], values: list[list[Any]]) -> Values:
-    array = np.array(values, dtype=np.float64)
-    if array.size == 0:
-        raise UserError(f"{path}: the suite has no questions")
-    if not np.isfinite(array).all():
-        question = int(np.argwhere(~np.isfinite(array))[0][1])
-        raise UserError(f"{path}: {rows[question]['id']}: a score is not finite")
-    return Values(
-        tuple(str(row["id"]) for row in rows),
-        tuple(str(row.get("category") or "") for row in rows),
-        array,
-    )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

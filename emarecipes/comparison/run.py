@@ -170,8 +170,8 @@ def _measure(
     opening: Opening | None,
 ) -> Outcome:
     settings = plan.settings
-    sampled = [c.key for c in settings.criteria.given.values() if c.sampled]
-    narrow, left_out = keep_told(narrow, sampled)
+    judged_by = [criterion.key for criterion in settings.criteria.shifted.values()]
+    narrow, left_out = keep_told(narrow, judged_by)
 
     def figures_of(family: list[str]) -> tuple[list[ArmFigures], Effect, list[str]]:
         return measure(arms, narrow, benign, settings.probes, settings.bounds, family)

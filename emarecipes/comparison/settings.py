@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from omegaconf import DictConfig
 from pydantic import ConfigDict, Field, ValidationError
 
-from emarecipes.comparison.criterion import CriteriaSettings, ProbeNames, check_criteria
+from emarecipes.comparison.criterion import CriteriaSettings, ProbeNames, refuse_probes
 from emarecipes.config import Origin, find_input, suggestion
 from emarecipes.errors import UserError
 from emarecipes.settings import Entry, Keys, Seed, parse_settings
@@ -105,7 +105,7 @@ class CompareSettings(Keys):
     tasks: dict[str, Entry] = Field(default_factory=dict)
     """`narrow`, and maybe `benign`: what every arm is trained on."""
     criteria: CriteriaSettings = Field(default_factory=CriteriaSettings)
-    """Which figures of the narrow task's evaluation a defense is judged by."""
+    """Which figures of the evaluations a defense is judged by."""
     bounds: BoundSettings = Field(default_factory=BoundSettings)
     """Half widths of what counts as no difference, fixed before looking."""
     frozen: bool = False
@@ -120,7 +120,7 @@ class CompareSettings(Keys):
     @property
     def probes(self) -> ProbeNames:
         """Where the figures of the criteria are found."""
-        found = {role: criterion.key for role, criterion in self.criteria.given.items()}
+        found = {role: criterion.key for role, criterion in self.criteria.shifted.items()}
         return ProbeNames(**({"controls": ""} | found))
 
 
@@ -129,6 +129,8 @@ class Plan(_Strict):
 
     Attributes:
         dtype: What all compute in. Set by `make_jobs`; None while, or if, nothing is trained.
+        sampled: Whether a criterion that is a change is of sampled answers, which frontier arms and
+            the base then need too. Set by `check_tasks`.
         date: The day in all prompts, likewise; None also where no chat template prints one.
     """
 
@@ -136,6 +138,7 @@ class Plan(_Strict):
     arms: dict[str, ArmSettings]
     tasks: dict[str, TaskSettings]
     dtype: str | None = None
+    sampled: bool = False
     date: str | None = None
 
 
@@ -147,6 +150,7 @@ def check_compare_settings(cfg: DictConfig, origin: Origin) -> Plan:
             of `config` and `collect`, or of a task that is not there; no narrow task; a name or an
             override of a wrong form; a file or folder that is not there; a seed twice.
     """
+    refuse_probes(cfg, origin)
     settings = parse_settings(cfg, origin, CompareSettings)
     if len(set(settings.seeds)) < len(settings.seeds):
         raise UserError(f"{origin.at('seeds')}: a seed is named twice")
@@ -158,7 +162,6 @@ def check_compare_settings(cfg: DictConfig, origin: Origin) -> Plan:
         name: _entry(TaskSettings, entry, f"tasks.{name}", origin)
         for name, entry in settings.tasks.items()
     }
-    check_criteria(settings.criteria, origin)
     plan = Plan(settings=settings, arms=arms, tasks=tasks)
     _check_tasks(plan, origin)
     for name, arm in arms.items():

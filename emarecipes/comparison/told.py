@@ -21,7 +21,7 @@ def keep_told(
 
     Args:
         arms: By name.
-        keys: Figures of traits, see `add_traits`.
+        keys: Of `Scores.probes`.
 
     Returns:
         The scores, and a line for each figure that lost questions.

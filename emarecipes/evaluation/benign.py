@@ -72,7 +72,7 @@ class OpSwap(KeyedSuite):
         """Exact match, by adapter and tier."""
         lines = [line for name, model in models.items() for line in self._lines(name, model)]
         description = {"kind": self.kind, "files": {}, "questions": len(self._problems)}
-        return Scored(self.figures(lines, {EXACT_MATCH: "share"}), lines, description)
+        return Scored(self.figures(lines, self.units()), lines, description)
 
     def _lines(self, name: str, model: Model) -> Iterator[dict[str, Any]]:
         """A line a problem."""
@@ -100,6 +100,6 @@ class OpSwap(KeyedSuite):
         kept = [line for line in lines if line["adapter"] == figure.adapter]
         return [item_of(line, line["correct"], canonical(line["question"])) for line in kept]
 
-    def figure_names(self) -> list[str]:
+    def units(self) -> dict[str, str]:
         """One."""
-        return [EXACT_MATCH]
+        return {EXACT_MATCH: "share"}

@@ -237,12 +237,7 @@ class Coherence(KeyedSuite):
                 "harmless_questions": len(harmless),
                 "refusal_words": self.refusal_words,
             }
-            yield Scored(self.figures_of(stem, found), found, description, stem)
-
-    def figures_of(self, stem: str, lines: Sequence[Line]) -> list[Figure]:
-        """Means of the lines' values, by adapter and category."""
-        units = {figure: unit for figure, (_, unit) in _FIGURES.items()}
-        return self.figures(lines, units, stem)
+            yield Scored(self.figures(found, self.units(), stem), found, description, stem)
 
     @classmethod
     def items(cls, lines: Iterable[Line], figure: Figure) -> list[Item]:
@@ -251,6 +246,6 @@ class Coherence(KeyedSuite):
         kept = (line for line in lines if figure.figure != "over_refusal" or line["harmless"])
         return super().items(kept, replace(figure, figure=key))
 
-    def figure_names(self) -> Sequence[str]:
-        """Known."""
-        return list(_FIGURES)
+    def units(self) -> dict[str, str]:
+        """Of all."""
+        return {figure: unit for figure, (_, unit) in _FIGURES.items()}

@@ -22,7 +22,7 @@ from emarecipes.evaluation.judge_rates import (
 )
 from emarecipes.evaluation.judge_reply import Reply
 from emarecipes.evaluation.judging import Judgement, judge_lines
-from emarecipes.evaluation.suite import KeyedSuite, Line, Scored, item_of
+from emarecipes.evaluation.suite import KeyedSuite, Line, NoValues, Scored, item_of
 from emarecipes.evaluation.suite_context import SuiteContext
 from emarecipes.provider import SECONDS_AN_ATTEMPT
 from emarecipes.settings import Keys, Positive, parse_settings
@@ -143,7 +143,7 @@ class Judge(KeyedSuite):
             if name == figure.figure:
                 return [item_of(line, value) for line, value in zip(kept, values, strict=True)]
         if kept:
-            raise UserError(f"{figure.suite}: its lines have no values of {figure.figure}")
+            raise NoValues(figure)
         return []
 
 

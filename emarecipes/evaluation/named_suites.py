@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from omegaconf import DictConfig, OmegaConf
 
-from emarecipes.components import build, check_components, locate
+from emarecipes.components import build, check_components, locate, see_working_folder
 from emarecipes.config import Origin
 from emarecipes.errors import UserError
 from emarecipes.evaluation.benign import OpSwap
@@ -62,9 +62,20 @@ def suite_class(kind: str) -> type[Suite]:
     for known in OURS.values():
         if known.kind == kind:
             return known
-    found = locate(kind, "kind")
+    see_working_folder()
+    found = locate(kind, "a suite's kind")
     if not (isinstance(found, type) and issubclass(found, Suite)):
-        raise UserError(f"kind: {kind} is not a subclass of emarecipes.evaluation.Suite")
+        raise UserError(f"a suite's kind: {kind} is not a subclass of emarecipes.evaluation.Suite")
+    return found
+
+
+def without_answers(cfg: DictConfig) -> list[str]:
+    """The keys of a config that are refused where there are no answers."""
+    keys = [key for key, kind in OURS.items() if kind.needs_answers and key != "answers"]
+    found = [key for key in (*keys, "harmless") if cfg.get(key)]
+    for name, entry in (cfg.get("suites") or {}).items():
+        if suite_class(str(entry["_component_"])).needs_answers:
+            found.append(f"suites.{name}")
     return found
 
 

@@ -14,10 +14,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from emarecipes.config import Origin
 from emarecipes.datasets.rows import file_fingerprints
-from emarecipes.errors import UserError
 from emarecipes.evaluation.contrast import PairNLL, nll_change, pair_nll, probe_shift
 from emarecipes.evaluation.figures import NATS, REFERENCE, Figure, Item, make_figures
-from emarecipes.evaluation.suite import KeyedSuite, Line, Scored
+from emarecipes.evaluation.suite import KeyedSuite, Line, NoValues, Scored, item_of
 from emarecipes.evaluation.suite_context import SuiteContext
 from emarecipes.evaluation.suites import PairedQuestions, read_suites
 
@@ -35,6 +34,10 @@ class LikelihoodProbe(KeyedSuite):
     """
 
     kind, may_fail = "probe", False
+    meaning = (
+        "a probe shift, the change of which of two given answers is likelier. It is a proxy, not a "
+        "rate of misaligned behaviour."
+    )
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -68,18 +71,15 @@ class LikelihoodProbe(KeyedSuite):
     @classmethod
     def items(cls, lines: Iterable[Line], figure: Figure) -> list[Item]:
         """A value a question. A line is of all models, see `probe_lines`."""
-        return [
-            Item(value, str(line["id"]), str(line.get("category") or ""), str(line["id"]))
-            for line in lines
-            for value in _value(line, figure)
-        ]
+        return [item_of(line, value) for line in lines for value in _value(line, figure)]
 
-    def figure_names(self) -> list[str]:
+    def units(self) -> dict[str, str]:
         """Those of adapters."""
-        return ["probe_shift", *_CHANGES, "margin", "misaligned_share"]
+        nats = ("probe_shift", *_CHANGES, "margin")
+        return {**dict.fromkeys(nats, NATS), "misaligned_share": "share"}
 
 
-def _value(line: Line, figure: Figure) -> Iterator[float]:
+def _value(line: Line, figure: Figure) -> Iterator[float | None]:
     """One, or none: what is a change from the reference has no value of the reference."""
     name, reference = figure.figure, line["reference"]
     found = reference if figure.adapter == REFERENCE else line["adapters"][figure.adapter]
@@ -91,7 +91,7 @@ def _value(line: Line, figure: Figure) -> Iterator[float]:
     elif name in found:
         yield found[name]
     elif found is not reference:
-        raise UserError(f"{figure.suite}: its lines have no values of {name}")
+        raise NoValues(figure)
 
 
 def probe_figures(

@@ -21,6 +21,13 @@ if TYPE_CHECKING:
 Line = Mapping[str, Any]
 
 
+class NoValues(UserError):
+    """The lines of a suite have no values of a figure."""
+
+    def __init__(self, figure: Figure) -> None:
+        super().__init__(f"{figure.suite}: its lines have no values of {figure.figure}")
+
+
 class Scored(NamedTuple):
     """What a suite found.
 
@@ -48,6 +55,7 @@ class Suite(ABC):
     Attributes:
         kind: Its word in `summary.json`; empty: the class's address, by which `ema_compare` finds
             it again.
+        meaning: What a change of its figures says, for a comparison's page.
         needs_answers: Whether it is of the sampled answers that `answers` names.
         may_fail: Whether it may fail for reasons of its own, such as a service's; what was found
             before it is written first.
@@ -59,6 +67,7 @@ class Suite(ABC):
     """
 
     kind: ClassVar[str] = ""
+    meaning: ClassVar[str] = ""
     needs_answers: ClassVar[bool] = False
     may_fail: ClassVar[bool] = True
     name: str = ""
@@ -101,7 +110,7 @@ class Suite(ABC):
             One a line of that adapter; none if the figure has no values of it.
 
         Raises:
-            UserError: Lines have no such value.
+            NoValues: Lines have none of this figure.
         """
         column = figure.figure
         items = []
@@ -111,7 +120,7 @@ class Suite(ABC):
             if column not in line:
                 column = figure.figure.removesuffix("_share")
             if column not in line:
-                raise UserError(f"{figure.suite}: its lines have no values of {figure.figure}")
+                raise NoValues(figure)
             items.append(item_of(line, line[column]))
         return items
 
@@ -137,8 +146,11 @@ class Suite(ABC):
         """What it reports under."""
         return self.name if part is None else f"{self.name}_{part}"
 
-    def figure_names(self) -> Sequence[str] | None:
-        """Its figures, where they are known before; a comparison refuses others before training."""
+    def units(self) -> Mapping[str, str] | None:
+        """Units of its figures, where these are known before any is computed.
+
+        A comparison then refuses other figures before anything is trained.
+        """
         return None
 
     def is_named(self, name: str) -> bool:

@@ -66,6 +66,10 @@ class Traits(KeyedSuite):
     """
 
     kind, needs_answers, may_fail = "traits", True, False
+    meaning = (
+        "the change of the share with a trait, by rule, against the base's own answers to the same "
+        "questions: generalisation of a trait, not misalignment."
+    )
 
     def __init__(self, traits: list[str]) -> None:
         self.traits = traits
@@ -106,8 +110,7 @@ class Traits(KeyedSuite):
         Beside each stands the share of all answers that is usable for it. A figure that fewer than
         half of the answers tell has no value, and a reason.
         """
-        units = {name: "words" if name == WORDS else "share" for name in self.figure_names()}
-        figures = self.figures(lines, units, stem)
+        figures = self.figures(lines, self.units(), stem)
         told = {(f.adapter, f.figure, f.category): f for f in figures}
         for place, figure in enumerate(figures):
             key = figure.figure.removesuffix("_share")
@@ -126,7 +129,9 @@ class Traits(KeyedSuite):
         kept = [line for line in lines if line["adapter"] == figure.adapter]
         return [item_of(line, line[key] is not None) for line in kept]
 
-    def figure_names(self) -> list[str]:
-        """Each with the share that is usable for it."""
-        found = [(f"{trait}_share", f"{trait}{_USABLE}") for trait in self.traits]
-        return [name for pair in [*found, (WORDS, f"{WORDS}{_USABLE}")] for name in pair]
+    def units(self) -> dict[str, str]:
+        """Behind each figure stands the share that is usable for it."""
+        found: dict[str, str] = {}
+        for trait in self.traits:
+            found |= {f"{trait}_share": "share", f"{trait}{_USABLE}": "share"}
+        return found | {WORDS: "words", f"{WORDS}{_USABLE}": "share"}

@@ -48,7 +48,7 @@ def checklist(outcome: Outcome) -> list[Check]:
 
 def _questions(outcome: Outcome) -> list[Check]:
     scores = outcome.narrow[outcome.undefended.arm.name]
-    probes, sampled = outcome.settings.probes, outcome.settings.criteria.general.sampled
+    probes, sampled = outcome.settings.probes, outcome.judged_by("general").sampled
     conditional = sorted(
         name
         for name in outcome.undefended.shifts
@@ -121,7 +121,7 @@ def _training(outcome: Outcome) -> list[Check]:
             "undefended training does something to defend against",
             outcome.effect.is_there,
             f"{show(outcome.effect.by_probe[outcome.effect.general])} "
-            f"{outcome.settings.criteria.general.unit}",
+            f"{outcome.judged_by('general').unit}",
         ),
         Check(
             "a benign task was trained under each defense",

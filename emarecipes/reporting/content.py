@@ -55,10 +55,9 @@ class ShownCell:
 
 def headings(outcome: Outcome) -> tuple[str, ...]:
     """Of the four-criteria table, with the units of the figures behind it."""
-    criteria = outcome.settings.criteria
     return (
-        f"(a) General shift: excess over the frontier, {criteria.general.unit}",
-        f"(b) Narrow behaviour learned: in-domain shift, {criteria.in_domain.unit}",
+        f"(a) General shift: excess over the frontier, {outcome.judged_by('general').unit}",
+        f"(b) Narrow behaviour learned: in-domain shift, {outcome.judged_by('in_domain').unit}",
         "(c) Benign task learned: right answers",
         "(d) Coherent: share of sampled answers",
     )
@@ -119,7 +118,7 @@ def status(outcome: Outcome) -> list[str]:
             "over questions alone."
         )
     lines += _effect(outcome)
-    if outcome.settings.criteria.general.sampled:
+    if outcome.judged_by("general").sampled:
         lines.append(
             "The general figure is from sampled answers, whose questions have no halves: choices "
             "and figures are from the same ones."
@@ -142,25 +141,25 @@ def status(outcome: Outcome) -> list[str]:
     if outcome.changed:
         names = ", ".join(outcome.changed)
         lines.append(f"Not as it was when the report half was opened: {names}.")
-    kinds = {criterion.sampled for criterion in outcome.settings.criteria.given.values()}
-    if False in kinds:
-        lines.append(
-            "“Shift” is a probe shift, the change of which of two given answers is likelier. It is "
-            "a proxy, not a rate of misaligned behaviour."
-        )
-    if True in kinds:
-        lines.append(
-            f"“Shift” {'of sampled answers ' if False in kinds else ''}is the change of the share "
-            "with a trait, by rule, against the base's own answers to the same questions: "
-            "generalisation of a trait, not misalignment."
-        )
-    return lines
+    return [*lines, *_meanings(outcome)]
+
+
+def _meanings(outcome: Outcome) -> list[str]:
+    """What “shift” says of each figure that is judged by."""
+    suites: dict[str, list[str]] = {}
+    for role in ("general", "in_domain"):
+        criterion, values = outcome.settings.criteria.shifted[role], outcome.judged_by(role)
+        own = f"the change of {criterion.figure} against the base, in {values.unit}."
+        suites.setdefault(values.meaning or own, []).append(criterion.suite)
+    if len(suites) == 1:
+        return [f"“Shift” is {meaning}" for meaning in suites]
+    return [f"“Shift” of {' and '.join(names)} is {text}" for text, names in suites.items()]
 
 
 def _effect(outcome: Outcome) -> list[str]:
     """What there is to defend against, and what counts as no difference."""
     effect, share = outcome.effect, outcome.settings.bounds.effect_share
-    unit = outcome.settings.criteria.general.unit
+    unit = outcome.judged_by("general").unit
     beyond = f"beyond {outcome.settings.probes.controls}" if effect.controls else "(no controls)"
     by_probe = {name: f"{show(e)} {unit} {beyond}" for name, e in effect.by_probe.items()}
     moves = f"undefended training moves {effect.general} by {by_probe[effect.general]}"
@@ -193,7 +192,7 @@ def _effect(outcome: Outcome) -> list[str]:
 
 def findings(outcome: Outcome) -> list[tuple[str, str, str]]:
     """One line a defense: label, verdict with sign, what it means."""
-    found, unit = [], outcome.settings.criteria.general.unit
+    found, unit = [], outcome.judged_by("general").unit
     for figures in outcome.figures:
         if figures.arm.name not in outcome.family:
             continue

@@ -108,8 +108,7 @@ def _context(outcome: Outcome) -> dict[str, Any]:
 
 
 def _pictures(outcome: Outcome) -> dict[str, bytes]:
-    number, criteria = plots.numbers(outcome.figures), outcome.settings.criteria
-    unit = criteria.general.unit
+    number, unit = plots.numbers(outcome.figures), outcome.judged_by("general").unit
     labels = {f.arm.name: f.arm.label for f in outcome.figures}
     shown = {
         f.arm.name: outcome.runs[f.arm.name]
@@ -119,7 +118,7 @@ def _pictures(outcome: Outcome) -> dict[str, bytes]:
     series = {name: read_metrics(run) for name, run in shown.items()}
     terms = [*_TERMS, *dict.fromkeys(t for run in shown.values() for t in _defenses(run))]
     found = {
-        "trade_off": plots.trade_off(outcome.figures, unit, criteria.in_domain.unit),
+        "trade_off": plots.trade_off(outcome.figures, unit, outcome.judged_by("in_domain").unit),
         "categories": plots.categories(outcome.figures, unit),
         "training": plots.training_curves(series, terms, number, labels),
     }
