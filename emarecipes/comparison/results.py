@@ -30,12 +30,14 @@ class Values:
         categories: Of each.
         values_SQ: Row s of seed s.
         clusters: What each belongs to, where several say nearly the same; empty: each alone.
+        is_share: Whether they are differences of shares of answers.
     """
 
     ids: tuple[str, ...]
     categories: tuple[str, ...]
     values_SQ: Floats
     clusters: tuple[str, ...] = ()
+    is_share: bool = False
 
     def of_seeds(self, rows: Sequence[int]) -> Values:
         """Those of some rows, in that order."""
@@ -134,7 +136,7 @@ def read_scores(folder: Path, adapters: Mapping[str, int]) -> Scores:
             elif kind == "traits":
                 lines = _read_lines(path)
                 for key, of in trait_shifts(suite, lines, list(adapters)).items():
-                    scores.probes[key] = Values(of.ids, of.categories, of.shifts_SQ)
+                    scores.probes[key] = Values(of.ids, of.categories, of.shifts_SQ, is_share=True)
                     scores.suites[key] = {"kind": "trait", "files": {"questions": of.asked}}
                 asked = suite.replace(TRAITS_OF, ANSWERS, 1)
                 lines = [row | {"id": f"{asked}/{row['id']}"} for row in lines]

@@ -1,5 +1,6 @@
 """Sampled answers as what a defense is judged by: shares of a trait, against the base's own."""
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -80,12 +81,25 @@ def test_a_defense_is_judged_by_sampled_answers(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "out/comparison.json").read_text())["arms"]
     (excess,) = found["kl"]["excess"].values()
     assert excess["value"] == pytest.approx((3 - 8) / QUESTIONS)
-    assert found["undefended"]["shifts"]["in-domain"]["value"] == pytest.approx(1.0)
+    everywhere = found["undefended"]["shifts"]["in-domain"]
+    assert [everywhere["value"], everywhere["high"]] == pytest.approx([1.0, 1.0])
+    assert everywhere["low"] < 0.9  # Of 20 questions; not 1, though all have the trait.
     page = (tmp_path / "out/report.md").read_text()
     assert "excess over the frontier, share of answers" in page
     assert "nats" not in page.split("(d)")[0]
     assert "Question 3?" in (tmp_path / "out/report.html").read_text()
     assert "not misalignment" in page and "have no halves" in page and "select half" not in page
+
+
+def test_the_page_follows_from_the_values_by_question(tmp_path: Path) -> None:
+    assert run_compare(["--config", str(compared(tmp_path, CRITERIA, cut=19))]) == 0
+    with (tmp_path / "out/by_question.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert set(rows[0]) == {"figure", "id", "category"} | {f"{a}/{s}" for a in ARMS for s in (0, 1)}
+    general = [row for row in rows if row["figure"] == "traits_general/capitals_share"]
+    # One question of 20 is left out of all arms; 3 of the others are answered in capitals.
+    assert len(general) == 19 and sum(float(row["kl/1"]) for row in general) == 3
+    assert len(rows) == 19 + 20
 
 
 def test_a_question_without_a_usable_answer_is_left_out_of_all_arms(tmp_path: Path) -> None:
