@@ -49,7 +49,9 @@ def evaluation(
             for row, shift in zip(of_suite, shifts, strict=True):
                 row["adapters"][name] = {"probe_shift": float(shift)}
     figures = [
-        figure(name, "general", "probe_shift", general) for name, (_, general) in adapters.items()
+        figure(name, suite, "probe_shift", {"general": general, "in_domain": other}.get(suite, 0.0))
+        for name, (other, general) in adapters.items()
+        for suite in rows
     ]
     suites: dict[str, Any] = {
         suite: {"kind": "probe", "files": {f"data/{suite}.jsonl": "0"}, "condition": "none",

@@ -37,6 +37,11 @@ class Cell:
     share: float | None = None
 
 
+def mean_shift(values: Values) -> Estimate:
+    """`crossed_mean` of a probe's or a trait's shifts."""
+    return crossed_mean(values.values_SQ, is_share=values.is_share)
+
+
 def narrow_cell(
     scores: Scores, reference: Scores, in_domain: str, bounds: BoundSettings | None = None
 ) -> Cell:
@@ -44,11 +49,10 @@ def narrow_cell(
 
     In part only, if it is less than `bounds.learned` of the undefended arm's.
     """
-    estimate = crossed_mean(scores.probes[in_domain].values_SQ)
+    estimate, whole = (mean_shift(of.probes[in_domain]) for of in (scores, reference))
     low, high = estimate.interval()
     if np.isnan(low) and len(scores.seeds) > 1:
         return Cell(decision=NOT_MEASURED, note="one question says nothing about others")
-    whole = crossed_mean(reference.probes[in_domain].values_SQ)
     share = None
     if scores is not reference and whole.value > 0 and not whole.interval()[0] <= 0:
         share = estimate.value / whole.value

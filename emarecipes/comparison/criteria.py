@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import isnan
 
 from emarecipes.comparison.arms import Arm
@@ -19,6 +19,7 @@ from emarecipes.comparison.cells import (
     benign_cell,
     benign_tiers,
     coherent_cell,
+    mean_shift,
     narrow_cell,
 )
 from emarecipes.comparison.criterion import ProbeNames
@@ -26,7 +27,7 @@ from emarecipes.comparison.frontier import Excess, Shifts, excess
 from emarecipes.comparison.gate import Effect, bound_of, measure_effect
 from emarecipes.comparison.results import Scores
 from emarecipes.comparison.settings import BoundSettings
-from emarecipes.comparison.statistics import Estimate, crossed_mean
+from emarecipes.comparison.statistics import Estimate
 from emarecipes.comparison.verdicts import Contrast, Verdict, verdicts
 from emarecipes.errors import UserError
 
@@ -247,16 +248,15 @@ def _describe(
     named = {name: name for name in general} | {"in-domain": probes.in_domain}
     if probes.controls in scores.probes:
         named["controls"] = probes.controls
-    figures.shifts = {
-        name: crossed_mean(scores.probes[suite].values_SQ) for name, suite in named.items()
-    }
+    figures.shifts = {name: mean_shift(scores.probes[suite]) for name, suite in named.items()}
     in_domain_S = scores.probes[probes.in_domain].values_SQ.mean(axis=1)
     general_S = scores.probes[probes.general].values_SQ.mean(axis=1)
     figures.points = list(zip(in_domain_S.tolist(), general_S.tolist(), strict=True))
     values = scores.probes[probes.general]
     for category in dict.fromkeys(values.categories):
         columns = [i for i, name in enumerate(values.categories) if name == category]
-        figures.categories[category] = crossed_mean(values.values_SQ[:, columns])
+        part = replace(values, values_SQ=values.values_SQ[:, columns])
+        figures.categories[category] = mean_shift(part)
 
 
 def _excesses(
@@ -287,7 +287,10 @@ def _excesses(
     bound = bound_of(usable[undefended], probes.general, probes, rows, share)
     for probe in general:
         figures.excesses[probe] = excess(
-            shifts(figures.arm.name, probe), {name: shifts(name, probe) for name in points}, bound
+            shifts(figures.arm.name, probe),
+            {name: shifts(name, probe) for name in points},
+            bound,
+            is_share=scores.probes[probe].is_share,
         )
     left_out = [name for name in curve if name not in points]
     if left_out:

@@ -47,6 +47,11 @@ class Values:
     meaning: str = ""
     sampled: bool = False
 
+    @property
+    def is_share(self) -> bool:
+        """Whether they are differences of shares of answers, so within -+1."""
+        return self.unit == _SHOWN["share"]
+
     def of_seeds(self, rows: Sequence[int]) -> Values:
         """Those of some rows, in that order."""
         return replace(self, values_SQ=self.values_SQ[list(rows)])

@@ -98,7 +98,9 @@ def on_curve(x_RS: Floats, points_x_RSK: Floats, points_y_RSK: Floats) -> Floats
     return y_RS
 
 
-def excess(defended: Shifts, undefended: Mapping[str, Shifts], bound: Bound) -> Excess:
+def excess(
+    defended: Shifts, undefended: Mapping[str, Shifts], bound: Bound, *, is_share: bool = False
+) -> Excess:
     """The excess of a defense over the frontier, paired by seed.
 
     Args:
@@ -107,6 +109,7 @@ def excess(defended: Shifts, undefended: Mapping[str, Shifts], bound: Bound) -> 
             rates. The questions of all probes are drawn in the crossed bootstrap; the curve of
             every resample goes through that resample's points.
         bound: What counts as no difference. Its general questions are the probe's own.
+        is_share: Whether the general shifts are differences of shares of answers.
     """
     in_domain_KSQ = np.stack([shifts.in_domain_SQ for shifts in undefended.values()])
     general_KSQ = np.stack([shifts.general_SQ for shifts in undefended.values()])
@@ -135,9 +138,9 @@ def excess(defended: Shifts, undefended: Mapping[str, Shifts], bound: Bound) -> 
     x_S = defended.in_domain_SQ.mean(axis=1)
     end_S = in_domain_KSQ.mean(axis=2).max(axis=0)
     return Excess(
-        crossed_estimate(off_bound(0.0), questions),
-        over=crossed_estimate(off_bound(-1.0), all_questions),
-        under=crossed_estimate(off_bound(1.0), all_questions),
+        crossed_estimate(off_bound(0.0), questions, is_share=is_share),
+        over=crossed_estimate(off_bound(-1.0), all_questions, is_share=is_share),
+        under=crossed_estimate(off_bound(1.0), all_questions, is_share=is_share),
         curve=float(curve(even).mean()),
         above=int((x_S > end_S).sum()),
         below=int((x_S <= 0).sum()),

@@ -67,6 +67,7 @@ def measure_effect(
         found[name] = crossed_estimate(
             lambda shares, bound=bound: effect_by_seed(shares, bound),  # type: ignore[misc]
             questions,
+            is_share=undefended.probes[name].is_share,
         )
     return Effect(found, probes.general, share * found[probes.general].value, CONTROLS in questions)
 

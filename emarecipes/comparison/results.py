@@ -112,24 +112,25 @@ def _with_values(
 ) -> Scores:
     """The scores with the values by question and by answer of the figures behind criteria."""
     lines: dict[str, list[dict[str, Any]]] = {}
+    suites = dict(scores.suites)  # Without the figures' own entries, which come to them.
 
     def source(suite: str, criterion: CriterionSettings) -> Source:
         path = folder / "scores" / f"{suite}.jsonl"
         if suite not in lines:
             lines[suite] = _read_lines(path)
         figure = _figure(figures, suite, criterion, adapters[0])
-        return Source(figure, scores.suites[suite], lines[suite], path)
+        return Source(figure, suites[suite], lines[suite], path)
 
     def sources(criterion: CriterionSettings) -> list[Source]:
-        return [source(suite, criterion) for suite in criterion.among(scores.suites)]
+        return [source(suite, criterion) for suite in criterion.among(suites)]
 
-    for criterion in _shifted(criteria, scores.suites):
+    for criterion in _shifted(criteria, suites):
         # Of several suites none is meant: `measure` says that there is no such one.
-        if criterion.suite in scores.suites:
+        if criterion.suite in suites:
             of = source(criterion.suite, criterion)
             scores.probes[criterion.key] = of.shifts(adapters)
             scores.asked[criterion.key] = of.asked()
-            scores.suites.setdefault(criterion.key, scores.suites[criterion.suite])
+            scores.suites.setdefault(criterion.key, suites[criterion.suite])
     benign, coherent = sources(criteria.benign), sources(criteria.coherent)
     return replace(
         scores,
@@ -137,7 +138,7 @@ def _with_values(
         reference_correct=mean_of(benign, REFERENCE),
         coherent=by_answer(coherent, adapters),
         reference_coherent=mean_of(coherent, REFERENCE),
-        answers=_answers(folder, scores.suites, adapters[0]),
+        answers=_answers(folder, suites, adapters[0]),
     )
 
 

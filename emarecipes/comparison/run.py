@@ -20,6 +20,7 @@ from rich.text import Text
 
 from emarecipes.command import run_alone
 from emarecipes.comparison.arms import Arm, Job, expand_arms, make_jobs
+from emarecipes.comparison.by_question import BY_QUESTION, by_question
 from emarecipes.comparison.checks import check_tasks
 from emarecipes.comparison.criteria import ArmFigures, choose, measure
 from emarecipes.comparison.dates import keep_date
@@ -73,6 +74,7 @@ def _compare(argv: Sequence[str]) -> None:
         raise UserError(f"{error}{first}") from None
     page = write_report(outcome, runner.folder)
     write_text(runner.folder / RESULT, json.dumps(as_json(outcome), indent=1) + "\n")
+    write_text(runner.folder / BY_QUESTION, by_question(outcome.narrow))
     print_outcome(outcome)
     print(f"report: {page}")
     if runner.failures:

@@ -21,6 +21,7 @@ Floats = NDArray[np.float64]
 BySeed = Callable[[Mapping[str, Floats]], Floats]
 
 RESAMPLES = 10_000
+_Z = 1.959963984540054
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ def crossed_estimate(
     by_seed: BySeed,
     questions: Mapping[str, int | Sequence[Hashable]],
     *,
+    is_share: bool = False,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Estimate:
@@ -98,9 +100,14 @@ def crossed_estimate(
     C - 1 stands for Q - 1. V_q comes from R draws, so that its own standard error is
     sqrt((m_4 - V_q^2) / R), m_4 the draws' fourth central moment; `Estimate.monte_carlo` has it.
 
+    A share that is 0 or 1 at every question is so in every resample, and V_q would be 0. So V_q of
+    shares is at least (z / (C + z^2))^2, z = 1.96: z times its root is then as far as Wilson's
+    interval of 0 of C reaches.
+
     Args:
         by_seed: The statistic of each seed, for any shares of questions. It need not be linear.
         questions: Of each probe that it reads the number of questions, or each one's cluster.
+        is_share: Whether it is a difference of shares of answers, which is within -+1.
         resamples: R, at least `RESAMPLES`.
         seed: Of the resampling.
 
@@ -138,21 +145,27 @@ def crossed_estimate(
     }
     means_R = by_seed(drawn).mean(axis=1)
     of_questions = float(means_R.var(ddof=1))
+    if is_share:
+        of_questions = max(of_questions, (_Z / (fewest + _Z**2)) ** 2)
     fourth = float(((means_R - means_R.mean()) ** 4).mean())
-    uncertain = float(np.sqrt(max(fourth - of_questions**2, 0.0) / resamples))
+    uncertain = float(np.sqrt(max(fourth - float(means_R.var(ddof=1)) ** 2, 0.0) / resamples))
     of_seeds = float(values_S.var(ddof=1)) / seeds if seeds > 1 else 0.0
     error = float(np.sqrt(of_seeds + of_questions))
     parts = of_questions**2 / (fewest - 1) + (of_seeds**2 / (seeds - 1) if seeds > 1 else 0.0)
     freedom = (of_seeds + of_questions) ** 2 / parts if parts > 0 else float(max(seeds - 1, 1))
     monte_carlo = uncertain / (2 * error) if error > 0 else 0.0
-    return Estimate(value, error, float(freedom), seeds, monte_carlo=monte_carlo)
+    found = Estimate(value, error, float(freedom), seeds, monte_carlo=monte_carlo)
+    return replace(found, least=-1.0, most=1.0) if is_share else found
 
 
-def crossed_mean(values_SQ: Floats, clusters: Sequence[Hashable] | None = None) -> Estimate:
+def crossed_mean(
+    values_SQ: Floats, clusters: Sequence[Hashable] | None = None, *, is_share: bool = False
+) -> Estimate:
     """`crossed_estimate` of the mean over seeds and questions of values (S, Q)."""
     return crossed_estimate(
         lambda shares: shares["questions"] @ values_SQ.T,
         {"questions": values_SQ.shape[1] if clusters is None else clusters},
+        is_share=is_share,
     )
 
 

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 from scipy.stats import ttest_1samp
+from statsmodels.stats.proportion import proportion_confint
 
 from emarecipes.comparison.frontier import Excess
 from emarecipes.comparison.statistics import (
@@ -63,6 +64,20 @@ def test_one_question_has_no_interval_and_no_p(seeds: int) -> None:
     found = crossed_mean(-np.linspace(0.2, 0.203, seeds)[:, None])
     assert all(math.isnan(end) for end in found.interval())
     assert found.p_below(0.0) == 1.0
+
+
+def test_a_share_that_no_question_breaks_has_wilsons_interval() -> None:
+    """All 64 answers of three seeds have the trait: a resample can only say so again."""
+    found = crossed_mean(np.ones((3, 64)), is_share=True)
+    low, high = found.interval()
+    assert high == 1.0
+    wilson, _ = proportion_confint(64, 64, method="wilson")
+    # Student's t of 63 degrees of freedom in place of 1.96.
+    assert 1 - low == pytest.approx((1 - wilson) * 1.99834 / 1.95996, rel=1e-4)
+    assert found.p_below(1.0) == found.p_above(1.0) == 0.5
+    # Where questions differ, what they say is the larger.
+    mixed = np.tile(np.arange(64) % 2.0, (3, 1))
+    assert crossed_mean(mixed, is_share=True).error == crossed_mean(mixed).error
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Sampled answers as what a defense is judged by: shares of a trait, against the base's own."""
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,14 @@ import toy_run
 import yaml
 
 from emarecipes.comparison.checks import check_tasks
-from emarecipes.comparison.results import Scores, Values
+from emarecipes.comparison.figure_values import Source, Values
+from emarecipes.comparison.results import Scores
 from emarecipes.comparison.run import run_compare
 from emarecipes.comparison.settings import check_compare_settings
 from emarecipes.comparison.told import keep_told
-from emarecipes.comparison.traits import trait_shifts
 from emarecipes.config import load_config
 from emarecipes.errors import UserError
+from emarecipes.evaluation.suite import asked
 
 QUESTIONS = 20
 CRITERIA = {
@@ -42,12 +44,19 @@ def test_shifts_by_hand() -> None:
         line("reference", 1, 0, False), line("reference", 2, 0, None),
         line("a", 0, 0, True), line("a", 0, 1, None), line("a", 1, 0, True), line("a", 2, 0, True),
     ]  # fmt: skip
-    (found,) = trait_shifts("traits_x", rows, ["a"]).values()
+
+    def shifts(lines: list[dict[str, Any]]) -> Values:
+        figure = asked("a", "traits_x", "capitals_share")
+        return Source(figure, {"kind": "traits"}, lines, Path("x.jsonl")).shifts(["a"])
+
     # Of q0 1 of 1 usable answer against 1 of 2; to q2 the base has no usable answer.
-    np.testing.assert_array_equal(found.shifts_SQ, [[0.5, 1.0, np.nan]])
-    assert trait_shifts("traits_x", rows[4:], ["a"]) == {}
+    np.testing.assert_array_equal(shifts(rows).values_SQ, [[0.5, 1.0, np.nan]])
+    with pytest.raises(
+        UserError, match=r"x\.jsonl: capitals_share is to be a change from the base"
+    ):
+        shifts(rows[4:])
     with pytest.raises(UserError, match="a answers other questions than the base"):
-        trait_shifts("traits_x", rows[:-1], ["a"])
+        shifts(rows[:-1])
 
 
 def evaluation(folder: Path, name: str, home: int, general: int, cut: int) -> Path:
@@ -58,7 +67,11 @@ def evaluation(folder: Path, name: str, home: int, general: int, cut: int) -> Pa
         for suite, shown, cut in (("traits_home", home, -1), ("traits_general", general, cut))
     }
     suites = {suite: {"kind": "traits", "files": {}, "questions": QUESTIONS} for suite in lines}
-    toy_compare.write(folder, {name: None}, suites, [], lines, "b" * 64)
+    figures = [
+        toy_compare.figure(name, suite, "capitals_share", shown / QUESTIONS) | {"unit": "share"}
+        for suite, shown in (("traits_home", home), ("traits_general", general))
+    ]
+    toy_compare.write(folder, {name: None}, suites, figures, lines, "b" * 64)
     return folder
 
 
@@ -80,12 +93,25 @@ def test_a_defense_is_judged_by_sampled_answers(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "out/comparison.json").read_text())["arms"]
     (excess,) = found["kl"]["excess"].values()
     assert excess["value"] == pytest.approx((3 - 8) / QUESTIONS)
-    assert found["undefended"]["shifts"]["in-domain"]["value"] == pytest.approx(1.0)
+    everywhere = found["undefended"]["shifts"]["in-domain"]
+    assert [everywhere["value"], everywhere["high"]] == pytest.approx([1.0, 1.0])
+    assert everywhere["low"] < 0.9  # Of 20 questions; not 1, though all have the trait.
     page = (tmp_path / "out/report.md").read_text()
     assert "excess over the frontier, share of answers" in page
     assert "nats" not in page.split("(d)")[0]
     assert "Question 3?" in (tmp_path / "out/report.html").read_text()
     assert "not misalignment" in page and "have no halves" in page and "select half" not in page
+
+
+def test_the_page_follows_from_the_values_by_question(tmp_path: Path) -> None:
+    assert run_compare(["--config", str(compared(tmp_path, CRITERIA, cut=19))]) == 0
+    with (tmp_path / "out/by_question.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert set(rows[0]) == {"figure", "id", "category"} | {f"{a}/{s}" for a in ARMS for s in (0, 1)}
+    general = [row for row in rows if row["figure"] == "traits_general/capitals_share"]
+    # One question of 20 is left out of all arms; 3 of the others are answered in capitals.
+    assert len(general) == 19 and sum(float(row["kl/1"]) for row in general) == 3
+    assert len(rows) == 19 + 20
 
 
 def test_a_question_without_a_usable_answer_is_left_out_of_all_arms(tmp_path: Path) -> None:
@@ -106,14 +132,19 @@ def test_too_few_usable_questions_are_no_figure() -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"general": {"suite": "traits_general", "figure": "capital_share"}},
-         "criteria.general.figure: no figure capital_share can be a criterion (did you mean capit"),
-        ({"controls": {"suite": "controls"}}, "criteria.controls: probe_shift and general's"),
+        ({"general": {"suite": "traits_select", "figure": "capital_share"}},
+         "criteria.general.figure: the suite traits_select has no figure capital_share (did you m"),
+        ({"controls": {"suite": "traits_select", "figure": "words"}},
+         "criteria.controls: words and general's capitals_share have different units"),
+        ({"controls": {"suite": "controls"}},
+         "criteria.controls: the evaluation has no suite controls; it has traits"),
         ({"general": {"suite": "traits_x", "figure": "capitals_share"}},
-         "criteria.general: no answers are sampled for traits_x; there will be traits_general"),
-        ({"in_domain": {"suite": "home"}}, "criteria.in_domain: the evaluation has no probe home"),
-        ({"general": {"suite": "traits_general", "figure": "expert_claim_share"}},
-         "criteria.general: `traits` of the evaluation does not name expert_claim"),
+         "criteria.general: no answers are sampled for traits_x; there will be traits_select"),
+        ({"in_domain": {"suite": "home"}}, "criteria.in_domain: the evaluation has no suite home"),
+        ({"general": {"suite": "traits_select", "figure": "expert_claim_share"}},
+         "criteria.general.figure: the suite traits_select has no figure expert_claim_share"),
+        ({"coherent": {"suite": "answers"}},
+         "criteria.coherent: the evaluation has no suite answers; it has traits"),
     ],
 )  # fmt: skip
 def test_a_criterion_without_its_figure_is_told_before_training(
@@ -121,7 +152,7 @@ def test_a_criterion_without_its_figure_is_told_before_training(
 ) -> None:
     path = toy_run.REPO / "configs/compare_caps.yaml"
     raw, origin = load_config(["--config", str(path)])
-    raw.criteria = json.loads(json.dumps(CRITERIA).replace("home", "home_repair")) | change
+    raw.criteria = {**raw.criteria, **change}
     with pytest.raises(UserError) as error:
         check_tasks(check_compare_settings(raw, origin), origin)
     assert reason in str(error.value)

@@ -14,7 +14,8 @@ import yaml
 from toy_compare import evaluation
 
 from emarecipes.comparison.cells import benign_cell, coherent_cell
-from emarecipes.comparison.results import Scores, Values, read_scores
+from emarecipes.comparison.figure_values import Values
+from emarecipes.comparison.results import Scores, read_scores
 from emarecipes.comparison.run import run_compare
 from emarecipes.errors import UserError
 from emarecipes.reporting.checklist import _each_its_own, _judges
