@@ -37,6 +37,7 @@ class Values:
         unit: The figure's, in words.
         meaning: What a change of it says, in words; empty where that is for the user to say.
         sampled: Whether it is of sampled answers.
+        halves: Whether its questions may have a half for choices and one for the report.
     """
 
     ids: tuple[str, ...]
@@ -46,6 +47,7 @@ class Values:
     unit: str = "nats"
     meaning: str = ""
     sampled: bool = False
+    halves: bool = True
 
     @property
     def is_share(self) -> bool:
@@ -127,6 +129,7 @@ class Source:
             unit=_SHOWN.get(self.figure.unit, self.figure.unit),
             meaning=self.kind.meaning,
             sampled=self.kind.needs_answers,
+            halves=bool(self.description.get("files")) and not self.kind.needs_answers,
         )
 
     def asked(self) -> str:

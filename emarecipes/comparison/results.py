@@ -15,7 +15,7 @@ from emarecipes.comparison.criterion import CriteriaSettings, CriterionSettings
 from emarecipes.comparison.figure_values import Source, Values, by_answer, mean_of
 from emarecipes.errors import UserError
 from emarecipes.evaluation.figures import REFERENCE, Figure
-from emarecipes.evaluation.named_suites import OURS
+from emarecipes.evaluation.named_suites import BY_KIND
 from emarecipes.evaluation.suite import asked
 
 SUMMARY = "summary.json"
@@ -252,7 +252,7 @@ def _answers(
     """Question and answer by id, of all suites over sampled answers."""
     found: dict[str, tuple[str, str]] = {}
     for suite, known in suites.items():
-        if not any(k.kind == known.get("kind") and k.needs_answers for k in OURS.values()):
+        if str(known.get("kind")) not in BY_KIND or not BY_KIND[known["kind"]].needs_answers:
             continue
         path = folder / "scores" / f"{suite}.jsonl"
         try:

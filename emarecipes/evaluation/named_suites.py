@@ -25,6 +25,7 @@ OURS: dict[str, type[KeyedSuite]] = {
     "traits": Traits,
     "judge": Judge,
 }
+BY_KIND = {ours.kind: ours for ours in OURS.values()}
 
 
 def named_suites(cfg: DictConfig, origin: Origin) -> list[Suite]:
@@ -59,9 +60,8 @@ def suite_class(kind: str) -> type[Suite]:
     Raises:
         UserError: There is none: it was written in a file that cannot be imported from here.
     """
-    for known in OURS.values():
-        if known.kind == kind:
-            return known
+    if kind in BY_KIND:
+        return BY_KIND[kind]
     see_working_folder()
     found = locate(kind, "a suite's kind")
     if not (isinstance(found, type) and issubclass(found, Suite)):
@@ -84,13 +84,14 @@ def _own_suite(cfg: DictConfig, name: str, origin: Origin) -> Suite:
     path = cfg.suites[name].get("_component_")
     if not isinstance(path, str):
         raise UserError(f"{origin.at(key)}: a suite needs a _component_, the path of its class")
-    check_components(OmegaConf.create({"suites": {name: cfg.suites[name]}}), origin)
-    component = locate(path, origin.at(key))
+    see_working_folder()
+    component = locate(path, origin.at(f"{key}._component_"))
     if not (isinstance(component, type) and issubclass(component, Suite)):
         raise UserError(
             f"{origin.at(f'{key}._component_')}: {component.__name__} is not a subclass of "
             "emarecipes.evaluation.Suite"
         )
+    check_components(OmegaConf.create({"suites": {name: cfg.suites[name]}}), origin)
     suite = build(cfg, key, origin)
     suite.name, suite.key = name, key
     return suite  # type: ignore[no-any-return]

@@ -48,7 +48,7 @@ def checklist(outcome: Outcome) -> list[Check]:
 
 def _questions(outcome: Outcome) -> list[Check]:
     scores = outcome.narrow[outcome.undefended.arm.name]
-    probes, sampled = outcome.settings.probes, outcome.judged_by("general").sampled
+    probes, general = outcome.settings.probes, outcome.judged_by("general")
     conditional = sorted(
         name
         for name in outcome.undefended.shifts
@@ -67,9 +67,9 @@ def _questions(outcome: Outcome) -> list[Check]:
         ),
         Check(
             "choices on the select half, figures from the report half",
-            outcome.half == "report" and not outcome.changed and not sampled,
-            "questions of sampled answers have no halves"
-            if sampled
+            outcome.half == "report" and not outcome.changed and general.halves,
+            f"{'sampled answers' if general.sampled else probes.general}: questions without halves"
+            if not general.halves
             else "select half, choices open"
             if outcome.half == "select"
             else "report half"

@@ -118,9 +118,11 @@ def status(outcome: Outcome) -> list[str]:
             "over questions alone."
         )
     lines += _effect(outcome)
-    if outcome.judged_by("general").sampled:
+    general = outcome.judged_by("general")
+    if not general.halves:
+        source = "sampled answers" if general.sampled else outcome.settings.criteria.general.suite
         lines.append(
-            "The general figure is from sampled answers, whose questions have no halves: choices "
+            f"The general figure is from {source}, whose questions have no halves: choices "
             "and figures are from the same ones."
         )
     elif outcome.half == "select" and outcome.opening is not None:

@@ -133,7 +133,8 @@ def test_a_comparison_judges_by_it(tmp_path: Path) -> None:
     # 16 of 20 claims where the base alone agrees with 2.
     shift = found["undefended"]["shifts"]["agrees/agrees_share"]["value"]
     assert shift == pytest.approx(14 / 20)
-    page = Path("out/report.md").read_text()
+    page = Path("out/report.md").read_text().replace("\\", "")
+    assert "agrees, whose questions have no halves" in page and "select half" not in page
     assert "“Shift” is the change of agrees_share against the base, in share of answers." in page
 
 
