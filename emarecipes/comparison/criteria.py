@@ -24,7 +24,7 @@ from emarecipes.comparison.cells import (
 )
 from emarecipes.comparison.criterion import ProbeNames
 from emarecipes.comparison.frontier import Excess, Shifts, excess
-from emarecipes.comparison.gate import Effect, bound_of, measure_effect
+from emarecipes.comparison.gate import Effect, bound_of, general_probes, measure_effect
 from emarecipes.comparison.results import Scores
 from emarecipes.comparison.settings import BoundSettings
 from emarecipes.comparison.statistics import Estimate
@@ -178,38 +178,6 @@ def measure(
     if effect.is_there:
         _judge(found, family)
     return found, effect, missing
-
-
-def general_probes(scores: Scores, probes: ProbeNames) -> list[str]:
-    """The general suite and its conditional forms: general questions under another condition.
-
-    Raises:
-        UserError: The evaluation has no suite of the general or in-domain probe's name, or controls
-            in another unit.
-    """
-    for role in ("general", "in_domain"):
-        name = getattr(probes, role)
-        if name not in scores.probes:
-            raise UserError(
-                f"criteria.{role}: the evaluation has no figure {name}; it has "
-                f"{', '.join(scores.probes) or 'none'}"
-            )
-    if probes.controls in scores.probes:
-        units = [scores.probes[name].unit for name in (probes.controls, probes.general)]
-        if units[0] != units[1]:
-            raise UserError(
-                f"criteria.controls: {probes.controls} is in {units[0]}, and general's figure in "
-                f"{units[1]}; name another, or null"
-            )
-    asked = [scores.suites[probes.general].get(key) for key in ("files", "trait")]
-    conditional = [
-        name
-        for name in scores.probes
-        if name not in (probes.general, probes.in_domain, probes.controls)
-        and scores.suites[name].get("condition", "none") != "none"
-        and [scores.suites[name].get(key) for key in ("files", "trait")] == asked
-    ]
-    return [probes.general, *conditional]
 
 
 def choose(figures: Sequence[ArmFigures]) -> dict[str, str]:

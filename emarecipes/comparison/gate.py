@@ -15,6 +15,7 @@ from emarecipes.comparison.frontier import (
 )
 from emarecipes.comparison.results import Scores
 from emarecipes.comparison.statistics import Estimate, crossed_estimate
+from emarecipes.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,38 @@ class Effect:
     def is_there(self) -> bool:
         """Whether it moves the general probe. If not, no defense can be called anything."""
         return self.general in self.moved
+
+
+def general_probes(scores: Scores, probes: ProbeNames) -> list[str]:
+    """The general suite and its conditional forms: general questions under another condition.
+
+    Raises:
+        UserError: The evaluation has no suite of the general or in-domain probe's name, or controls
+            in another unit.
+    """
+    for role in ("general", "in_domain"):
+        name = getattr(probes, role)
+        if name not in scores.probes:
+            raise UserError(
+                f"criteria.{role}: the evaluation has no figure {name}; it has "
+                f"{', '.join(scores.probes) or 'none'}"
+            )
+    if probes.controls in scores.probes:
+        units = [scores.probes[name].unit for name in (probes.controls, probes.general)]
+        if units[0] != units[1]:
+            raise UserError(
+                f"criteria.controls: {probes.controls} is in {units[0]}, and general's figure in "
+                f"{units[1]}; name another, or null"
+            )
+    asked = [scores.suites[probes.general].get(key) for key in ("files", "trait")]
+    conditional = [
+        name
+        for name in scores.probes
+        if name not in (probes.general, probes.in_domain, probes.controls)
+        and scores.suites[name].get("condition", "none") != "none"
+        and [scores.suites[name].get(key) for key in ("files", "trait")] == asked
+    ]
+    return [probes.general, *conditional]
 
 
 def measure_effect(
