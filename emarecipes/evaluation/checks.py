@@ -31,6 +31,7 @@ from emarecipes.evaluation.judging import Judgement
 from emarecipes.evaluation.settings import check_eval_settings
 from emarecipes.evaluation.suites import Suite, read_suites
 from emarecipes.fingerprint import adapter_digest
+from emarecipes.generation.prompts import check_opening
 from emarecipes.models.adapter import check_adapter
 from emarecipes.models.dates import adapter_date, check_answers_dates, settle_date
 from emarecipes.training.model_checks import (
@@ -103,6 +104,8 @@ def check_evaluation(argv: Sequence[str]) -> CheckedEvaluation:
         _check_sampled_from(folder, cfg, origin, name)
 
     tokenizer = build(cfg, "tokenizer", origin)
+    if problems:
+        check_opening(tokenizer, origin)
     tokenized = [(suite, suite.rows(tokenizer)) for suite in suites]
     answers = {
         name: {suite: (a, coherence_rows(a, tokenizer)) for suite, a in files.items()}
