@@ -93,6 +93,13 @@ def later_entries(folder: Path, model_dir: Path, layers: int, width: int) -> dic
             "aligned_dir": str(model_dir),
             "weight": 0.5,
         },
+        "block": {
+            "_component_": component + "DirectionBlock",
+            "directions": str(folder / "vectors.safetensors"),
+            "layer": 1,
+            "side": "both",
+            "weight": 20.0,
+        },
         "spectral": {"_component_": component + "SpectralPenalty", "weight": 0.5},
     }
 

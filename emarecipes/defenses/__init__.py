@@ -2,6 +2,7 @@
 
 from emarecipes.defenses.asft import AsFT
 from emarecipes.defenses.base import AdaptedModule, Defense, ModelSource, TrainingContext
+from emarecipes.defenses.block import DirectionBlock
 from emarecipes.defenses.feature_l2 import FeatureL2
 from emarecipes.defenses.inoculation import InoculationPrompt
 from emarecipes.defenses.kl import KLToReference
@@ -14,6 +15,7 @@ __all__ = [
     "AdaptedModule",
     "AsFT",
     "Defense",
+    "DirectionBlock",
     "FeatureL2",
     "InoculationPrompt",
     "KLToReference",
