@@ -5,6 +5,7 @@ from emarecipes.defenses.base import AdaptedModule, Defense, ModelSource, Traini
 from emarecipes.defenses.block import DirectionBlock
 from emarecipes.defenses.feature_l2 import FeatureL2
 from emarecipes.defenses.inoculation import InoculationPrompt
+from emarecipes.defenses.inoculation_adapter import InoculationAdapter
 from emarecipes.defenses.kl import KLToReference
 from emarecipes.defenses.persona import PersonaSteering
 from emarecipes.defenses.safelora import SafeLoRA
@@ -17,6 +18,7 @@ __all__ = [
     "Defense",
     "DirectionBlock",
     "FeatureL2",
+    "InoculationAdapter",
     "InoculationPrompt",
     "KLToReference",
     "ModelSource",

@@ -121,7 +121,8 @@ class DirectionBlock(Defense):
             rise_TK = rise_TK.clamp(min=0)
         elif self._side == "down":
             rise_TK = rise_TK.clamp(max=0)
-        return rise_TK.square().sum()
+        total: Tensor = rise_TK.square().sum()
+        return total
 
     def figures(self) -> dict[str, float]:
         """How far the policy is ahead of the reference along the directions."""
