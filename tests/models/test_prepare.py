@@ -212,7 +212,7 @@ def test_leftovers_of_a_killed_run_are_cleaned(toy_wheel: Path, tmp_path: Path) 
     code = f"""
 import time
 from pathlib import Path
-from emarecipes.models import _gguf, prepare
+from emarecipes.models.prepare import gguf as _gguf, command as prepare
 from emarecipes.models.prepare.wheel import KNOWN_MODELS, WheelModel
 def convert(gguf_file, folder):
     (folder / "config.json").write_text("half")
