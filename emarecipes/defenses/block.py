@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from emarecipes.defenses.activations import read_tensor, tell_other_model
-from emarecipes.defenses.base import Defense, ModelSource, Samples, TrainingContext
+from emarecipes.defenses.base import Defense, Samples, TrainingContext
 from emarecipes.errors import UserError
+from emarecipes.models.source import ModelSource
 
 if TYPE_CHECKING:
-    from emarecipes.training.batch import Batch
+    from emarecipes.models.batch import Batch
 
 Side = Literal["up", "down", "both"]
 

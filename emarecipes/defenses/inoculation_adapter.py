@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torchtune import utils
 
-from emarecipes._adapter_layout import plain_module
-from emarecipes.defenses.base import Defense, ModelSource, TrainingContext
+from emarecipes.defenses.base import Defense, TrainingContext
 from emarecipes.errors import UserError
-from emarecipes.models.adapter import LoadedLayer, check_adapter, read_adapter
+from emarecipes.models.adapters.layout import plain_module
+from emarecipes.models.adapters.read import LoadedLayer, check_adapter, read_adapter
+from emarecipes.models.source import ModelSource
 
 log = utils.get_logger("INFO")
 

@@ -16,7 +16,7 @@ from toy_models import toy_microbatches, toy_model
 
 from emarecipes.defenses import Defense, InoculationAdapter, KLToReference, ModelSource
 from emarecipes.errors import UserError
-from emarecipes.training.export import save_adapter
+from emarecipes.models.adapters.export import save_adapter
 from emarecipes.training.step import TrainingLoss
 
 RANK, ALPHA = 4, 8.0
