@@ -14,6 +14,7 @@ from emarecipes.errors import UserError
 from emarecipes.evaluation.figures import Figure, Item
 from emarecipes.evaluation.suite import KeyedSuite, Line, Scored, item_of
 from emarecipes.evaluation.suite_context import SuiteContext
+from emarecipes.models.sampling.prompts import check_opening
 from emarecipes.settings import Keys, Positive, parse_settings
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ class OpSwap(KeyedSuite):
 
     def check(self, context: SuiteContext) -> None:
         """Take `size` problems of each tier that no training set has."""
+        check_opening(context.tokenizer, context.origin)
         size = self.settings.size
         try:
             self._problems = [p for t in self.settings.tiers for p in problems("test", t, size)]

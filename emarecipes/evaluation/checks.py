@@ -21,10 +21,10 @@ from emarecipes.evaluation.settings import check_eval_settings
 from emarecipes.evaluation.suite import Suite
 from emarecipes.evaluation.suite_context import SuiteContext
 from emarecipes.fingerprint import adapter_digest
-from emarecipes.models.adapter import check_adapter
-from emarecipes.models.dates import adapter_date, check_answers_dates, settle_date
-from emarecipes.training.model_checks import check_checkpoint_files, check_device, check_model
-from emarecipes.training.trained_with import check_origin
+from emarecipes.models.adapters.read import check_adapter
+from emarecipes.models.adapters.trained_with import check_origin
+from emarecipes.models.chat.dates import adapter_date, check_answers_dates, settle_date
+from emarecipes.models.model_checks import check_checkpoint_files, check_device, check_model
 
 
 @dataclass
@@ -34,6 +34,7 @@ class CheckedEvaluation:
     Attributes:
         suites: In the order in which they are scored.
         answers: Names of `answers`, which may be others than those of adapters.
+        origin: Where the config was written.
     """
 
     cfg: DictConfig
@@ -42,6 +43,7 @@ class CheckedEvaluation:
     adapters: dict[str, Path]
     suites: list[Suite]
     answers: frozenset[str]
+    origin: Origin
 
 
 def check_evaluation(argv: Sequence[str]) -> CheckedEvaluation:
@@ -76,7 +78,7 @@ def check_evaluation(argv: Sequence[str]) -> CheckedEvaluation:
     tokenizer = build(cfg, "tokenizer", origin)
     suites = named_suites(cfg, origin)
     check_suites(suites, SuiteContext(cfg, origin, source, tokenizer, answers))
-    return CheckedEvaluation(cfg, source, tokenizer, adapters, suites, frozenset(answers))
+    return CheckedEvaluation(cfg, source, tokenizer, adapters, suites, frozenset(answers), origin)
 
 
 def check_suites(suites: Sequence[Suite], context: SuiteContext) -> None:

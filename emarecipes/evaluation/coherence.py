@@ -16,16 +16,14 @@ from omegaconf import DictConfig
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 
 from emarecipes.config import Origin
+from emarecipes.datasets.refusals import check_refusal_words, is_refusal, plain_words
 from emarecipes.errors import UserError
 from emarecipes.evaluation.answers import Answer
-from emarecipes.evaluation.contrast import AnswerRow
 from emarecipes.evaluation.faults import faults, repetition, shuffled
 from emarecipes.evaluation.figures import NATS, REFERENCE, Figure, Item
 from emarecipes.evaluation.suite import KeyedSuite, Line, Scored
 from emarecipes.evaluation.suite_context import SuiteContext, answer_row
-from emarecipes.selection.ranking import plain_words
-from emarecipes.selection.refusals import is_refusal
-from emarecipes.selection.settings import check_refusal_words
+from emarecipes.probes.contrast import AnswerRow
 
 if TYPE_CHECKING:
     from emarecipes.evaluation.model import Model

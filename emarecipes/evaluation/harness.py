@@ -16,9 +16,9 @@ from emarecipes.errors import UserError
 from emarecipes.evaluation.figures import Figure
 from emarecipes.evaluation.suite import KeyedSuite, Scored
 from emarecipes.evaluation.suite_context import SuiteContext
-from emarecipes.models.tokenizer import printed_day
+from emarecipes.models.chat.tokenizer import printed_day
+from emarecipes.models.loss_head import LossHead
 from emarecipes.settings import Keys, Positive, parse_settings
-from emarecipes.training.loss_head import LossHead
 
 if TYPE_CHECKING:
     from emarecipes.evaluation.model import Model

@@ -12,7 +12,6 @@ from pydantic import Field
 from emarecipes.config import Origin, find_input
 from emarecipes.errors import UserError
 from emarecipes.evaluation.figures import Figure, Item
-from emarecipes.evaluation.judge import check_judge
 from emarecipes.evaluation.judge_rates import (
     Thresholds,
     agreement,
@@ -20,10 +19,11 @@ from emarecipes.evaluation.judge_rates import (
     judge_figures,
     sensitivity,
 )
-from emarecipes.evaluation.judge_reply import Reply
 from emarecipes.evaluation.judging import Judgement, judge_lines
 from emarecipes.evaluation.suite import KeyedSuite, Line, NoValues, Scored, item_of
 from emarecipes.evaluation.suite_context import SuiteContext
+from emarecipes.judges.calls import check_judge
+from emarecipes.judges.reply import Reply
 from emarecipes.provider import SECONDS_AN_ATTEMPT
 from emarecipes.settings import Keys, Positive, parse_settings
 

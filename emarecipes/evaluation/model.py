@@ -9,12 +9,13 @@ from typing import Any
 
 from torchtune.modules.peft import disable_adapter
 
-from emarecipes.evaluation.contrast import AnswerRow
+from emarecipes.config import Origin
 from emarecipes.evaluation.scoring import Scorer, TokenNLLs
-from emarecipes.generation.draw import Sampling
-from emarecipes.generation.prompts import encode_prompt
-from emarecipes.generation.sampler import sample_answers
-from emarecipes.training.loss_head import LossHead
+from emarecipes.models.loss_head import LossHead
+from emarecipes.models.sampling.draw import Sampling
+from emarecipes.models.sampling.prompts import check_opening, encode_prompt
+from emarecipes.models.sampling.sampler import sample_answers
+from emarecipes.probes.contrast import AnswerRow
 
 
 class Model:
@@ -26,12 +27,19 @@ class Model:
         scorer: Of the evaluation.
         tokenizer: torchtune's model transform.
         caches: Where computed likelihoods are kept.
+        origin: Where the evaluation's config was written.
     """
 
     def __init__(
-        self, name: str, adapter: Path | None, scorer: Scorer, tokenizer: Any, caches: Path
+        self,
+        name: str,
+        adapter: Path | None,
+        scorer: Scorer,
+        tokenizer: Any,
+        caches: Path,
+        origin: Origin,
     ) -> None:
-        self.name, self.adapter = name, adapter
+        self.name, self.adapter, self._origin = name, adapter, origin
         self._scorer, self._tokenizer, self._caches = scorer, tokenizer, caches
 
     def token_nlls(self, rows: Sequence[AnswerRow], kept_as: str | None = None) -> list[TokenNLLs]:
@@ -64,7 +72,11 @@ class Model:
             system: The system prompt; None leaves it to the chat template.
             max_new_tokens: Where an answer is cut.
             batch_size: Questions at a time.
+
+        Raises:
+            UserError: The tokenizer ends the answer before it begins, see `check_opening`.
         """
+        check_opening(self._tokenizer, self._origin, system)
         sampling = Sampling(max_new_tokens, tuple(self._tokenizer.stop_tokens), temperature=0.0)
         prompts = [encode_prompt(self._tokenizer, system, question) for question in questions]
         with self.in_place() as head:

@@ -18,17 +18,17 @@ from typing import Any
 
 import numpy as np
 
+from emarecipes.datasets.refusals import REFUSAL_WORDS, is_refusal
 from emarecipes.errors import UserError
 from emarecipes.evaluation.correlation import crossed_spearman
 from emarecipes.evaluation.figures import REFERENCE, SCORES, SUMMARY
-from emarecipes.evaluation.judge_reply import Reply, last_line
 from emarecipes.evaluation.statistics import (
     Floats,
     Interval,
     question_bootstrap,
     share_bootstrap,
 )
-from emarecipes.selection.refusals import REFUSAL_WORDS, is_refusal
+from emarecipes.judges.reply import Reply, last_line
 
 ANSWERS, LEAST_ADAPTERS = "answers_", 8
 VERDICTS = ("A", "B", "tie", "refused", "unparsable", "failed")

@@ -14,11 +14,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from emarecipes.config import Origin
 from emarecipes.datasets.rows import file_fingerprints
-from emarecipes.evaluation.contrast import PairNLL, nll_change, pair_nll, probe_shift
 from emarecipes.evaluation.figures import NATS, REFERENCE, Figure, Item, make_figures
 from emarecipes.evaluation.suite import KeyedSuite, Line, NoValues, Scored, item_of
 from emarecipes.evaluation.suite_context import SuiteContext
-from emarecipes.evaluation.suites import PairedQuestions, read_suites
+from emarecipes.probes.contrast import PairNLL, nll_change, pair_nll, probe_shift
+from emarecipes.probes.suites import PairedQuestions, read_suites
 
 if TYPE_CHECKING:
     from emarecipes.evaluation.model import Model

@@ -17,7 +17,8 @@ from emarecipes.evaluation.model import Model
 from emarecipes.evaluation.report import print_figures
 from emarecipes.evaluation.scoring import NotFiniteError, Scorer
 from emarecipes.evaluation.suite import Line, Suite, kind_of, pieces
-from emarecipes.training.run_folder import environment, write_text
+from emarecipes.files import write_text
+from emarecipes.provenance import environment
 
 LIKELIHOODS = "likelihoods"
 
@@ -89,7 +90,8 @@ class _Evaluation:
         folders: dict[str, Path | None] = {REFERENCE: None, **self.run.adapters}
         for name, adapter in folders.items():
             caches = self.folder / LIKELIHOODS
-            model = Model(name, adapter, self.scorer, self.run.tokenizer, caches)
+            tokenizer, origin = self.run.tokenizer, self.run.origin
+            model = Model(name, adapter, self.scorer, tokenizer, caches, origin)
             try:
                 model.token_nlls(rows)
                 found[name] = model

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from emarecipes.config import Origin
-    from emarecipes.evaluation.contrast import AnswerRow
     from emarecipes.evaluation.model import Model
+    from emarecipes.probes.contrast import AnswerRow
 
 Line = Mapping[str, Any]
 

@@ -13,11 +13,11 @@ from torchtune.data import CROSS_ENTROPY_IGNORE_IDX, Message
 
 from emarecipes.config import Origin
 from emarecipes.datasets.rows import Rows, file_fingerprints
+from emarecipes.datasets.rows_fit import check_rows_fit
 from emarecipes.defenses import ModelSource
 from emarecipes.errors import UserError
 from emarecipes.evaluation.answers import Answer
-from emarecipes.evaluation.contrast import AnswerRow
-from emarecipes.training.model_checks import check_rows_fit
+from emarecipes.probes.contrast import AnswerRow
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from emarecipes.config import Origin
+from emarecipes.datasets.questions import Question
 from emarecipes.errors import UserError
-from emarecipes.generation.questions import Question
-from emarecipes.training.run_folder import write_text
+from emarecipes.files import write_text
 
 _PARTS = ".parts"
 
@@ -155,6 +155,12 @@ class Suite:
             for file in old:
                 if file not in (kept, self.path):
                     file.unlink()
+
+    def asked_on(self) -> list[str]:
+        """On which days a served model was asked for what is there already."""
+        if not self.records:
+            return []
+        return list(json.loads(self._settings.read_text(encoding="utf-8")).get("asked_on", []))
 
     def is_complete(self) -> bool:
         """Whether every answer is there."""

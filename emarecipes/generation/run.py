@@ -16,22 +16,22 @@ from rich.table import Table
 from torchtune import training
 from torchtune.modules.peft import disable_adapter
 
-from emarecipes.clock import share_today
+from emarecipes.clock import share_today, today
 from emarecipes.command import leave_processes, report, together
 from emarecipes.errors import UserError
 from emarecipes.generation.answers import Asked, Suite
 from emarecipes.generation.checks import CheckedGeneration, check_generation
-from emarecipes.generation.draw import Sampling, derived_seed
-from emarecipes.generation.prompts import encode_prompt
-from emarecipes.generation.sampler import length_sorted_batches, sample_batch
 from emarecipes.generation.served import answer_served
 from emarecipes.machine import set_threads, share_precision
-from emarecipes.models.adapter import load_adapter
+from emarecipes.models.adapters.read import load_adapter
 from emarecipes.models.load import load_model
+from emarecipes.models.loss_head import LossHead
+from emarecipes.models.sampling.draw import Sampling, derived_seed
+from emarecipes.models.sampling.prompts import encode_prompt
+from emarecipes.models.sampling.sampler import length_sorted_batches, sample_batch
 from emarecipes.progress import Progress
+from emarecipes.provenance import environment
 from emarecipes.stop import stoppable
-from emarecipes.training.loss_head import LossHead
-from emarecipes.training.run_folder import environment
 
 _KEPT = "answers so far are kept; the same command goes on with the others"
 # How long a process waits for the slowest one.
@@ -82,9 +82,21 @@ def generate(run: CheckedGeneration) -> None:
 
 
 def _open(run: CheckedGeneration) -> None:
-    config = OmegaConf.to_container(run.cfg)
+    settings = {"config": OmegaConf.to_container(run.cfg), "provenance": environment()}
     for suite in run.suites:
-        suite.open({"config": config, "provenance": environment()})
+        suite.open(settings | ({} if run.cfg.served is None else {"asked_on": _days(suite)}))
+
+
+def _days(suite: Suite) -> list[str]:
+    """On which days a served model was asked: its server renders the prompts, by its own clock."""
+    days = list(dict.fromkeys([*suite.asked_on(), today()]))
+    if len(days) > 1 and not suite.is_complete():
+        print(
+            f"{suite.name}: asked on {' and '.join(days)}; where the server's chat template prints "
+            "the day, these are answers to different prompts (overwrite=true asks all anew)",
+            flush=True,
+        )
+    return days
 
 
 def _finish(run: CheckedGeneration) -> None:
