@@ -199,7 +199,7 @@ def test_shipped_compare_config(path: Path) -> None:
             overrides = [*evaluation_overrides(task, half), "answers.seed=."]
             eval_raw, eval_origin = load_config(["--config", task.evaluate.config, *overrides])
             found = check_eval_settings(eval_raw, eval_origin)
-            if plan.settings.criteria.sampled:
+            if plan.sampled:
                 continue  # What is counted in sampled answers has no halves.
             assert found.opswap is not None or f"{half}.jsonl" in found.probes.general["pairs"]
     assert plan.settings.output_dir == f"runs/{path.stem}"
