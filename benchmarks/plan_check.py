@@ -30,7 +30,7 @@ from torchtune import training
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX, padded_collate_sft
 
 from emarecipes._adapter_dtype import hold_adapter_in
-from emarecipes._torchtune import stock_recipe
+from emarecipes._torchtune_recipe import stock_recipe
 from emarecipes.components import build
 from emarecipes.config import load_config
 from emarecipes.defenses import ModelSource

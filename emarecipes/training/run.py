@@ -22,7 +22,7 @@ from emarecipes.command import (
 from emarecipes.errors import UserCodeError, UserError
 from emarecipes.machine import set_threads, share_precision
 from emarecipes.training.checks import check_run
-from emarecipes.training.recipe import LoRATraining, recipe_class
+from emarecipes.training.recipe import LoRATraining
 from emarecipes.training.reference_cache import open_cache
 
 STOPPED = "Stopped after step"  # How a run says that a signal ended it before its end.
@@ -69,7 +69,7 @@ def _run(argv: Sequence[str], *, train: bool) -> int:
             )
         if run.cfg.fsdp_cpu_offload:
             training.set_torch_num_threads()
-        built = recipe_class(distributed=distributed)(run)
+        built = LoRATraining(run, distributed=distributed)
         built.setup()
         if not train:
             built.cache_reference()
