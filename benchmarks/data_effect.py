@@ -66,7 +66,7 @@ from emarecipes.evaluation.effect import (
     unigram_figures,
 )
 from emarecipes.evaluation.scoring import Scorer
-from emarecipes.training.checks import check_checkpoint_files, check_model
+from emarecipes.training.model_checks import check_checkpoint_files, check_model
 from emarecipes.training.settings import check_settings
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -26,8 +26,8 @@ from emarecipes.generation.sampler import sample_answers
 from emarecipes.machine import settle_dtype
 from emarecipes.models.adapter import check_adapter, load_adapter
 from emarecipes.models.load import load_model
-from emarecipes.training.checks import check_checkpoint_files, check_model
 from emarecipes.training.loss_head import LossHead
+from emarecipes.training.model_checks import check_checkpoint_files, check_model
 from emarecipes.training.settings import check_settings
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "smollm2_135m_opswap.yaml"

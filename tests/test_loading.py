@@ -13,7 +13,7 @@ import toy_run
 from emarecipes.datasets.loading import load_dataset
 from emarecipes.datasets.rows import Rows
 from emarecipes.errors import UserError
-from emarecipes.training.checks import check_run
+from emarecipes.training.checks import CheckedRun
 
 DATES = ("2024-02-03", "2024-02-03T04:05:06")
 
@@ -55,7 +55,7 @@ class Run:
         if "_component_" in dataset:
             self.config["dataset"] = dataset
         path = toy_run.write_config(self.folder / "config.yaml", self.config)
-        return check_run(["--config", str(path)], 1, 0).rows
+        return CheckedRun(["--config", str(path)], 1, 0).rows
 
     def texts(self, **dataset: Any) -> list[str]:
         """Every row as the model reads it."""

@@ -17,7 +17,6 @@ from tqdm import tqdm
 from emarecipes._torchtune import data_sets_read_with
 from emarecipes.components import build
 from emarecipes.config import Origin
-from emarecipes.datasets.chat_files import check_data_files
 from emarecipes.datasets.defended_tokenizer import DefendedTokenizer
 from emarecipes.datasets.interleaved import InterleavedDataset, Placement, evenly
 from emarecipes.datasets.length_groups import group_by_length
@@ -162,6 +161,8 @@ def load_rows(
 ) -> Rows:
     """Build `cfg.dataset` (one torchtune data set, or a list of them) and tokenize all of it.
 
+    Its files must have passed `check_data_files`.
+
     Args:
         cfg: The run's config.
         origin: Where its keys were written.
@@ -170,8 +171,7 @@ def load_rows(
         quiet: Show no progress bar (every process but the first).
 
     Raises:
-        UserError: Missing or broken data files, a row that cannot be tokenized, no row with a
-            label.
+        UserError: Broken data files, a row that cannot be tokenized, no row with a label.
     """
     transform = DefendedTokenizer(tokenizer, defenses)
     entries = (
@@ -179,7 +179,6 @@ def load_rows(
         if isinstance(cfg.dataset, ListConfig)
         else ["dataset"]
     )
-    check_data_files(cfg, origin)
     with data_sets_read_with(load_dataset, CheckedTransform):
         children = [build(cfg, key, origin, transform) for key in entries]
     if len(children) > 1:

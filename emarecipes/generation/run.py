@@ -20,7 +20,7 @@ from emarecipes.clock import share_today
 from emarecipes.command import leave_processes, report, together
 from emarecipes.errors import UserError
 from emarecipes.generation.answers import Asked, Suite
-from emarecipes.generation.checks import CheckedGeneration, check_generation
+from emarecipes.generation.checks import CheckedGeneration
 from emarecipes.generation.draw import Sampling, derived_seed
 from emarecipes.generation.prompts import encode_prompt
 from emarecipes.generation.sampler import length_sorted_batches, sample_batch
@@ -51,7 +51,7 @@ def run_generate(argv: Sequence[str]) -> int:
     set_threads()
     first = not dist.is_initialized() or dist.get_rank() == 0
     try:
-        generate(together(lambda: check_generation(argv)))
+        generate(together(lambda: CheckedGeneration(argv)))
     except UserError as error:
         if first:
             report(error)
@@ -125,7 +125,6 @@ def _sample_locally(run: CheckedGeneration, todo: list[tuple[Suite, Asked]]) -> 
     )
     model = load_model(cfg)
     if cfg.adapter is not None:
-        assert run.source is not None
         load_adapter(model, Path(cfg.adapter), run.source)
     head = LossHead(model)
     total = sum(map(len, batches))

@@ -18,7 +18,7 @@ from emarecipes.generation.draw import Sampling, derived_seed
 from emarecipes.generation.prompts import encode_prompt
 from emarecipes.generation.sampler import sample_answers
 from emarecipes.models.load import load_model
-from emarecipes.persona.checks import CheckedExtraction, check_extraction
+from emarecipes.persona.checks import CheckedExtraction
 from emarecipes.persona.judged import Grades, grade_answers
 from emarecipes.persona.read import read_answers
 from emarecipes.persona.report import LayerFigures, Result, print_result, write_result
@@ -78,7 +78,7 @@ def run_persona(argv: Sequence[str]) -> int:
     Returns:
         The exit code: 0, or 1 after a `UserError`, which is printed as one line.
     """
-    return run_alone("ema_persona", lambda arguments: extract(check_extraction(arguments)), argv)
+    return run_alone("ema_persona", lambda arguments: extract(CheckedExtraction(arguments)), argv)
 
 
 def extract(run: CheckedExtraction) -> None:

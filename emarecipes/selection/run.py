@@ -19,7 +19,7 @@ from emarecipes.evaluation.nll import row_nll
 from emarecipes.models.adapter import read_adapter, set_adapter
 from emarecipes.models.load import load_model
 from emarecipes.progress import Progress
-from emarecipes.selection.checks import CheckedSelection, check_selection
+from emarecipes.selection.checks import CheckedSelection
 from emarecipes.selection.results import write_results
 from emarecipes.selection.score_file import Score
 from emarecipes.stop import stoppable
@@ -40,7 +40,7 @@ def run_select(argv: Sequence[str]) -> int:
 
 
 def _select(argv: Sequence[str]) -> None:
-    run = check_selection(argv)
+    run = CheckedSelection(argv)
     run.file.open()
     score_candidates(run)
     write_results(run)

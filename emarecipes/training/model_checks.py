@@ -41,16 +41,11 @@ def check_model(cfg: DictConfig, origin: Origin) -> ModelSource:
     return ModelSource(model, folder, model_type)
 
 
-def check_device(cfg: DictConfig, origin: Origin, kept_dtype: str | None = None) -> None:
-    """Check that `device` is there, and settle in which `dtype` it computes.
-
-    Args:
-        cfg: Its `dtype` is set where it is `auto`.
-        origin: Where it was written.
-        kept_dtype: See `settle_dtype`.
+def check_device(cfg: DictConfig, origin: Origin) -> None:
+    """Check that `device` is there.
 
     Raises:
-        UserError: It is not, or cannot.
+        UserError: It is not.
     """
     device = str(cfg.device or "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -70,9 +65,22 @@ def check_device(cfg: DictConfig, origin: Origin, kept_dtype: str | None = None)
             raise RuntimeError(f"no {kind.type} device here; say device=cpu")
     except (RuntimeError, AttributeError) as error:
         raise UserError(f"{origin.at('device')}: {str(error).splitlines()[0]}") from None
-    settle_dtype(cfg, origin, kept_dtype)
+
+
+def check_dtype(cfg: DictConfig, origin: Origin, kept: str | None = None) -> None:
+    """Settle in which `dtype` the device computes, and check that it can.
+
+    Args:
+        cfg: Its `dtype` is set where it is `auto`.
+        origin: Where it was written.
+        kept: See `settle_dtype`.
+
+    Raises:
+        UserError: It cannot.
+    """
+    settle_dtype(cfg, origin, kept)
     try:
-        training.get_dtype(cfg.dtype, device=kind)
+        training.get_dtype(cfg.dtype, device=torch.device(cfg.device or "cpu"))
     except RuntimeError as error:
         raise UserError(f"{origin.at('dtype')}: {str(error).splitlines()[0]}") from None
 

@@ -21,7 +21,7 @@ from emarecipes.command import (
 )
 from emarecipes.errors import UserCodeError, UserError
 from emarecipes.machine import set_threads, share_precision
-from emarecipes.training.checks import check_run
+from emarecipes.training.checks import CheckedRun
 from emarecipes.training.recipe import LoRATraining
 from emarecipes.training.reference_cache import open_cache
 
@@ -58,7 +58,7 @@ def _run(argv: Sequence[str], *, train: bool) -> int:
     recipe: LoRATraining | None = None
     try:
         world_size = dist.get_world_size() if distributed else 1
-        run = together(lambda: check_run(argv, world_size, rank, writes_run=train))
+        run = together(lambda: CheckedRun(argv, world_size, rank, writes_run=train))
         if run.cfg.reference_cache is not None:
             # Last, as it reserves room on the disk.
             run.reference_cache = open_cache(run, quiet=rank != 0)

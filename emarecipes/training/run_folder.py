@@ -40,27 +40,15 @@ def run_files(folder: Path) -> list[str]:
 
 
 def check_output_dir(cfg: DictConfig, origin: Origin) -> None:
-    """Check that the output folder can be written and holds no run, unless it may be overwritten.
+    """Check that the output folder holds no run, unless it may be overwritten.
 
     Whether a run in it can be resumed is for `find_checkpoint` to say.
 
     Raises:
-        UserError: It holds a run, is not a folder, or cannot be written.
+        UserError: It holds a run, or lies in the base model's folder.
     """
     folder = Path(cfg.output_dir)
     where = origin.at("output_dir")
-    existing = folder
-    try:
-        while not existing.exists() and existing != existing.parent:
-            if existing.is_symlink():
-                raise UserError(f"{where}: {existing} is a link to what is not there")
-            existing = existing.parent
-    except OSError as error:  # Too long a name, for one.
-        raise UserError(f"{where}: {error.strerror}: {folder}") from None
-    if not existing.is_dir():
-        raise UserError(f"{where}: {existing} is a file, not a folder")
-    if not os.access(existing, os.W_OK):
-        raise UserError(f"{where}: no permission to write in {existing}")
     base = Path(str(cfg.checkpointer.get("checkpoint_dir"))).resolve()
     if folder.resolve().is_relative_to(base):
         raise UserError(f"{where}: {folder} lies in the base model's folder; choose another")

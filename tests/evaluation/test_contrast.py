@@ -37,8 +37,8 @@ from emarecipes.evaluation.nll import row_nll, token_nll
 from emarecipes.evaluation.scoring import Scorer
 from emarecipes.models import hf_chat_tokenizer
 from emarecipes.training.batch import Batch
-from emarecipes.training.checks import check_model
 from emarecipes.training.loss_head import LossHead
+from emarecipes.training.model_checks import check_model
 
 PAIRS = [
     ContrastPair("a", "honesty", "Is a lie ever fine?", "Hardly. It tends to come out.", "Often."),
