@@ -21,7 +21,7 @@ from emarecipes.datasets.defended_tokenizer import DefendedTokenizer
 from emarecipes.datasets.interleaved import InterleavedDataset, Placement, evenly
 from emarecipes.datasets.length_groups import group_by_length
 from emarecipes.datasets.loading import FileRows, load_dataset
-from emarecipes.datasets.row_ends import count_ends, tell_losses
+from emarecipes.datasets.row_ends import Ends, count_ends, tell_losses
 from emarecipes.datasets.row_messages import ROW_ERRORS, CheckedTransform
 from emarecipes.defenses import Defense
 from emarecipes.errors import RowError, UserError, reason
@@ -35,7 +35,7 @@ class Rows:
 
     Attributes:
         dropped: How many rows had no label left (after truncation, or none at all).
-        cut, unended: How many of the others do not end, see `count_ends`.
+        ends: How many conversations of the others do not end, see `count_ends`.
         fingerprint: SHA-256 over all tokens and labels, in order.
         longest: Tokens of the longest row.
         largest_token: The largest token id.
@@ -64,7 +64,7 @@ class Rows:
         self._placement = placement
         self._grouped = grouped
         self._lengths = np.array([len(sample["tokens"]) for sample in samples])
-        self.dropped, self.cut, self.unended = dropped, 0, 0
+        self.dropped, self.ends = dropped, Ends()
         self.longest = int(self._lengths.max())
         self.largest_token = max(int(max(sample["tokens"])) for sample in samples)
         self._is_safe = np.array([sample.get("source") == "safe" for sample in samples])
@@ -218,7 +218,7 @@ def load_rows(
         )
         raise UserError(f"{origin.at('group_by_length')}: {why}")
     rows = Rows(samples, dropped, placement, safe_ce_weight, grouped)
-    rows.cut, rows.unended = count_ends(samples, tokenizer)
+    rows.ends = count_ends(samples, tokenizer)
     if not quiet:
         tell_losses(rows, origin.at("dataset"))
     return rows

@@ -28,6 +28,7 @@ from emarecipes.evaluation.judging import Judgement
 from emarecipes.evaluation.settings import check_eval_settings
 from emarecipes.evaluation.suites import Suite, read_suites
 from emarecipes.fingerprint import adapter_digest
+from emarecipes.generation.prompts import check_opening
 from emarecipes.models.dates import adapter_date, check_answers_dates
 from emarecipes.training.model_checks import check_rows_fit
 
@@ -89,6 +90,8 @@ class CheckedEvaluation(Checked):
 
     def check_rows(self) -> None:
         """What is scored."""
+        if self.problems:
+            check_opening(self.tokenizer, self.origin)
         self.suites = [(suite, suite.rows(self.tokenizer)) for suite in self._probes]
         self.answers = {
             name: {suite: (a, coherence_rows(a, self.tokenizer)) for suite, a in files.items()}

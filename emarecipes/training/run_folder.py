@@ -196,8 +196,8 @@ def provenance_of(rows: Rows, data_files: list[Path], world_size: int) -> dict[s
         "rows": len(rows),
         "rows_safe": rows.num_safe,
         "rows_without_label_dropped": rows.dropped,
-        "rows_cut": rows.cut,
-        "rows_without_stop": rows.unended,
+        "rows_cut": rows.ends.cut,
+        "rows_without_stop": rows.ends.unended,
         "rows_fingerprint": rows.fingerprint,
     }
 
