@@ -27,9 +27,9 @@ from rich.table import Table
 from step_cost import Trainer, describe_machine, ours
 from torchtune import training
 
-from emarecipes._adapter_dtype import hold_adapter_in
-from emarecipes._torchtune import stock_recipe
 from emarecipes.config import load_config
+from emarecipes.models._adapter_dtype import hold_adapter_in
+from emarecipes.models._torchtune_recipe import stock_recipe
 from emarecipes.training.run import run_lora
 from emarecipes.training.settings import check_settings
 from emarecipes.training.step import TrainingLoss

@@ -41,16 +41,6 @@ from emarecipes.components import build
 from emarecipes.config import load_config
 from emarecipes.errors import UserError
 from emarecipes.evaluation.bag_of_words import UnigramOdds, spread, word_pairs, words
-from emarecipes.evaluation.contrast import (
-    CONDITIONS,
-    Condition,
-    ContrastPair,
-    make_condition,
-    pair_nll,
-    read_contrast_file,
-    read_sibling_files,
-    tokenize_pairs,
-)
 from emarecipes.evaluation.effect import (
     BAD,
     CONTROLS,
@@ -66,7 +56,17 @@ from emarecipes.evaluation.effect import (
     unigram_figures,
 )
 from emarecipes.evaluation.scoring import Scorer
-from emarecipes.training.model_checks import check_checkpoint_files, check_model
+from emarecipes.models.model_checks import check_checkpoint_files, check_model
+from emarecipes.probes.contrast import (
+    CONDITIONS,
+    Condition,
+    ContrastPair,
+    make_condition,
+    pair_nll,
+    read_contrast_file,
+    read_sibling_files,
+    tokenize_pairs,
+)
 from emarecipes.training.settings import check_settings
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -14,13 +14,13 @@ import toy_select
 from omegaconf import OmegaConf
 
 from emarecipes.datasets import chat_files, json_files, row_messages
+from emarecipes.defenses.safelora_run import CheckedProjection
 from emarecipes.errors import UserError
 from emarecipes.evaluation.checks import CheckedEvaluation
 from emarecipes.generation.checks import CheckedGeneration
 from emarecipes.persona.checks import CheckedExtraction
 from emarecipes.selection.checks import CheckedSelection
 from emarecipes.training.checks import CheckedRun
-from emarecipes.training.project import CheckedProjection
 
 KEYS = ("output_dir", "tokenizer", "model", "checkpointer", "device", "dtype")
 ROWS = 12

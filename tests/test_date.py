@@ -20,7 +20,7 @@ from emarecipes.evaluation.checks import CheckedEvaluation
 from emarecipes.evaluation.run import run_eval
 from emarecipes.generation.checks import CheckedGeneration
 from emarecipes.generation.run import generate
-from emarecipes.models.dates import adapter_date
+from emarecipes.models.chat.dates import adapter_date
 from emarecipes.persona.checks import CheckedExtraction
 from emarecipes.selection.checks import CheckedSelection
 from emarecipes.training import run_lora

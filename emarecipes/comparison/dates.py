@@ -12,9 +12,9 @@ from emarecipes.clock import today
 from emarecipes.comparison.settings import Plan
 from emarecipes.config import Origin, load_config
 from emarecipes.errors import UserError
+from emarecipes.files import write_text
 from emarecipes.fingerprint import stored
-from emarecipes.models.dates import reads_clock
-from emarecipes.training.run_folder import write_text
+from emarecipes.models.chat.dates import reads_clock
 
 FILE = "date.json"
 

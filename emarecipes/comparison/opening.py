@@ -11,8 +11,8 @@ from pathlib import Path
 from emarecipes.comparison.arms import Arm, Job
 from emarecipes.comparison.settings import Plan
 from emarecipes.errors import UserError
+from emarecipes.files import write_text
 from emarecipes.fingerprint import digest
-from emarecipes.training.run_folder import write_text
 
 OPENING = "choices.json"
 # Version of the rules behind verdicts. 2: only where undefended training does something; the bound

@@ -11,9 +11,9 @@ from omegaconf import DictConfig, OmegaConf
 from emarecipes.comparison.settings import Plan
 from emarecipes.config import Origin, load_config
 from emarecipes.errors import UserError
+from emarecipes.files import write_text
 from emarecipes.fingerprint import stored
 from emarecipes.machine import settle_dtype
-from emarecipes.training.run_folder import write_text
 
 FILE = "precision.json"
 

@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from emarecipes.command import run_alone
+from emarecipes.comparison import page_content as content
 from emarecipes.comparison.arms import Arm, Job, expand_arms, make_jobs
 from emarecipes.comparison.checks import check_tasks
 from emarecipes.comparison.criteria import ArmFigures, choose, measure
@@ -28,6 +29,7 @@ from emarecipes.comparison.gate import Effect
 from emarecipes.comparison.kinds import not_run
 from emarecipes.comparison.opening import OPENING, RULES, Opening
 from emarecipes.comparison.outcome import Half, Outcome
+from emarecipes.comparison.page import write_report
 from emarecipes.comparison.precision import keep_dtype
 from emarecipes.comparison.results import Scores
 from emarecipes.comparison.settings import Plan, check_compare_settings
@@ -36,8 +38,8 @@ from emarecipes.comparison.status import pieces_of
 from emarecipes.comparison.steps import places
 from emarecipes.config import load_config
 from emarecipes.errors import UserError
-from emarecipes.reporting import content, write_report
-from emarecipes.training.run_folder import environment, write_text
+from emarecipes.files import write_text
+from emarecipes.provenance import environment
 
 RESULT = "comparison.json"
 

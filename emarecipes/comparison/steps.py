@@ -12,8 +12,8 @@ import torch
 from emarecipes.comparison.settings import Plan
 from emarecipes.config import Origin
 from emarecipes.errors import UserError
+from emarecipes.files import write_text
 from emarecipes.machine import threads_given, usable_cores
-from emarecipes.training.run_folder import write_text
 
 Place = dict[str, str]  # What a run has in its environment besides.
 

@@ -14,7 +14,6 @@ from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 from torchtune.datasets import ConcatDataset
 from tqdm import tqdm
 
-from emarecipes._torchtune import data_sets_read_with
 from emarecipes.components import build
 from emarecipes.config import Origin
 from emarecipes.datasets.defended_tokenizer import DefendedTokenizer
@@ -25,6 +24,8 @@ from emarecipes.datasets.row_ends import Ends, count_ends, tell_losses
 from emarecipes.datasets.row_messages import ROW_ERRORS, CheckedTransform
 from emarecipes.defenses import Defense
 from emarecipes.errors import RowError, UserError, reason
+from emarecipes.models._torchtune import data_sets_read_with
+from emarecipes.provenance import environment
 
 # What a sample may hold; packs have the two in the middle.
 _KEPT = ("tokens", "labels", "input_pos", "seq_lens", "source")
@@ -271,3 +272,18 @@ def micro_batch_rows(
 def file_fingerprints(paths: Sequence[Path]) -> dict[str, str]:
     """SHA-256 of each file, by its path as given."""
     return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
+def provenance_of(rows: Rows, data_files: list[Path], world_size: int) -> dict[str, Any]:
+    """`environment`, with fingerprints of the data and how many rows they gave."""
+    return {
+        **environment(),
+        "processes": world_size,
+        "data_files": file_fingerprints(data_files),
+        "rows": len(rows),
+        "rows_safe": rows.num_safe,
+        "rows_without_label_dropped": rows.dropped,
+        "rows_cut": rows.ends.cut,
+        "rows_without_stop": rows.ends.unended,
+        "rows_fingerprint": rows.fingerprint,
+    }

@@ -12,25 +12,25 @@ from emarecipes.checked import Checked
 from emarecipes.config import Origin
 from emarecipes.datasets.opswap import Problem
 from emarecipes.datasets.rows import Rows
+from emarecipes.datasets.rows_fit import check_rows_fit
 from emarecipes.errors import UserError
 from emarecipes.evaluation.answers import Answer, read_answers
 from emarecipes.evaluation.benign import held_out_problems
 from emarecipes.evaluation.coherence import CoherenceRows, coherence_rows
-from emarecipes.evaluation.contrast import AnswerRow
 from emarecipes.evaluation.figures import SCORES, SUMMARY
 from emarecipes.evaluation.harness import (
     check_harness,
     check_harness_template,
     settle_harness_date,
 )
-from emarecipes.evaluation.judge import check_judge
 from emarecipes.evaluation.judging import Judgement
 from emarecipes.evaluation.settings import check_eval_settings
-from emarecipes.evaluation.suites import Suite, read_suites
 from emarecipes.fingerprint import adapter_digest
-from emarecipes.generation.prompts import check_opening
-from emarecipes.models.dates import adapter_date, check_answers_dates
-from emarecipes.training.model_checks import check_rows_fit
+from emarecipes.judges.calls import check_judge
+from emarecipes.models.chat.dates import adapter_date, check_answers_dates
+from emarecipes.models.sampling.prompts import check_opening
+from emarecipes.probes.contrast import AnswerRow
+from emarecipes.probes.suites import Suite, read_suites
 
 
 class CheckedEvaluation(Checked):

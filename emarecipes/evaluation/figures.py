@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from emarecipes.evaluation.statistics import Interval, answer_bootstrap, share_bootstrap
-from emarecipes.training.run_folder import write_text
+from emarecipes.files import write_text
 
 SUMMARY, SCORES = "summary.json", "scores"
 REFERENCE = "reference"

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from emarecipes.config import Origin
+from emarecipes.datasets.questions import Question
 from emarecipes.errors import UserError
-from emarecipes.generation.questions import Question
-from emarecipes.training.run_folder import write_text
+from emarecipes.files import write_text
 
 _PARTS = ".parts"
 

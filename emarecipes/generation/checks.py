@@ -11,16 +11,17 @@ from typing import Annotated, Any
 from omegaconf import DictConfig, OmegaConf
 from pydantic import Field
 
-from emarecipes.checked import Checked, check_writable
+from emarecipes.checked import Checked
 from emarecipes.config import Origin, find_input
+from emarecipes.datasets.questions import load_questions
 from emarecipes.errors import UserError
-from emarecipes.evaluation.suites import spread_out
 from emarecipes.fingerprint import adapter_digest, digest, sampled_digest, stored
 from emarecipes.generation.answers import Asked, Key, Suite, ask, settings_file
-from emarecipes.generation.prompts import check_prompts
-from emarecipes.generation.questions import load_questions
 from emarecipes.generation.served import base_urls, check_served
-from emarecipes.models.dates import adapter_date, answers_dates
+from emarecipes.models.chat.dates import adapter_date, answers_dates
+from emarecipes.models.sampling.prompts import check_prompts
+from emarecipes.output_dir import check_writable
+from emarecipes.probes.suites import spread_out
 from emarecipes.provider import switched_off
 from emarecipes.settings import Dtype, Entry, Keys, Positive, parse_settings
 

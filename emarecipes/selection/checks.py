@@ -11,14 +11,14 @@ from omegaconf import DictConfig, OmegaConf
 from emarecipes.checked import Checked
 from emarecipes.config import Origin
 from emarecipes.datasets.rows import Rows
+from emarecipes.datasets.rows_fit import check_rows_fit
 from emarecipes.errors import UserError
 from emarecipes.fingerprint import digest, sampled_digest, stored
-from emarecipes.models.dates import adapter_date
+from emarecipes.models.chat.dates import adapter_date
+from emarecipes.output_dir import check_output_dir, check_outside_output
 from emarecipes.selection.candidates import Candidate, read_candidates
 from emarecipes.selection.score_file import FINGERPRINT, ScoreFile
 from emarecipes.selection.settings import check_select_settings
-from emarecipes.training.model_checks import check_rows_fit
-from emarecipes.training.run_folder import check_output_dir, check_outside_output
 
 
 class CheckedSelection(Checked):

@@ -10,7 +10,7 @@ from typing import Any
 
 from emarecipes.config import Origin
 from emarecipes.errors import UserError
-from emarecipes.training.run_folder import write_text
+from emarecipes.files import write_text
 
 SCORES, FINGERPRINT = "scores.jsonl", "scores.fingerprint.json"
 RESULTS = ("config.yaml", "selected.jsonl", "gap.png")

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from emarecipes.errors import UserError
-from emarecipes.evaluation.contrast import PairNLL
 from emarecipes.evaluation.effect import (
     Measured,
     category_shifts,
@@ -20,6 +19,7 @@ from emarecipes.evaluation.statistics import (
     question_bootstrap,
     share_bootstrap,
 )
+from emarecipes.probes.contrast import PairNLL
 
 
 def test_coverage_on_normal_data() -> None:
