@@ -36,7 +36,8 @@ from emarecipes.evaluation.judge import ask, check_judge
 from emarecipes.evaluation.judge_reply import Reply
 from emarecipes.evaluation.judging import print_bound
 from emarecipes.evaluation.pairwise import judge_pairs, outcome, read_evaluation
-from emarecipes.training.run_folder import environment, write_text
+from emarecipes.files import write_text
+from emarecipes.training.run_folder import environment
 
 RESULT = "judged.json"
 # Of calls that may fail for good before the judge is given up.

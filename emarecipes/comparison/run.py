@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import signal
 import sys
@@ -36,8 +35,9 @@ from emarecipes.comparison.status import pieces_of
 from emarecipes.comparison.steps import places
 from emarecipes.config import load_config
 from emarecipes.errors import UserError
+from emarecipes.files import write_json
 from emarecipes.reporting import content, write_report
-from emarecipes.training.run_folder import environment, write_text
+from emarecipes.training.run_folder import environment
 
 RESULT = "comparison.json"
 
@@ -71,7 +71,7 @@ def _compare(argv: Sequence[str]) -> None:
         first = f"; first failure: {runner.failures[0]}" if runner.failures else ""
         raise UserError(f"{error}{first}") from None
     page = write_report(outcome, runner.folder)
-    write_text(runner.folder / RESULT, json.dumps(as_json(outcome), indent=1) + "\n")
+    write_json(runner.folder / RESULT, as_json(outcome), indent=1)
     print_outcome(outcome)
     print(f"report: {page}")
     if runner.failures:

@@ -30,7 +30,7 @@ from emarecipes.datasets._first_seen import check_first_seen, record_path, remem
 from emarecipes.datasets._published_forms import FORMS, Converted
 from emarecipes.datasets.published import PUBLISHED, Published
 from emarecipes.errors import UserError
-from emarecipes.models._wheel import sha256
+from emarecipes.fingerprint import sha256
 
 _MANIFEST = "fetched.json"
 _CHUNK_BYTES = 2**20

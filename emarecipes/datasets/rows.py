@@ -26,6 +26,7 @@ from emarecipes.datasets.row_ends import count_ends, tell_losses
 from emarecipes.datasets.row_messages import ROW_ERRORS, CheckedTransform
 from emarecipes.defenses import Defense
 from emarecipes.errors import RowError, UserError, reason
+from emarecipes.fingerprint import sha256
 
 # What a sample may hold; packs have the two in the middle.
 _KEPT = ("tokens", "labels", "input_pos", "seq_lens", "source")
@@ -271,4 +272,4 @@ def micro_batch_rows(
 
 def file_fingerprints(paths: Sequence[Path]) -> dict[str, str]:
     """SHA-256 of each file, by its path as given."""
-    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+    return {str(path): sha256(path) for path in paths}

@@ -36,7 +36,8 @@ from emarecipes.evaluation.report import print_figures
 from emarecipes.evaluation.scoring import NotFiniteError, Scorer
 from emarecipes.evaluation.settings import ANSWERS, HARNESS, JUDGE, OPSWAP, TRAITS_OF
 from emarecipes.evaluation.traits import trait_figures, trait_lines
-from emarecipes.training.run_folder import environment, write_text
+from emarecipes.files import write_text
+from emarecipes.training.run_folder import environment
 
 LIKELIHOODS = "likelihoods"
 

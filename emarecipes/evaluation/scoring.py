@@ -20,6 +20,7 @@ from emarecipes.defenses import ModelSource
 from emarecipes.errors import UserError
 from emarecipes.evaluation.contrast import AnswerRow
 from emarecipes.evaluation.nll import token_nll
+from emarecipes.files import whole
 from emarecipes.fingerprint import digest, sampled_digest
 from emarecipes.models.adapter import check_adapter, load_adapter
 from emarecipes.models.load import load_model
@@ -177,12 +178,10 @@ def _read(path: Path) -> dict[str, TokenNLLs]:
 
 def _write(path: Path, known: dict[str, TokenNLLs]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial_path = path.with_name(f".{path.name}.partial")
-    with partial_path.open("wb") as file:
+    with whole(path) as partial_path, partial_path.open("wb") as file:
         np.savez(
             file,
             keys=np.array(list(known)),
             counts=np.array([len(values) for values in known.values()]),
             values=np.concatenate(list(known.values())),
         )
-    partial_path.replace(path)

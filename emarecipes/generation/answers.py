@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 from emarecipes.config import Origin
 from emarecipes.errors import UserError
+from emarecipes.files import write_json, write_text
 from emarecipes.generation.questions import Question
-from emarecipes.training.run_folder import write_text
 
 _PARTS = ".parts"
 
@@ -148,7 +148,7 @@ class Suite:
             for file in old:
                 file.unlink()
         record = {"suite": self.name, "fingerprint": self._fingerprint, **settings}
-        write_text(self._settings, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+        write_json(self._settings, record, ensure_ascii=False)
         if self.records:
             kept = self._part("kept")
             write_text(kept, _lines(self.records.values()))

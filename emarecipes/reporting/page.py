@@ -13,9 +13,9 @@ from omegaconf import OmegaConf
 
 from emarecipes.comparison.outcome import Outcome
 from emarecipes.comparison.results import read_metrics
+from emarecipes.files import whole, write_text
 from emarecipes.reporting import content, plots
 from emarecipes.reporting.checklist import checklist
-from emarecipes.training.run_folder import write_text
 
 PAGE, TABLE = "report.html", "report.md"
 # Terms that every run has, beside its defenses' own.
@@ -31,9 +31,8 @@ def write_report(outcome: Outcome, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     pictures = _pictures(outcome)
     for name, png in pictures.items():
-        temporary = folder / f".{name}.png.partial"
-        temporary.write_bytes(png)
-        temporary.replace(folder / f"{name}.png")
+        with whole(folder / f"{name}.png") as partial:
+            partial.write_bytes(png)
     write_text(folder / TABLE, markdown(outcome))
     write_text(folder / PAGE, html(outcome, pictures))
     return folder / PAGE

@@ -10,7 +10,7 @@ from typing import Any
 
 from emarecipes.config import Origin
 from emarecipes.errors import UserError
-from emarecipes.training.run_folder import write_text
+from emarecipes.files import write_json, write_text
 
 SCORES, FINGERPRINT = "scores.jsonl", "scores.fingerprint.json"
 RESULTS = ("config.yaml", "selected.jsonl", "gap.png")
@@ -90,7 +90,7 @@ class ScoreFile:
             return
         for name in (*RESULTS, SCORES):
             (self.folder / name).unlink(missing_ok=True)
-        write_text(self.folder / FINGERPRINT, json.dumps(self._fingerprint, indent=2) + "\n")
+        write_json(self.folder / FINGERPRINT, self._fingerprint)
 
     def append(self, scores: Sequence[Score]) -> None:
         """Add rows that have been scored."""

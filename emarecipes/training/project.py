@@ -27,10 +27,11 @@ from emarecipes.defenses import SafeLoRA
 from emarecipes.defenses.projection import ModuleProjection
 from emarecipes.defenses.safelora import REPORT, write_report
 from emarecipes.errors import UserError, disk_errors
+from emarecipes.files import write_text
 from emarecipes.models._adapter_files import check_weights_format, read_config
 from emarecipes.settings import Entry, Keys, parse_settings
 from emarecipes.training.export import replacing
-from emarecipes.training.run_folder import environment, write_text
+from emarecipes.training.run_folder import environment
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -25,7 +25,7 @@ from torch import Tensor
 from torchtune import utils
 
 from emarecipes.errors import UserError
-from emarecipes.training.run_folder import write_text
+from emarecipes.files import write_text
 
 log = utils.get_logger("INFO")
 

@@ -19,6 +19,7 @@ import emarecipes
 from emarecipes.config import Origin, home
 from emarecipes.datasets.rows import Rows, file_fingerprints
 from emarecipes.errors import UserError
+from emarecipes.files import write_text
 from emarecipes.training.checkpoint import FOLDER as CHECKPOINTS
 from emarecipes.training.checkpoint import Checkpoint
 
@@ -176,16 +177,6 @@ def _lines_up_to(metrics: Path, step: int) -> str:
         except (ValueError, TypeError, KeyError):
             continue
     return "".join(kept)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that it is either whole or not there."""
-    temporary = path.with_name(f".{path.name}.partial")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def environment() -> dict[str, Any]:
