@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX, Message
 
-from emarecipes.errors import UserError
+from emarecipes.errors import UserError, first_line
 from emarecipes.evaluation.answers import Answer
 from emarecipes.evaluation.contrast import AnswerRow
 from emarecipes.evaluation.faults import faults, repetition, shuffled
@@ -112,7 +112,7 @@ def _row(answer: Answer, question: str, tokenizer: Any) -> AnswerRow:
     try:
         sample = tokenizer({"messages": messages})
     except ValueError as error:
-        raise UserError(f"answer to {answer.id}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"answer to {answer.id}: {first_line(error)}") from error
     tokens, limit = list(sample["tokens"]), tokenizer.max_seq_len
     if limit is not None and len(tokens) >= limit:
         raise UserError(

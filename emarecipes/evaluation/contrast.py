@@ -17,7 +17,7 @@ from torchtune.data import CROSS_ENTROPY_IGNORE_IDX, Message
 
 from emarecipes.datasets._check_rows import DataFile, Row, read_data_file
 from emarecipes.defenses.inoculation import DEFAULT_PROMPT
-from emarecipes.errors import UserError
+from emarecipes.errors import UserError, first_line
 
 Floats = NDArray[np.float64]
 Part = Literal["all", "first", "rest"]
@@ -191,7 +191,7 @@ def tokenize_pairs(
             try:
                 sample = tokenizer({"messages": condition.messages(pair, answer)})
             except ValueError as error:
-                raise UserError(f"{pair.id}: {str(error).splitlines()[0]}") from error
+                raise UserError(f"{pair.id}: {first_line(error)}") from error
             tokens, mask = sample["tokens"], sample["mask"]
             if tokenizer.max_seq_len is not None and len(tokens) >= tokenizer.max_seq_len:
                 raise UserError(

@@ -17,7 +17,7 @@ from torchtune.modules.peft import disable_adapter
 from torchtune.utils import get_device
 
 from emarecipes.defenses import ModelSource
-from emarecipes.errors import UserError
+from emarecipes.errors import UserError, first_line
 from emarecipes.evaluation.contrast import AnswerRow
 from emarecipes.evaluation.nll import token_nll
 from emarecipes.files import whole
@@ -172,8 +172,7 @@ def _read(path: Path) -> dict[str, TokenNLLs]:
         parts = np.split(values, np.cumsum(counts)[:-1])
         return dict(zip(keys.tolist(), parts, strict=True))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: a broken cache ({reason}); delete it") from None
+        raise UserError(f"{path}: a broken cache ({first_line(error)}); delete it") from None
 
 
 def _write(path: Path, known: dict[str, TokenNLLs]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from emarecipes.config import Origin
-from emarecipes.errors import UserError
+from emarecipes.errors import UserError, first_line
 from emarecipes.files import write_json, write_text
 
 SCORES, FINGERPRINT = "scores.jsonl", "scores.fingerprint.json"
@@ -72,8 +72,9 @@ class ScoreFile:
             found = json.loads(sidecar.read_text(encoding="utf-8"))
             self.scores = _read_scores(self.path)
         except (ValueError, KeyError, TypeError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{where}: {self.path} is broken ({reason}); {again}") from None
+            raise UserError(
+                f"{where}: {self.path} is broken ({first_line(error)}); {again}"
+            ) from None
         if found != self._fingerprint:
             other = [
                 name for name in self._fingerprint if found.get(name) != self._fingerprint[name]

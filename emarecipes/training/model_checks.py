@@ -19,7 +19,7 @@ from emarecipes._torchtune_convert import MODEL_TYPES
 from emarecipes.config import Origin
 from emarecipes.datasets.rows import Rows
 from emarecipes.defenses import ModelSource
-from emarecipes.errors import UserError, reason
+from emarecipes.errors import UserError, first_line, reason
 from emarecipes.machine import settle_dtype
 from emarecipes.training.agreement import check_agreement, sliding_window
 
@@ -69,12 +69,12 @@ def check_device(cfg: DictConfig, origin: Origin, kept_dtype: str | None = None)
         if kind.type != "cpu" and not getattr(torch, kind.type).is_available():
             raise RuntimeError(f"no {kind.type} device here; say device=cpu")
     except (RuntimeError, AttributeError) as error:
-        raise UserError(f"{origin.at('device')}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{origin.at('device')}: {first_line(error)}") from None
     settle_dtype(cfg, origin, kept_dtype)
     try:
         training.get_dtype(cfg.dtype, device=kind)
     except RuntimeError as error:
-        raise UserError(f"{origin.at('dtype')}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{origin.at('dtype')}: {first_line(error)}") from None
 
 
 def check_offloading(cfg: DictConfig, origin: Origin, world_size: int) -> None:
