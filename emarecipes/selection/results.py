@@ -19,7 +19,7 @@ from rich.text import Text
 from emarecipes.files import json_lines, whole, write_text
 from emarecipes.selection.candidates import Candidate, text_of
 from emarecipes.selection.checks import CheckedSelection
-from emarecipes.selection.ranking import Floats, by_gap, pearson, relative_gap, spearman
+from emarecipes.selection.ranking import Floats, by_gap, correlations, relative_gap
 from emarecipes.training.run_folder import provenance_of
 
 _SHOWN = 10
@@ -182,9 +182,10 @@ def print_ranking(run: CheckedSelection, ranking: Ranking) -> None:
 
 def _correlations(gap_N: NDArray[np.float64], candidates: Sequence[Candidate]) -> str:
     tokens_N = np.array([candidate.tokens for candidate in candidates], dtype=np.float64)
+    spearman, pearson = correlations(gap_N, tokens_N)
     return (
-        f"Correlation of gap and answer length: Spearman {spearman(gap_N, tokens_N):.2f}, "
-        f"Pearson {pearson(gap_N, tokens_N):.2f} ({len(gap_N)} candidates)."
+        f"Correlation of gap and answer length: Spearman {spearman:.2f}, Pearson {pearson:.2f} "
+        f"({len(gap_N)} candidates)."
     )
 
 

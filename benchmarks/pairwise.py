@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from correlation import crossed_spearman
 
 from emarecipes.errors import UserError
-from emarecipes.evaluation.correlation import crossed_spearman
 from emarecipes.evaluation.figures import REFERENCE, SCORES, SUMMARY
 from emarecipes.evaluation.judge_reply import Reply, last_line
 from emarecipes.evaluation.settings import ANSWERS
