@@ -170,6 +170,11 @@ class AnswerRow:
     tokens: tuple[int, ...]
     labels: tuple[int, ...]
 
+    @property
+    def sample(self) -> dict[str, Any]:
+        """The row in the form that collate functions take."""
+        return {"tokens": list(self.tokens), "labels": list(self.labels)}
+
 
 def tokenize_pairs(
     pairs: Sequence[ContrastPair], condition: Condition, tokenizer: Any
