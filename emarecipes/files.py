@@ -52,16 +52,13 @@ def json_lines(rows: Iterable[Mapping[str, Any]], *, ensure_ascii: bool = False)
     return "".join(json.dumps(row, ensure_ascii=ensure_ascii) + "\n" for row in rows)
 
 
-def ended_lines(path: Path) -> list[str]:
+def ended_lines(path: Path) -> list[bytes]:
     """A file's lines, but for what follows the last line break: a killed process was writing it.
 
     Lines end with a line break alone: JSON may hold the other characters at which
     `str.splitlines` splits.
-
-    Raises:
-        UnicodeDecodeError: A line is not UTF-8 text.
     """
-    return [line.decode() for line in path.read_bytes().split(b"\n")[:-1]]
+    return path.read_bytes().split(b"\n")[:-1]
 
 
 def sync(path: Path) -> None:
