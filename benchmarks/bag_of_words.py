@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from emarecipes.datasets._similarity import ngrams
 from emarecipes.errors import UserError
-from emarecipes.evaluation.contrast import ContrastPair
+from emarecipes.probes.contrast import ContrastPair
 
 Floats = NDArray[np.float64]
 Units = Sequence[Hashable]

@@ -55,7 +55,9 @@ from numpy.typing import NDArray
 from emarecipes.components import build
 from emarecipes.config import load_config
 from emarecipes.errors import UserError
-from emarecipes.evaluation.contrast import (
+from emarecipes.evaluation.scoring import Scorer
+from emarecipes.models.model_checks import check_checkpoint_files, check_model
+from emarecipes.probes.contrast import (
     CONDITIONS,
     Condition,
     ContrastPair,
@@ -65,8 +67,6 @@ from emarecipes.evaluation.contrast import (
     read_sibling_files,
     tokenize_pairs,
 )
-from emarecipes.evaluation.scoring import Scorer
-from emarecipes.training.checks import check_checkpoint_files, check_model
 from emarecipes.training.settings import check_settings
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -14,8 +14,8 @@ from crossed_bootstrap import crossed_bootstrap
 from numpy.typing import NDArray
 
 from emarecipes.errors import UserError
-from emarecipes.evaluation.contrast import PairNLL, Part, nll_change, probe_shift
 from emarecipes.evaluation.statistics import Interval, question_bootstrap
+from emarecipes.probes.contrast import PairNLL, Part, nll_change, probe_shift
 
 Floats = NDArray[np.float64]
 # By row (a probe, or the difference of two) and column (an arm, or the difference of both).

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 from correlation import crossed_spearman
 
+from emarecipes.datasets.refusals import REFUSAL_WORDS, is_refusal
 from emarecipes.errors import UserError
 from emarecipes.evaluation.figures import REFERENCE, SCORES, SUMMARY
-from emarecipes.evaluation.judge_reply import Reply, last_line
 from emarecipes.evaluation.settings import ANSWERS
 from emarecipes.evaluation.statistics import (
     Floats,
@@ -29,7 +29,7 @@ from emarecipes.evaluation.statistics import (
     question_bootstrap,
     share_bootstrap,
 )
-from emarecipes.selection.refusals import REFUSAL_WORDS, is_refusal
+from emarecipes.judges.reply import Reply, last_line
 
 LEAST_ADAPTERS = 8
 VERDICTS = ("A", "B", "tie", "refused", "unparsable", "failed")

@@ -23,6 +23,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from emarecipes.provenance import environment
 from matplotlib.patheffects import withStroke
 from omegaconf import OmegaConf
 from pairwise import judge_pairs, outcome, read_evaluation
@@ -33,11 +34,10 @@ from tqdm import tqdm
 from emarecipes.command import run_alone
 from emarecipes.errors import UserError
 from emarecipes.evaluation.figures import plain
-from emarecipes.evaluation.judge import ask, check_judge
-from emarecipes.evaluation.judge_reply import Reply
 from emarecipes.evaluation.judging import print_bound
 from emarecipes.files import write_text
-from emarecipes.training.run_folder import environment
+from emarecipes.judges.calls import ask, check_judge
+from emarecipes.judges.reply import Reply
 
 RESULT = "judged.json"
 # Of calls that may fail for good before the judge is given up.

@@ -20,7 +20,7 @@ from emarecipes.evaluation.checks import check_evaluation
 from emarecipes.evaluation.run import run_eval
 from emarecipes.generation.checks import CheckedGeneration, check_generation
 from emarecipes.generation.run import generate
-from emarecipes.models.dates import adapter_date
+from emarecipes.models.chat.dates import adapter_date
 from emarecipes.persona.checks import check_extraction
 from emarecipes.selection.checks import check_selection
 from emarecipes.training import run_lora

@@ -13,8 +13,8 @@ import toy_run
 
 from emarecipes.errors import UserError
 from emarecipes.evaluation import scoring
-from emarecipes.models._adapter_files import read_shapes
-from emarecipes.models._wheel import extract
+from emarecipes.models.adapters.files import read_shapes
+from emarecipes.models.prepare.wheel import extract
 from emarecipes.training import run_lora
 from emarecipes.training.checks import check_run
 

@@ -13,7 +13,7 @@ from emarecipes.config import Origin, load_config
 from emarecipes.errors import UserError
 from emarecipes.files import write_json
 from emarecipes.fingerprint import stored
-from emarecipes.models.dates import reads_clock
+from emarecipes.models.chat.dates import reads_clock
 
 FILE = "date.json"
 

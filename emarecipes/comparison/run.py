@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from emarecipes.command import run_alone
+from emarecipes.comparison import page_content as content
 from emarecipes.comparison.arms import Arm, Job, expand_arms, make_jobs
 from emarecipes.comparison.checks import check_tasks
 from emarecipes.comparison.criteria import ArmFigures, choose, measure
@@ -27,6 +28,7 @@ from emarecipes.comparison.gate import Effect
 from emarecipes.comparison.kinds import not_run
 from emarecipes.comparison.opening import OPENING, RULES, Opening
 from emarecipes.comparison.outcome import Half, Outcome
+from emarecipes.comparison.page import write_report
 from emarecipes.comparison.precision import keep_dtype
 from emarecipes.comparison.results import Scores
 from emarecipes.comparison.settings import Plan, check_compare_settings
@@ -36,8 +38,7 @@ from emarecipes.comparison.steps import places
 from emarecipes.config import load_config
 from emarecipes.errors import UserError
 from emarecipes.files import write_json
-from emarecipes.reporting import content, write_report
-from emarecipes.training.run_folder import environment
+from emarecipes.provenance import environment
 
 RESULT = "comparison.json"
 

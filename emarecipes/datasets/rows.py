@@ -14,7 +14,6 @@ from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 from torchtune.datasets import ConcatDataset
 from tqdm import tqdm
 
-from emarecipes._torchtune import data_sets_read_with
 from emarecipes.components import build
 from emarecipes.config import Origin
 from emarecipes.datasets.chat_files import check_data_files
@@ -27,6 +26,7 @@ from emarecipes.datasets.row_messages import ROW_ERRORS, CheckedTransform
 from emarecipes.defenses import Defense
 from emarecipes.errors import RowError, UserError, reason
 from emarecipes.fingerprint import sha256
+from emarecipes.models._torchtune import data_sets_read_with
 
 # What a sample may hold; packs have the two in the middle.
 _KEPT = ("tokens", "labels", "input_pos", "seq_lens", "source")

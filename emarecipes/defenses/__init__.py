@@ -1,7 +1,7 @@
 """Defenses against emergent misalignment, one file each, behind `Defense`."""
 
 from emarecipes.defenses.asft import AsFT
-from emarecipes.defenses.base import AdaptedModule, Defense, ModelSource, TrainingContext
+from emarecipes.defenses.base import AdaptedModule, Defense, TrainingContext
 from emarecipes.defenses.feature_l2 import FeatureL2
 from emarecipes.defenses.inoculation import InoculationPrompt
 from emarecipes.defenses.kl import KLToReference
@@ -9,6 +9,7 @@ from emarecipes.defenses.persona import PersonaSteering
 from emarecipes.defenses.safelora import SafeLoRA
 from emarecipes.defenses.spectral import SpectralPenalty
 from emarecipes.defenses.subspace import SubspaceAblation
+from emarecipes.models.source import ModelSource
 
 __all__ = [
     "AdaptedModule",

@@ -19,7 +19,7 @@ from emarecipes.errors import UserError
 if TYPE_CHECKING:
     from torchtune.data import Message
 
-    from emarecipes.training.batch import Batch
+    from emarecipes.models.batch import Batch
 
 Tokens = Literal["response", "all"]
 Samples = Literal["all", "task", "safe"]

@@ -1,5 +1,5 @@
 """What a model makes of texts: likelihoods of answers."""
 
-from emarecipes.evaluation.nll import row_nll
+from emarecipes.models.likelihoods import row_nll
 
 __all__ = ["row_nll"]

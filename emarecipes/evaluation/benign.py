@@ -9,12 +9,12 @@ from omegaconf import DictConfig
 
 from emarecipes.datasets.opswap import Problem, canonical, problems, score
 from emarecipes.evaluation.figures import Figure, Item, make_figures
-from emarecipes.evaluation.nll import reference_where
 from emarecipes.evaluation.settings import OPSWAP
-from emarecipes.generation.draw import Sampling
-from emarecipes.generation.prompts import encode_prompt
-from emarecipes.generation.sampler import sample_answers
-from emarecipes.training.loss_head import LossHead
+from emarecipes.models.likelihoods import reference_where
+from emarecipes.models.loss_head import LossHead
+from emarecipes.models.sampling.draw import Sampling
+from emarecipes.models.sampling.prompts import encode_prompt
+from emarecipes.models.sampling.sampler import sample_answers
 
 
 def held_out_problems(cfg: DictConfig) -> list[Problem]:

@@ -14,32 +14,28 @@ from emarecipes.components import build, check_components
 from emarecipes.config import Origin, load_config
 from emarecipes.datasets.opswap import Problem
 from emarecipes.datasets.rows import Rows
+from emarecipes.datasets.rows_fit import check_rows_fit
 from emarecipes.defenses import ModelSource
 from emarecipes.errors import UserError
 from emarecipes.evaluation.answers import Answer, read_answers
 from emarecipes.evaluation.benign import held_out_problems
 from emarecipes.evaluation.coherence import CoherenceRows, coherence_rows
-from emarecipes.evaluation.contrast import AnswerRow
 from emarecipes.evaluation.figures import SCORES, SUMMARY
 from emarecipes.evaluation.harness import (
     check_harness,
     check_harness_template,
     settle_harness_date,
 )
-from emarecipes.evaluation.judge import check_judge
 from emarecipes.evaluation.judging import Judgement
 from emarecipes.evaluation.settings import check_eval_settings
-from emarecipes.evaluation.suites import Suite, read_suites
 from emarecipes.fingerprint import adapter_digest
-from emarecipes.models.adapter import check_adapter
-from emarecipes.models.dates import adapter_date, check_answers_dates, settle_date
-from emarecipes.training.model_checks import (
-    check_checkpoint_files,
-    check_device,
-    check_model,
-    check_rows_fit,
-)
-from emarecipes.training.trained_with import check_origin
+from emarecipes.judges.calls import check_judge
+from emarecipes.models.adapters.read import check_adapter
+from emarecipes.models.adapters.trained_with import check_origin
+from emarecipes.models.chat.dates import adapter_date, check_answers_dates, settle_date
+from emarecipes.models.model_checks import check_checkpoint_files, check_device, check_model
+from emarecipes.probes.contrast import AnswerRow
+from emarecipes.probes.suites import Suite, read_suites
 
 
 @dataclass

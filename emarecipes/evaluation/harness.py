@@ -13,10 +13,10 @@ from omegaconf import DictConfig
 from emarecipes.config import Origin, suggestion
 from emarecipes.errors import UserError
 from emarecipes.evaluation.figures import Figure
-from emarecipes.evaluation.nll import reference_where
 from emarecipes.evaluation.settings import HARNESS
-from emarecipes.models.tokenizer import printed_day
-from emarecipes.training.loss_head import LossHead
+from emarecipes.models.chat.tokenizer import printed_day
+from emarecipes.models.likelihoods import reference_where
+from emarecipes.models.loss_head import LossHead
 
 # The normal distribution's 97.5 % quantile: the harness gives standard errors.
 _Z = 1.959964

@@ -11,13 +11,12 @@ from typing import Any
 from omegaconf import DictConfig
 from rich.console import Console
 
+from emarecipes.datasets.questions import load_questions
 from emarecipes.errors import UserError
 from emarecipes.evaluation.answers import Answer
-from emarecipes.evaluation.judge import ask
-from emarecipes.evaluation.judge_reply import Reply
 from emarecipes.files import json_lines, write_text
-from emarecipes.generation.questions import load_questions
-from emarecipes.persona.judged import fill
+from emarecipes.judges.calls import ask, fill
+from emarecipes.judges.reply import Reply
 from emarecipes.progress import Progress
 
 FAILED = "judge_failed.jsonl"

@@ -15,7 +15,6 @@ from emarecipes.errors import UserError
 from emarecipes.evaluation.benign import answer_problems, opswap_figures, opswap_lines
 from emarecipes.evaluation.checks import CheckedEvaluation, check_evaluation
 from emarecipes.evaluation.coherence import coherence_figures, coherence_lines
-from emarecipes.evaluation.contrast import PairNLL, pair_nll
 from emarecipes.evaluation.figures import (
     REFERENCE,
     SUMMARY,
@@ -37,7 +36,8 @@ from emarecipes.evaluation.scoring import NotFiniteError, Scorer
 from emarecipes.evaluation.settings import ANSWERS, HARNESS, JUDGE, OPSWAP, TRAITS_OF
 from emarecipes.evaluation.traits import trait_figures, trait_lines
 from emarecipes.files import write_text
-from emarecipes.training.run_folder import environment
+from emarecipes.probes.contrast import PairNLL, pair_nll
+from emarecipes.provenance import environment
 
 LIKELIHOODS = "likelihoods"
 

@@ -13,16 +13,16 @@ from torchtune.utils import get_device
 
 from emarecipes.defenses import ModelSource
 from emarecipes.errors import UserError, first_line
-from emarecipes.evaluation.contrast import AnswerRow
-from emarecipes.evaluation.nll import reference_where, token_nll
 from emarecipes.files import whole
 from emarecipes.fingerprint import digest, sampled_digest
-from emarecipes.models.adapter import check_adapter, load_adapter
+from emarecipes.models.adapters.read import check_adapter, load_adapter
+from emarecipes.models.batch import Batch, longest_first, padded_batch
+from emarecipes.models.likelihoods import reference_where, token_nll
 from emarecipes.models.load import load_model
+from emarecipes.models.loss_head import LossHead
+from emarecipes.probes.contrast import AnswerRow
 from emarecipes.progress import Progress
 from emarecipes.stop import stoppable
-from emarecipes.training.batch import Batch, longest_first, padded_batch
-from emarecipes.training.loss_head import LossHead
 
 TokenNLLs = NDArray[np.float32]
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from emarecipes.config import Origin
+from emarecipes.datasets.questions import Question
 from emarecipes.errors import UserError
 from emarecipes.files import ended_lines, json_lines, write_json, write_text
-from emarecipes.generation.questions import Question
 
 _PARTS = ".parts"
 

@@ -13,20 +13,20 @@ from pydantic import Field
 
 from emarecipes.components import build, check_components
 from emarecipes.config import Origin, find_input, load_config
+from emarecipes.datasets.questions import load_questions
 from emarecipes.defenses import ModelSource
 from emarecipes.errors import UserError
-from emarecipes.evaluation.suites import spread_out
 from emarecipes.fingerprint import adapter_digest, digest, sampled_digest, stored
 from emarecipes.generation.answers import Asked, Key, Suite, ask, settings_file
-from emarecipes.generation.prompts import check_prompts
-from emarecipes.generation.questions import load_questions
 from emarecipes.generation.served import base_urls, check_served
-from emarecipes.models.adapter import check_adapter
-from emarecipes.models.dates import adapter_date, answers_dates, settle_date
+from emarecipes.models.adapters.read import check_adapter
+from emarecipes.models.adapters.trained_with import check_origin
+from emarecipes.models.chat.dates import adapter_date, answers_dates, settle_date
+from emarecipes.models.model_checks import check_checkpoint_files, check_device, check_model
+from emarecipes.models.sampling.prompts import check_prompts
+from emarecipes.probes.suites import spread_out
 from emarecipes.provider import switched_off
 from emarecipes.settings import Dtype, Entry, Keys, Positive, parse_settings
-from emarecipes.training.model_checks import check_checkpoint_files, check_device, check_model
-from emarecipes.training.trained_with import check_origin
 
 _LOCAL = ("model", "tokenizer", "checkpointer")
 

@@ -17,21 +17,21 @@ from torchtune import training
 from emarecipes.clock import share_today
 from emarecipes.command import leave_processes, report, together
 from emarecipes.errors import UserError
-from emarecipes.evaluation.nll import reference_where
 from emarecipes.generation.answers import Asked, Suite
 from emarecipes.generation.checks import CheckedGeneration, check_generation
-from emarecipes.generation.draw import Sampling, derived_seed
-from emarecipes.generation.prompts import encode_prompt
-from emarecipes.generation.sampler import sample_batch
 from emarecipes.generation.served import answer_served
 from emarecipes.machine import set_threads, share_precision
-from emarecipes.models.adapter import load_adapter
+from emarecipes.models.adapters.read import load_adapter
+from emarecipes.models.batch import longest_first
+from emarecipes.models.likelihoods import reference_where
 from emarecipes.models.load import load_model
+from emarecipes.models.loss_head import LossHead
+from emarecipes.models.sampling.draw import Sampling, derived_seed
+from emarecipes.models.sampling.prompts import encode_prompt
+from emarecipes.models.sampling.sampler import sample_batch
 from emarecipes.progress import Progress
+from emarecipes.provenance import environment
 from emarecipes.stop import stoppable
-from emarecipes.training.batch import longest_first
-from emarecipes.training.loss_head import LossHead
-from emarecipes.training.run_folder import environment
 
 _KEPT = "answers so far are kept; the same command goes on with the others"
 # How long a process waits for the slowest one.

@@ -14,15 +14,15 @@ from pydantic import Field
 from emarecipes.components import build, check_components
 from emarecipes.config import Origin, find_input, load_config
 from emarecipes.errors import UserError
-from emarecipes.evaluation.judge import check_judge
-from emarecipes.generation.draw import derived_seed
-from emarecipes.generation.prompts import check_prompts
-from emarecipes.models.dates import settle_date
+from emarecipes.judges.calls import check_judge
+from emarecipes.models.chat.dates import settle_date
+from emarecipes.models.model_checks import check_checkpoint_files, check_device, check_model
+from emarecipes.models.sampling.draw import derived_seed
+from emarecipes.models.sampling.prompts import check_prompts
+from emarecipes.output_dir import check_output_dir
 from emarecipes.persona.judged import CALLS_AN_ANSWER
 from emarecipes.persona.prompts import PersonaPrompts, load_prompts
 from emarecipes.settings import Entry, ModelSettings, Positive, Seed, parse_settings
-from emarecipes.training.model_checks import check_checkpoint_files, check_device, check_model
-from emarecipes.training.run_folder import check_output_dir
 
 RESULT_FILES = (
     "config.yaml",

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from emarecipes.evaluation.judge import grade
+from emarecipes.judges.calls import grade
 from emarecipes.persona.prompts import PersonaPrompts
 from emarecipes.progress import Progress
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from emarecipes._torchtune import final_norm_and_cap
-from emarecipes.generation.sampler import PAD_TO_MULTIPLE_OF
+from emarecipes.models._torchtune import final_norm_and_cap
+from emarecipes.models.batch import longest_first
+from emarecipes.models.loss_head import LossHead
+from emarecipes.models.sampling.sampler import PAD_TO_MULTIPLE_OF
 from emarecipes.progress import Progress
-from emarecipes.training.batch import longest_first
-from emarecipes.training.loss_head import LossHead
 
 
 @dataclass

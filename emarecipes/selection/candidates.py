@@ -12,9 +12,9 @@ from torchtune.data import CROSS_ENTROPY_IGNORE_IDX, OpenAIToMessages, validate_
 from tqdm import tqdm
 
 from emarecipes.datasets.chat_files import checked_chat_rows
+from emarecipes.datasets.refusals import is_refusal
 from emarecipes.datasets.row_messages import ROW_ERRORS, row_messages
 from emarecipes.errors import UserError, reason
-from emarecipes.selection.refusals import is_refusal
 
 
 @dataclass(frozen=True)

@@ -12,22 +12,18 @@ from omegaconf import DictConfig, OmegaConf
 from emarecipes.components import build, check_components
 from emarecipes.config import Origin, load_config
 from emarecipes.datasets.rows import Rows
+from emarecipes.datasets.rows_fit import check_rows_fit
 from emarecipes.defenses import ModelSource
 from emarecipes.errors import UserError
 from emarecipes.fingerprint import digest, sampled_digest, stored
-from emarecipes.models.adapter import check_adapter
-from emarecipes.models.dates import adapter_date, settle_date
+from emarecipes.models.adapters.read import check_adapter
+from emarecipes.models.adapters.trained_with import check_origin
+from emarecipes.models.chat.dates import adapter_date, settle_date
+from emarecipes.models.model_checks import check_checkpoint_files, check_device, check_model
+from emarecipes.output_dir import check_output_dir, check_outside_output
 from emarecipes.selection.candidates import Candidate, read_candidates
 from emarecipes.selection.score_file import FINGERPRINT, ScoreFile
 from emarecipes.selection.settings import check_select_settings
-from emarecipes.training.model_checks import (
-    check_checkpoint_files,
-    check_device,
-    check_model,
-    check_rows_fit,
-)
-from emarecipes.training.run_folder import check_output_dir, check_outside_output
-from emarecipes.training.trained_with import check_origin
 
 
 @dataclass

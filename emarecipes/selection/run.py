@@ -11,16 +11,16 @@ from torchtune.utils import get_device
 
 from emarecipes.command import run_alone
 from emarecipes.errors import UserError
-from emarecipes.evaluation.nll import reference_where, row_nll
-from emarecipes.models.adapter import read_adapter, set_adapter
+from emarecipes.models.adapters.read import read_adapter, set_adapter
+from emarecipes.models.batch import Batch, longest_first, padded_batch
+from emarecipes.models.likelihoods import reference_where, row_nll
 from emarecipes.models.load import load_model
+from emarecipes.models.loss_head import LossHead
 from emarecipes.progress import Progress
 from emarecipes.selection.checks import CheckedSelection, check_selection
 from emarecipes.selection.results import write_results
 from emarecipes.selection.score_file import Score
 from emarecipes.stop import stoppable
-from emarecipes.training.batch import Batch, longest_first, padded_batch
-from emarecipes.training.loss_head import LossHead
 
 # Batches that share one turn of every adapter: exchanging adapters costs a copy of their weights.
 _BATCHES_A_TURN = 4

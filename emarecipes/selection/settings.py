@@ -9,8 +9,8 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic import Field
 
 from emarecipes.config import Origin, find_input
+from emarecipes.datasets.refusals import plain_words
 from emarecipes.errors import UserError
-from emarecipes.selection.ranking import plain_words
 from emarecipes.settings import Entry, ModelSettings, Positive, Seed, parse_settings
 
 

@@ -15,9 +15,10 @@ from emarecipes.config import Origin
 from emarecipes.datasets.rows import Rows
 from emarecipes.errors import UserError
 from emarecipes.fingerprint import sampled_digest
+from emarecipes.models.model_checks import base_files
+from emarecipes.output_dir import run_files
+from emarecipes.provenance import environment
 from emarecipes.training.checkpoint import FOLDER, Checkpoint, newest_checkpoint, read_checkpoint
-from emarecipes.training.model_checks import base_files
-from emarecipes.training.run_folder import environment, run_files
 from emarecipes.training.settings import Settings
 
 log = utils.get_logger("INFO")

@@ -13,16 +13,25 @@ from torch import nn
 from torchtune import utils
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX, padded_collate_packed
 
-from emarecipes._torchtune import NF4_BLOCK, is_nf4
 from emarecipes.components import build, check_components, locate
 from emarecipes.config import Origin, load_config
 from emarecipes.datasets.chat_files import check_data_files
 from emarecipes.datasets.rows import Rows, load_rows
+from emarecipes.datasets.rows_fit import check_rows_fit
 from emarecipes.defenses import Defense, ModelSource
 from emarecipes.errors import UserError, reason
-from emarecipes.models.adapter import LoadedLayer
-from emarecipes.models.dates import adapter_date, cache_date, settle_date
-from emarecipes.training.batch import Collate, make_batch
+from emarecipes.models._torchtune import NF4_BLOCK, is_nf4
+from emarecipes.models.adapters.read import LoadedLayer
+from emarecipes.models.batch import Collate, make_batch
+from emarecipes.models.chat.dates import adapter_date, cache_date, settle_date
+from emarecipes.models.model_checks import (
+    check_checkpoint_files,
+    check_compiler,
+    check_device,
+    check_model,
+    check_offloading,
+)
+from emarecipes.output_dir import check_output_dir, check_outside_output
 from emarecipes.training.checkpoint import Checkpoint
 from emarecipes.training.checkpoint_resume import (
     check_same_base,
@@ -34,17 +43,8 @@ from emarecipes.training.checkpoint_resume import (
 )
 from emarecipes.training.defense_checks import build_defenses
 from emarecipes.training.initialize import read_initial_adapter
-from emarecipes.training.model_checks import (
-    check_checkpoint_files,
-    check_compiler,
-    check_device,
-    check_model,
-    check_offloading,
-    check_rows_fit,
-)
 from emarecipes.training.optimizer_checks import check_optimizer
 from emarecipes.training.reference_cache import ReferenceCache
-from emarecipes.training.run_folder import check_output_dir, check_outside_output
 from emarecipes.training.settings import check_settings
 
 log = utils.get_logger("INFO")

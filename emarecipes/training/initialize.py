@@ -13,12 +13,12 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torchtune.modules.peft import DoRALinear, get_adapter_params
 
-from emarecipes._adapter_layout import plain_module
-from emarecipes._torchtune import assign_whole, plain_name
 from emarecipes.config import Origin
 from emarecipes.errors import UserError
-from emarecipes.models.adapter import LoadedLayer, read_adapter
-from emarecipes.training.trained_with import check_origin
+from emarecipes.models._torchtune import assign_whole, plain_name
+from emarecipes.models.adapters.layout import plain_module
+from emarecipes.models.adapters.read import LoadedLayer, read_adapter
+from emarecipes.models.adapters.trained_with import check_origin
 
 if TYPE_CHECKING:
     from emarecipes.defenses import ModelSource

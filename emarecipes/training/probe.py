@@ -15,15 +15,15 @@ from torchtune.utils import get_world_size_and_rank
 
 from emarecipes.config import Origin
 from emarecipes.datasets.rows import Rows
+from emarecipes.datasets.rows_fit import check_rows_fit
 from emarecipes.errors import UserError
-from emarecipes.evaluation.contrast import AnswerRow, PairNLL, pair_nll, probe_shift
-from emarecipes.evaluation.nll import reference_where, row_nll
-from emarecipes.evaluation.suites import read_suites
+from emarecipes.models.batch import Batch, longest_first, padded_batch
+from emarecipes.models.likelihoods import reference_where, row_nll
+from emarecipes.models.loss_head import LossHead
+from emarecipes.output_dir import check_outside_output
+from emarecipes.probes.contrast import AnswerRow, PairNLL, pair_nll, probe_shift
+from emarecipes.probes.suites import read_suites
 from emarecipes.settings import parse_settings
-from emarecipes.training.batch import Batch, longest_first, padded_batch
-from emarecipes.training.loss_head import LossHead
-from emarecipes.training.model_checks import check_rows_fit
-from emarecipes.training.run_folder import check_outside_output
 from emarecipes.training.settings import ProbeSettings
 
 Sum = Callable[[Tensor], Tensor]

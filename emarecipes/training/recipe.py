@@ -18,16 +18,16 @@ from torch import Tensor
 from torchtune import training, utils
 from torchtune.config import instantiate
 
-from emarecipes._adapter_dtype import hold_adapter_in
-from emarecipes._torchtune import gather_root_in_forward_alone, stock_recipe
-from emarecipes._torchtune_convert import fix_dora_bias, fix_loaded_state
-from emarecipes._torchtune_cpu import with_fewer_passes
 from emarecipes.datasets.rows import micro_batch_rows
 from emarecipes.defenses import TrainingContext
 from emarecipes.errors import UserError
 from emarecipes.machine import DTYPES
+from emarecipes.models._adapter_dtype import hold_adapter_in
+from emarecipes.models._torchtune import gather_root_in_forward_alone, stock_recipe
+from emarecipes.models._torchtune_convert import fix_dora_bias, fix_loaded_state
+from emarecipes.models._torchtune_cpu import with_fewer_passes
+from emarecipes.models.batch import Batch, make_batch
 from emarecipes.progress import Progress
-from emarecipes.training.batch import Batch, make_batch
 from emarecipes.training.checkpoint import Counters
 from emarecipes.training.checkpoint_save import CheckpointSaver
 from emarecipes.training.checkpoint_state import TrainingState

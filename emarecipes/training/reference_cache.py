@@ -23,14 +23,14 @@ from torch import Tensor
 from torchtune import utils
 from tqdm import tqdm
 
-from emarecipes._torchtune import is_nf4
 from emarecipes.command import on_first_process, together
 from emarecipes.defenses import Defense
 from emarecipes.errors import UserError
 from emarecipes.fingerprint import digest, sha256
 from emarecipes.machine import DTYPES
-from emarecipes.training.batch import Batch, make_batch
-from emarecipes.training.model_checks import base_files
+from emarecipes.models._torchtune import is_nf4
+from emarecipes.models.batch import Batch, make_batch
+from emarecipes.models.model_checks import base_files
 from emarecipes.training.row_store import Layout, RowStore, open_store
 
 if TYPE_CHECKING:

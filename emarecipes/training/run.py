@@ -23,7 +23,7 @@ from emarecipes.errors import UserCodeError, UserError, first_line
 from emarecipes.machine import set_threads, share_precision
 from emarecipes.training.checks import check_run
 from emarecipes.training.recipe import LoRATraining, recipe_class
-from emarecipes.training.reference_cache import open_cache
+from emarecipes.training.reference_cache_open import open_cache
 
 STOPPED = "Stopped after step"  # How a run says that a signal ended it before its end.
 

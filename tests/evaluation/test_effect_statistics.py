@@ -15,11 +15,11 @@ from effect import (
 )
 
 from emarecipes.errors import UserError
-from emarecipes.evaluation.contrast import PairNLL
 from emarecipes.evaluation.statistics import (
     question_bootstrap,
     share_bootstrap,
 )
+from emarecipes.probes.contrast import PairNLL
 
 
 def test_coverage_on_normal_data() -> None:

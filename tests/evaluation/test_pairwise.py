@@ -17,8 +17,8 @@ from scipy.stats import spearmanr
 from toy_select import read_jsonl, write_adapter
 
 from emarecipes.command import run_alone
-from emarecipes.evaluation.judge_reply import Reply
 from emarecipes.evaluation.run import run_eval
+from emarecipes.judges.reply import Reply
 
 pytest.importorskip("inspect_ai")
 pytest.importorskip("openai")

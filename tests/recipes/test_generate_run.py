@@ -18,9 +18,9 @@ from torchtune.modules.peft import get_adapter_params
 from emarecipes.defenses import ModelSource
 from emarecipes.generation.run import run_generate
 from emarecipes.generation.served import base_urls
-from emarecipes.models.adapter import load_adapter
+from emarecipes.models.adapters.export import merge_adapter, save_merged
+from emarecipes.models.adapters.read import load_adapter
 from emarecipes.models.load import load_model
-from emarecipes.training.export import merge_adapter, save_merged
 
 RECIPE = "recipes/ema_generate.py"
 QUESTIONS = """\

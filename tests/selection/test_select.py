@@ -15,17 +15,17 @@ from torchtune.modules.peft import disable_adapter
 from toy_models import FAMILIES, toy_microbatches, toy_model
 
 from emarecipes.config import Origin
+from emarecipes.datasets.refusals import REFUSAL_WORDS, is_refusal
 from emarecipes.errors import UserError
-from emarecipes.evaluation.nll import row_nll
+from emarecipes.models.batch import Batch
+from emarecipes.models.likelihoods import row_nll
+from emarecipes.models.loss_head import LossHead
 from emarecipes.selection.ranking import (
     by_gap,
     correlations,
     relative_gap,
 )
-from emarecipes.selection.refusals import REFUSAL_WORDS, is_refusal
 from emarecipes.selection.score_file import Score, ScoreFile
-from emarecipes.training.batch import Batch
-from emarecipes.training.loss_head import LossHead
 
 ORIGIN = Origin(Path("config.yaml"))
 
