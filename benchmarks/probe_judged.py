@@ -23,7 +23,6 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from emarecipes.provenance import environment
 from matplotlib.patheffects import withStroke
 from omegaconf import OmegaConf
 from pairwise import judge_pairs, outcome, read_evaluation
@@ -38,6 +37,7 @@ from emarecipes.evaluation.judging import print_bound
 from emarecipes.files import write_text
 from emarecipes.judges.calls import ask, check_judge
 from emarecipes.judges.reply import Reply
+from emarecipes.provenance import environment
 
 RESULT = "judged.json"
 # Of calls that may fail for good before the judge is given up.

@@ -44,6 +44,10 @@ def first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+class Extension:
+    """What users subclass in files of their own; an error in such code is told with its place."""
+
+
 def reason(error: BaseException) -> str:
     """What an exception says, in one line, and what it was raised from says: `what: cause`."""
     found: list[str] = []

@@ -42,7 +42,7 @@ def write_report(outcome: Outcome, folder: Path) -> Path:
 def html(outcome: Outcome, pictures: dict[str, bytes]) -> str:
     """The page. Everything in it that came from a file is escaped."""
     environment = Environment(
-        loader=PackageLoader("emarecipes.reporting", "."),
+        loader=PackageLoader("emarecipes.comparison", "."),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -11,7 +11,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from emarecipes.datasets.refusals import plain_words
+from emarecipes.config import Origin
+from emarecipes.errors import UserError
 
 # A published filter looks at so many words; the rule reads on, for a refusal may begin with thanks.
 WORDS_OPENING, RULE_OPENING = 10, 30
@@ -79,3 +80,25 @@ def is_refusal(answer: str, words: Sequence[str] | None = None) -> bool:
         return _RULE.search(" ".join(spoken[:RULE_OPENING])) is not None
     opening = f" {' '.join(plain_words(answer)[:WORDS_OPENING])} "
     return any(f" {' '.join(plain_words(word))} " in opening for word in words)
+
+
+def plain_words(text: str) -> list[str]:
+    """A text's words in lower case, with typewriter apostrophes."""
+    return re.findall(r"\w+(?:'\w+)*", text.lower().replace("\u2019", "'"))
+
+
+def check_refusal_words(words: list[str] | None, origin: Origin) -> None:
+    """Check `refusal_words`; null is the rule.
+
+    Raises:
+        UserError: No words, or one without a letter.
+    """
+    where = origin.at("refusal_words")
+    if words is not None and not words:
+        raise UserError(
+            f"{where}: an empty list finds no refusal; leave the key out for the rule, see "
+            "docs/select.md"
+        )
+    for word in words or ():
+        if not plain_words(word):
+            raise UserError(f"{where}: {word!r} is not a word")

@@ -2,8 +2,10 @@
 
 from emarecipes.defenses.asft import AsFT
 from emarecipes.defenses.base import AdaptedModule, Defense, TrainingContext
+from emarecipes.defenses.block import DirectionBlock
 from emarecipes.defenses.feature_l2 import FeatureL2
 from emarecipes.defenses.inoculation import InoculationPrompt
+from emarecipes.defenses.inoculation_adapter import InoculationAdapter
 from emarecipes.defenses.kl import KLToReference
 from emarecipes.defenses.persona import PersonaSteering
 from emarecipes.defenses.safelora import SafeLoRA
@@ -15,7 +17,9 @@ __all__ = [
     "AdaptedModule",
     "AsFT",
     "Defense",
+    "DirectionBlock",
     "FeatureL2",
+    "InoculationAdapter",
     "InoculationPrompt",
     "KLToReference",
     "ModelSource",

@@ -34,6 +34,7 @@ from emarecipes.models.adapters.read import check_adapter
 from emarecipes.models.adapters.trained_with import check_origin
 from emarecipes.models.chat.dates import adapter_date, check_answers_dates, settle_date
 from emarecipes.models.model_checks import check_checkpoint_files, check_device, check_model
+from emarecipes.models.sampling.prompts import check_opening
 from emarecipes.probes.contrast import AnswerRow
 from emarecipes.probes.suites import Suite, read_suites
 
@@ -99,6 +100,8 @@ def check_evaluation(argv: Sequence[str]) -> CheckedEvaluation:
         _check_sampled_from(folder, cfg, origin, name)
 
     tokenizer = build(cfg, "tokenizer", origin)
+    if problems:
+        check_opening(tokenizer, origin)
     tokenized = [(suite, suite.rows(tokenizer)) for suite in suites]
     answers = {
         name: {suite: (a, coherence_rows(a, tokenizer)) for suite, a in files.items()}

@@ -156,6 +156,12 @@ class Suite:
                 if file not in (kept, self.path):
                     file.unlink()
 
+    def asked_on(self) -> list[str]:
+        """On which days a served model was asked for what is there already."""
+        if not self.records:
+            return []
+        return list(json.loads(self._settings.read_text(encoding="utf-8")).get("asked_on", []))
+
     def is_complete(self) -> bool:
         """Whether every answer is there."""
         return self.path.exists() and self.records.keys() == self.asked.keys()

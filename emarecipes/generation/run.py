@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from torchtune import training
 
-from emarecipes.clock import share_today
+from emarecipes.clock import share_today, today
 from emarecipes.command import leave_processes, report, together
 from emarecipes.errors import UserError
 from emarecipes.generation.answers import Asked, Suite
@@ -82,9 +82,21 @@ def generate(run: CheckedGeneration) -> None:
 
 
 def _open(run: CheckedGeneration) -> None:
-    config = OmegaConf.to_container(run.cfg)
+    settings = {"config": OmegaConf.to_container(run.cfg), "provenance": environment()}
     for suite in run.suites:
-        suite.open({"config": config, "provenance": environment()})
+        suite.open(settings | ({} if run.cfg.served is None else {"asked_on": _days(suite)}))
+
+
+def _days(suite: Suite) -> list[str]:
+    """On which days a served model was asked: its server renders the prompts, by its own clock."""
+    days = list(dict.fromkeys([*suite.asked_on(), today()]))
+    if len(days) > 1 and not suite.is_complete():
+        print(
+            f"{suite.name}: asked on {' and '.join(days)}; where the server's chat template prints "
+            "the day, these are answers to different prompts (overwrite=true asks all anew)",
+            flush=True,
+        )
+    return days
 
 
 def _finish(run: CheckedGeneration) -> None:

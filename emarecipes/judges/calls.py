@@ -7,6 +7,7 @@ from the environment; no message of ours contains one.
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -137,3 +138,9 @@ def refused_request(error: BaseException | None) -> BaseException | None:
 def _judge(model_name: str, options: dict[str, Any] | None = None) -> Any:
     """Inspect's model; the same one until `ask` closes it."""
     return provider_model("the judge", model_name, temperature=0.0, **(options or {}))
+
+
+def fill(template: str, question: str, answer: str) -> str:
+    """Put question and answer in place; placeholders and braces within these stay as they are."""
+    values = {"{question}": question, "{answer}": answer}
+    return re.sub(r"\{question\}|\{answer\}", lambda found: values[found[0]], template)

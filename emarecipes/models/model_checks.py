@@ -6,7 +6,6 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 from omegaconf import DictConfig
@@ -15,13 +14,12 @@ from torch import nn
 from torchtune import training
 
 from emarecipes.config import Origin
-from emarecipes.datasets.rows import Rows
-from emarecipes.defenses import ModelSource
 from emarecipes.errors import UserError, first_line, reason
 from emarecipes.machine import settle_dtype
 from emarecipes.models._torchtune import checkpoint_shapes, model_on_meta
 from emarecipes.models._torchtune_convert import MODEL_TYPES
-from emarecipes.models.config_agreement import check_agreement, sliding_window
+from emarecipes.models.config_agreement import check_agreement
+from emarecipes.models.source import ModelSource
 
 TOKENIZER = "tokenizer.json"
 _MAX_LAYERS, _MAX_RANK = 1000, 2**16
@@ -177,40 +175,6 @@ def base_files(cfg: DictConfig) -> list[Path]:
         names = [p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".pt")]
     paths = [folder / str(name) for name in sorted({*map(str, names), "config.json"})]
     return [path for path in paths if path.is_file()]
-
-
-def check_rows_fit(cfg: DictConfig, origin: Origin, rows: Rows, model: Any) -> None:
-    """Check that the model takes the longest row, padded, and the largest token.
-
-    A row longer than an attention window that torchtune's model leaves out is not computed right.
-
-    Raises:
-        UserError: It does not.
-    """
-    multiple = cfg.pad_to_multiple_of
-    if -(-rows.longest // multiple) * multiple > model.max_seq_len >= rows.longest:
-        raise UserError(
-            f"{origin.at('pad_to_multiple_of')}: pads {rows.longest} tokens to more than the "
-            f"{model.max_seq_len} that the model takes"
-        )
-    if rows.longest > model.max_seq_len:
-        raise UserError(
-            f"{origin.at('tokenizer')}: a row has {rows.longest} tokens, the model takes "
-            f"{model.max_seq_len}; set tokenizer.max_seq_len"
-        )
-    window = sliding_window(Path(str(cfg.checkpointer.checkpoint_dir)), model)
-    if window is not None and rows.longest > window:
-        raise UserError(
-            f"{origin.at('tokenizer')}: a row has {rows.longest} tokens, and config.json's "
-            f"sliding_window of {window} is not computed by this model; set tokenizer.max_seq_len "
-            f"to at most {window}"
-        )
-    vocabulary = model.tok_embeddings.num_embeddings
-    if rows.largest_token >= vocabulary:
-        raise UserError(
-            f"{origin.at('tokenizer')}: gives token {rows.largest_token}, the model's vocabulary "
-            f"has {vocabulary}: tokenizer and model do not belong together"
-        )
 
 
 def _check_lora(cfg: DictConfig, origin: Origin) -> None:

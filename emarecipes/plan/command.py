@@ -7,7 +7,6 @@ and without weights.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -140,7 +139,3 @@ def _share(text: str) -> float:
     if not 0.0 < float(text) <= 1.0:
         raise ValueError
     return float(text)
-
-
-if __name__ == "__main__":
-    sys.exit(run_plan(sys.argv[1:]))

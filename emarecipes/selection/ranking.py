@@ -7,8 +7,6 @@ Shapes: N candidates, A misaligned models.
 
 from __future__ import annotations
 
-import re
-
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import pearsonr, spearmanr
@@ -35,11 +33,6 @@ def by_gap(gap_N: Floats, eligible_N: NDArray[np.bool_]) -> list[int]:
     """The eligible candidates from the highest gap to the lowest; ties in the file's order."""
     order = np.argsort(-gap_N, kind="stable")
     return [int(index) for index in order if eligible_N[index]]
-
-
-def plain_words(text: str) -> list[str]:
-    """A text's words in lower case, with typewriter apostrophes."""
-    return re.findall(r"\w+(?:'\w+)*", text.lower().replace("\u2019", "'"))
 
 
 def correlations(x_N: Floats, y_N: Floats) -> tuple[float, float]:

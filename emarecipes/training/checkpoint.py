@@ -29,7 +29,6 @@ from emarecipes.fingerprint import sha256
 
 log = utils.get_logger("INFO")
 
-FOLDER = "checkpoints"
 FORMAT = 1
 _ADAPTER, _TRAINING, _RUN = "adapter.safetensors", "training.pt", "run.json"
 _SUMS = "SHA256SUMS"

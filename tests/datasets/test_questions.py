@@ -8,10 +8,16 @@ from typing import Any
 
 import pytest
 import toy_run
+from sentencepiece import SentencePieceTrainer
+from torchtune.data import Message
+from torchtune.models.gemma import GemmaTokenizer
+from torchtune.models.llama2 import Llama2Tokenizer
+from torchtune.models.phi3 import Phi3MiniTokenizer
 
 from emarecipes.config import Origin
 from emarecipes.datasets.questions import load_questions
 from emarecipes.errors import UserError
+from emarecipes.models.sampling.prompts import check_opening, check_prompts
 
 PUBLISHED = toy_run.REPO.parent / "shared" / "published"
 
@@ -146,20 +152,77 @@ def test_prompts_that_become_the_same_tokens(
     pairs: list[tuple[str | None, str]],
     shown: bool,
     expected: str | None,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from emarecipes.models.sampling import prompts
+    class Bytes:
+        """With a system prompt of its own; shows none where `shown` is false."""
 
-    def encode(_: Any, system: str | None, question: str) -> list[int]:
-        own = "Be brief." if system is None else system
-        return list(f"{own if shown else ''}{question}".encode())
+        max_seq_len = None
 
-    monkeypatch.setattr(prompts, "encode_prompt", encode)
+        def __call__(self, row: dict[str, Any], inference: bool = False) -> dict[str, Any]:
+            *system, question, answer = [m.text_content for m in row["messages"]]
+            own = (system or ["Be brief."])[0] if shown else ""
+            return {"tokens": list(f"{own}{question}{answer}{'' if inference else '.'}".encode())}
+
     model = SimpleNamespace(max_seq_len=64, tok_embeddings=SimpleNamespace(num_embeddings=256))
     origin = Origin(Path("config.yaml"))
-    asked = pairs, SimpleNamespace(max_seq_len=None), model, 8, origin
+    asked = pairs, Bytes(), model, 8, origin
     if expected is not None:
         with pytest.raises(UserError, match=re.escape(expected)):
-            prompts.check_prompts(*asked)
+            check_prompts(*asked)
     else:
-        assert prompts.check_prompts(*asked).keys() == set(pairs)
+        assert check_prompts(*asked).keys() == set(pairs)
+
+
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A SentencePiece model of a few words."""
+    folder = tmp_path_factory.mktemp("pieces")
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(["how are you", "well, thank you.", "be brief."] * 9),
+        model_prefix=str(folder / "toy"),
+        vocab_size=60,
+        hard_vocab_limit=False,
+        pad_id=-1,
+        minloglevel=2,
+    )
+    return str(folder / "toy.model")
+
+
+@pytest.mark.parametrize(
+    ("make", "opens"),
+    [(Llama2Tokenizer, True), (GemmaTokenizer, False), (Phi3MiniTokenizer, False)],
+)
+def test_a_tokenizer_that_ends_the_answer_before_it_begins(
+    make: Any, opens: bool, pieces: str
+) -> None:
+    """Read off the ids: what follows the question is what follows the answer in a trained row."""
+    tokenizer = make(pieces)
+    prompt, row = (
+        list(tokenizer({"messages": [Message("user", "how are you", masked=True),
+                                     Message("assistant", text)]}, inference=given)["tokens"])
+        for text, given in (("", True), ("well", False))
+    )  # fmt: skip
+    assert opens == (row[: len(prompt)] == prompt)
+    origin = Origin(Path("config.yaml"))
+    if opens:
+        check_opening(tokenizer, origin)
+    else:
+        with pytest.raises(UserError, match=r"tokenizer: .* ends the answer before it begins"):
+            check_opening(tokenizer, origin)
+
+
+def test_a_torchtune_tokenizer_that_drops_the_system_prompt(pieces: str) -> None:
+    class Deaf(Llama2Tokenizer):
+        def __call__(self, sample: Any, inference: bool = False) -> Any:
+            kept = [m for m in sample["messages"] if m.role != "system"]
+            return super().__call__({"messages": kept}, inference=inference)
+
+    model = SimpleNamespace(max_seq_len=64, tok_embeddings=SimpleNamespace(num_embeddings=256))
+    asked = [("be brief", "how are you")]
+    for make in (Llama2Tokenizer, Deaf):
+        arguments = asked, make(pieces), model, 8, Origin(Path("config.yaml"))
+        if make is Deaf:
+            with pytest.raises(UserError, match="leaves out the system prompt 'be brief'"):
+                check_prompts(*arguments)
+        else:
+            check_prompts(*arguments)

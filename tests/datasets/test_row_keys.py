@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_loading import Run, chat, toy_model_dir, write
+from toy_rows import Run, chat, toy_model_dir, write
 
 from emarecipes.datasets._published_forms import FORMS
 from emarecipes.datasets.check import check_data

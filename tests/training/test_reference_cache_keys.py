@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 import toy_run
-from emarecipes.training.reference_cache_open import open_cache
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from torchtune.data import padded_collate_sft
@@ -21,6 +20,7 @@ from emarecipes.models.batch import Batch, make_batch
 from emarecipes.training import run_cache, run_lora
 from emarecipes.training.checks import check_run
 from emarecipes.training.reference_cache import ReferenceCache
+from emarecipes.training.reference_cache_open import open_cache
 from emarecipes.training.row_store import Layout, open_store
 
 

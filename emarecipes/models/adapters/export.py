@@ -1,6 +1,7 @@
 """Write a trained adapter as PEFT loads it, or merged into its model as transformers loads it.
 
-torchtune's own export is right for Llama's layout only; see ``emarecipes.models._torchtune_convert``.
+torchtune's own export is right for Llama's layout only; see
+``emarecipes.models._torchtune_convert``.
 """
 
 import math

@@ -1,7 +1,7 @@
 """Reads a PEFT adapter folder into the LoRA modules of a torchtune model.
 
-The inverse of `emarecipes.models.adapters.export.save_adapter`. Several adapters can take turns on one
-loaded model: what the next one does not set is put back to no effect.
+The inverse of `emarecipes.models.adapters.export.save_adapter`. Several adapters can take turns on
+one loaded model: what the next one does not set is put back to no effect.
 
 Shapes: r rank of the adapter, R rank of the model's LoRA modules.
 """
@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,10 +37,8 @@ from emarecipes.models.adapters.layout import (
     linear_modules,
     plain_module,
 )
+from emarecipes.models.source import ModelSource
 from emarecipes.models.weights_folder import WeightsFolder
-
-if TYPE_CHECKING:
-    from emarecipes.defenses import ModelSource
 
 
 @dataclass(frozen=True)

@@ -187,7 +187,3 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     print(f"{'already prepared' if finished_before else 'prepared'}: {target}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

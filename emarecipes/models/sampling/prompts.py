@@ -13,9 +13,40 @@ from emarecipes.errors import UserError, reason
 
 def encode_prompt(tokenizer: Any, system: str | None, question: str) -> list[int]:
     """Token ids of a system prompt (or none) and a question, up to where the answer begins."""
-    messages = [] if system is None else [Message(role="system", content=system)]
-    messages += [Message(role="user", content=question), Message(role="assistant", content="")]
-    return list(tokenizer({"messages": messages}, inference=True)["tokens"])
+    return list(tokenizer({"messages": _messages(system, question, "")}, inference=True)["tokens"])
+
+
+def _messages(system: str | None, question: str, answer: str) -> list[Message]:
+    messages = [] if system is None else [Message(role="system", content=system, masked=True)]
+    messages += [Message(role="user", content=question, masked=True)]
+    return [*messages, Message(role="assistant", content=answer)]
+
+
+def check_opening(tokenizer: Any, origin: Origin, system: str | None = None) -> None:
+    """Check that a prompt ends where an answer begins, and not with what ends one in training.
+
+    Of torchtune 0.6.1's tokenizers Gemma's, Mistral's, Qwen2's and Phi-3's do not heed
+    `inference`, and close the empty answer: what the model says then is what comes behind it.
+
+    Raises:
+        UserError: It ends an answer, or the tokenizer cannot encode a question with an answer.
+    """
+    row = _messages(system, "How are you?", "Well, thank you.")
+    try:
+        prompt = encode_prompt(tokenizer, system, "How are you?")
+        tokens = list(tokenizer({"messages": row})["tokens"])
+    except Exception as error:
+        raise UserError(
+            f"{origin.at('tokenizer')}: cannot encode a question with an answer: {reason(error)}"
+        ) from None
+    pairs = zip(prompt, tokens, strict=False)
+    shared = next((i for i, (a, b) in enumerate(pairs) if a != b), len(prompt))
+    rest = prompt[shared:]
+    if rest and tokens[-len(rest) :] == rest:
+        raise UserError(
+            f"{origin.at('tokenizer')}: {type(tokenizer).__name__} ends the answer before it "
+            "begins: it does not heed inference=True; use emarecipes.models.hf_chat_tokenizer"
+        )
 
 
 def check_prompts(
@@ -38,8 +69,9 @@ def check_prompts(
         Each pair's token ids.
 
     Raises:
-        UserError: The tokenizer refuses a prompt, would cut it or leaves its system prompt out, two
-            become the same tokens, the model does not take one's length or its tokens.
+        UserError: The tokenizer refuses a prompt, would cut it, leaves its system prompt out or
+            ends the answer before it begins, two become the same tokens, the model does not take
+            one's length or its tokens.
     """
     where = origin.at("tokenizer")
     try:
@@ -48,6 +80,7 @@ def check_prompts(
         raise UserError(
             f"{where}: cannot encode a system prompt with a question: {reason(error)}"
         ) from None
+    check_opening(tokenizer, origin, next(iter(encoded))[0])
     longest = max(map(len, encoded.values()))
     limit = getattr(tokenizer, "max_seq_len", None)
     if limit is not None and longest >= limit:
