@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import signal
 import sys
@@ -38,7 +37,7 @@ from emarecipes.comparison.status import pieces_of
 from emarecipes.comparison.steps import places
 from emarecipes.config import load_config
 from emarecipes.errors import UserError
-from emarecipes.files import write_text
+from emarecipes.files import write_json
 from emarecipes.provenance import environment
 
 RESULT = "comparison.json"
@@ -73,7 +72,7 @@ def _compare(argv: Sequence[str]) -> None:
         first = f"; first failure: {runner.failures[0]}" if runner.failures else ""
         raise UserError(f"{error}{first}") from None
     page = write_report(outcome, runner.folder)
-    write_text(runner.folder / RESULT, json.dumps(as_json(outcome), indent=1) + "\n")
+    write_json(runner.folder / RESULT, as_json(outcome), indent=1)
     print_outcome(outcome)
     print(f"report: {page}")
     if runner.failures:

@@ -24,6 +24,7 @@ from emarecipes.datasets.row_ends import Ends, count_ends, tell_losses
 from emarecipes.datasets.row_messages import ROW_ERRORS, CheckedTransform
 from emarecipes.defenses import Defense
 from emarecipes.errors import RowError, UserError, reason
+from emarecipes.fingerprint import sha256
 from emarecipes.models._torchtune import data_sets_read_with
 from emarecipes.provenance import environment
 
@@ -271,7 +272,7 @@ def micro_batch_rows(
 
 def file_fingerprints(paths: Sequence[Path]) -> dict[str, str]:
     """SHA-256 of each file, by its path as given."""
-    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+    return {str(path): sha256(path) for path in paths}
 
 
 def provenance_of(rows: Rows, data_files: list[Path], world_size: int) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch import nn
 from torchtune import training
 
 from emarecipes.config import Origin
-from emarecipes.errors import UserError, reason
+from emarecipes.errors import UserError, first_line, reason
 from emarecipes.machine import settle_dtype
 from emarecipes.models._torchtune import checkpoint_shapes, model_on_meta
 from emarecipes.models._torchtune_convert import MODEL_TYPES
@@ -62,7 +62,7 @@ def check_device(cfg: DictConfig, origin: Origin) -> None:
         if kind.type != "cpu" and not getattr(torch, kind.type).is_available():
             raise RuntimeError(f"no {kind.type} device here; say device=cpu")
     except (RuntimeError, AttributeError) as error:
-        raise UserError(f"{origin.at('device')}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{origin.at('device')}: {first_line(error)}") from None
 
 
 def check_dtype(cfg: DictConfig, origin: Origin, kept: str | None = None) -> None:
@@ -80,7 +80,7 @@ def check_dtype(cfg: DictConfig, origin: Origin, kept: str | None = None) -> Non
     try:
         training.get_dtype(cfg.dtype, device=torch.device(cfg.device or "cpu"))
     except RuntimeError as error:
-        raise UserError(f"{origin.at('dtype')}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{origin.at('dtype')}: {first_line(error)}") from None
 
 
 def check_offloading(cfg: DictConfig, origin: Origin, world_size: int) -> None:

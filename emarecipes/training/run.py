@@ -19,7 +19,7 @@ from emarecipes.command import (
     report,
     together,
 )
-from emarecipes.errors import UserCodeError, UserError
+from emarecipes.errors import UserCodeError, UserError, first_line
 from emarecipes.machine import set_threads, share_precision
 from emarecipes.training.checks import CheckedRun
 from emarecipes.training.recipe import LoRATraining
@@ -89,7 +89,7 @@ def _end(error: Exception, recipe: LoRATraining | None, argv: Sequence[str]) -> 
     ended = explain(error)
     rank = dist.get_rank() if dist.is_initialized() else None
     if isinstance(error, RuntimeError) and _is_lost_contact(error):
-        reason = f"another process has gone, its own message says why ({_first_line(error)})"
+        reason = f"another process has gone, its own message says why ({first_line(error)})"
         return _end_alone(reason, recipe, argv)
     if isinstance(error, OSError) and recipe is not None:
         # Of one process alone, as a full disk is. The others find out that this one has gone.
@@ -136,7 +136,3 @@ def _end_alone(reason: str, recipe: LoRATraining | None, argv: Sequence[str]) ->
     if dist.is_initialized():
         os._exit(1)  # Leaving a broken process group the ordinary way can hang.
     return 1
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
