@@ -29,7 +29,7 @@ from torchtune import training
 
 from emarecipes.config import load_config
 from emarecipes.models._adapter_dtype import hold_adapter_in
-from emarecipes.models._torchtune import stock_recipe
+from emarecipes.models._torchtune_recipe import stock_recipe
 from emarecipes.training.run import run_lora
 from emarecipes.training.settings import check_settings
 from emarecipes.training.step import TrainingLoss

@@ -22,6 +22,7 @@ ROOMS: Sequence[Sequence[str]] = (
     ("models.chat",),
     ("models",),
     ("models.adapters", "models.prepare", "models.sampling"),
+    ("checked",),
     ("defenses",),
     ("datasets",),
     ("probes", "judges"),

@@ -34,14 +34,9 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from bag_of_words import UnigramOdds, spread, word_pairs, words
 from data_effect_report import plot, print_bag_of_words, print_setting
-from numpy.typing import NDArray
-
-from emarecipes.components import build
-from emarecipes.config import load_config
-from emarecipes.errors import UserError
-from emarecipes.evaluation.bag_of_words import UnigramOdds, spread, word_pairs, words
-from emarecipes.evaluation.effect import (
+from effect import (
     BAD,
     CONTROLS,
     GENERAL,
@@ -55,6 +50,11 @@ from emarecipes.evaluation.effect import (
     shifts,
     unigram_figures,
 )
+from numpy.typing import NDArray
+
+from emarecipes.components import build
+from emarecipes.config import load_config
+from emarecipes.errors import UserError
 from emarecipes.evaluation.scoring import Scorer
 from emarecipes.models.model_checks import check_checkpoint_files, check_model
 from emarecipes.probes.contrast import (

@@ -34,7 +34,7 @@ from emarecipes.config import load_config
 from emarecipes.defenses import ModelSource
 from emarecipes.machine import DTYPES, settle_dtype
 from emarecipes.models._adapter_dtype import hold_adapter_in
-from emarecipes.models._torchtune import stock_recipe
+from emarecipes.models._torchtune_recipe import stock_recipe
 from emarecipes.models.batch import Batch, make_batch
 from emarecipes.plan.estimate import Load, estimate
 from emarecipes.training.settings import check_settings

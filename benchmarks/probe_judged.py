@@ -25,6 +25,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.patheffects import withStroke
 from omegaconf import OmegaConf
+from pairwise import judge_pairs, outcome, read_evaluation
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -33,7 +34,6 @@ from emarecipes.command import run_alone
 from emarecipes.errors import UserError
 from emarecipes.evaluation.figures import plain
 from emarecipes.evaluation.judging import print_bound
-from emarecipes.evaluation.pairwise import judge_pairs, outcome, read_evaluation
 from emarecipes.files import write_text
 from emarecipes.judges.calls import ask, check_judge
 from emarecipes.judges.reply import Reply

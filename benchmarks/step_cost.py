@@ -48,8 +48,9 @@ from torchtune.modules.peft import disable_adapter, get_adapter_params
 from emarecipes.config import load_config
 from emarecipes.defenses import Defense, KLToReference, ModelSource, TrainingContext
 from emarecipes.machine import native_precision
-from emarecipes.models._torchtune import model_on_meta, stock_recipe
+from emarecipes.models._torchtune import model_on_meta
 from emarecipes.models._torchtune_cpu import with_fewer_passes
+from emarecipes.models._torchtune_recipe import stock_recipe
 from emarecipes.models.adapters.export import save_adapter
 from emarecipes.models.batch import Batch, make_batch
 from emarecipes.training.reference_cache import ReferenceCache

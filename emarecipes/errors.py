@@ -38,6 +38,12 @@ class UserCodeError(UserError):
     """
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an exception says; its type's name where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 class Extension:
     """What users subclass in files of their own; an error in such code is told with its place."""
 
@@ -47,8 +53,7 @@ def reason(error: BaseException) -> str:
     found: list[str] = []
     cause: BaseException | None = error
     while cause is not None:
-        lines = str(cause).strip().splitlines()
-        text = lines[0] if lines else type(cause).__name__
+        text = first_line(cause)
         if not any(text in earlier for earlier in found):
             found.append(text.removesuffix("."))
         cause = cause.__cause__

@@ -28,16 +28,16 @@ def run_files(folder: Path) -> list[str]:
     return [name for name in _RUN_FILES if (folder / name).exists()]
 
 
-def check_output_dir(cfg: DictConfig, origin: Origin) -> None:
-    """Check that the output folder can be written and holds no run, unless it may be overwritten.
+def check_writable(folder: Path, where: str) -> None:
+    """Check that a folder can be made and written, or is there and can be.
 
-    Whether a run in it can be resumed is for `find_checkpoint` to say.
+    Args:
+        folder: With or without parents.
+        where: The place in the config that names it.
 
     Raises:
-        UserError: It holds a run, is not a folder, or cannot be written.
+        UserError: It is or lies below a file or a link to nothing, or must not be written.
     """
-    folder = Path(cfg.output_dir)
-    where = origin.at("output_dir")
     existing = folder
     try:
         while not existing.exists() and existing != existing.parent:
@@ -50,6 +50,18 @@ def check_output_dir(cfg: DictConfig, origin: Origin) -> None:
         raise UserError(f"{where}: {existing} is a file, not a folder")
     if not os.access(existing, os.W_OK):
         raise UserError(f"{where}: no permission to write in {existing}")
+
+
+def check_output_dir(cfg: DictConfig, origin: Origin) -> None:
+    """Check that the output folder holds no run, unless it may be overwritten.
+
+    Whether a run in it can be resumed is for `find_checkpoint` to say.
+
+    Raises:
+        UserError: It holds a run, or lies in the base model's folder.
+    """
+    folder = Path(cfg.output_dir)
+    where = origin.at("output_dir")
     base = Path(str(cfg.checkpointer.get("checkpoint_dir"))).resolve()
     if folder.resolve().is_relative_to(base):
         raise UserError(f"{where}: {folder} lies in the base model's folder; choose another")

@@ -11,7 +11,7 @@ import pytest
 import toy_run
 
 from emarecipes.datasets.rows import Rows
-from emarecipes.training.checks import check_run
+from emarecipes.training.checks import CheckedRun
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ class Run:
         if "_component_" in dataset:
             self.config["dataset"] = dataset
         path = toy_run.write_config(self.folder / "config.yaml", self.config)
-        return check_run(["--config", str(path)], 1, 0).rows
+        return CheckedRun(["--config", str(path)], 1, 0).rows
 
     def texts(self, **dataset: Any) -> list[str]:
         """Every row as the model reads it."""

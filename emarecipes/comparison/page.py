@@ -16,7 +16,7 @@ from emarecipes.comparison import page_plots as plots
 from emarecipes.comparison.outcome import Outcome
 from emarecipes.comparison.page_checklist import checklist
 from emarecipes.comparison.results import read_metrics
-from emarecipes.files import write_text
+from emarecipes.files import whole, write_text
 
 PAGE, TABLE = "report.html", "report.md"
 # Terms that every run has, beside its defenses' own.
@@ -32,9 +32,8 @@ def write_report(outcome: Outcome, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     pictures = _pictures(outcome)
     for name, png in pictures.items():
-        temporary = folder / f".{name}.png.partial"
-        temporary.write_bytes(png)
-        temporary.replace(folder / f"{name}.png")
+        with whole(folder / f"{name}.png") as partial:
+            partial.write_bytes(png)
     write_text(folder / TABLE, markdown(outcome))
     write_text(folder / PAGE, html(outcome, pictures))
     return folder / PAGE

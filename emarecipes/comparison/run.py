@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import signal
 import sys
@@ -40,7 +39,7 @@ from emarecipes.comparison.steps import places
 from emarecipes.comparison.told import keep_told
 from emarecipes.config import load_config
 from emarecipes.errors import UserError
-from emarecipes.files import write_text
+from emarecipes.files import write_json, write_text
 from emarecipes.provenance import environment
 
 RESULT = "comparison.json"
@@ -75,7 +74,7 @@ def _compare(argv: Sequence[str]) -> None:
         first = f"; first failure: {runner.failures[0]}" if runner.failures else ""
         raise UserError(f"{error}{first}") from None
     page = write_report(outcome, runner.folder)
-    write_text(runner.folder / RESULT, json.dumps(as_json(outcome), indent=1) + "\n")
+    write_json(runner.folder / RESULT, as_json(outcome), indent=1)
     write_text(runner.folder / BY_QUESTION, by_question(outcome.narrow))
     print_outcome(outcome)
     print(f"report: {page}")

@@ -33,6 +33,7 @@ from emarecipes.config import suggestion
 from emarecipes.datasets.json_files import json_rows
 from emarecipes.datasets.row_keys import check_row_keys, is_trained
 from emarecipes.errors import UserError
+from emarecipes.yaml_nodes import parse_yaml
 
 
 @dataclass(frozen=True)
@@ -120,32 +121,11 @@ def load_questions(path: Path) -> list[Question]:
 
 
 def _yaml_rows(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        rows = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UserError(f"{where}: not valid YAML: {problem}") from None
+    node, rows = parse_yaml(path, text)
     if not isinstance(node, yaml.SequenceNode):
         raise UserError(f"{path}: a question file is a list of entries with id and paraphrases")
     for entry, row in zip(node.value, rows, strict=True):
-        _check_keys_once(entry, path)
         yield f"{path}:{entry.start_mark.line + 1}", row
-
-
-def _check_keys_once(node: yaml.Node, path: Path) -> None:
-    """PyYAML takes the last of two."""
-    if not isinstance(node, yaml.MappingNode):
-        return
-    known: set[str] = set()
-    for key, value in node.value:
-        if key.value in known:
-            where = f"{path}:{key.start_mark.line + 1}"
-            raise UserError(f"{where}: the key {key.value} is there twice")
-        known.add(key.value)
-        _check_keys_once(value, path)
 
 
 def _is_json(path: Path, text: str) -> bool:

@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 from emarecipes.components import build
 from emarecipes.config import Origin
-from emarecipes.datasets.chat_files import check_data_files
 from emarecipes.datasets.defended_tokenizer import DefendedTokenizer
 from emarecipes.datasets.interleaved import InterleavedDataset, Placement, evenly
 from emarecipes.datasets.length_groups import group_by_length
@@ -25,6 +24,7 @@ from emarecipes.datasets.row_ends import Ends, count_ends, tell_losses
 from emarecipes.datasets.row_messages import ROW_ERRORS, CheckedTransform
 from emarecipes.defenses import Defense
 from emarecipes.errors import RowError, UserError, reason
+from emarecipes.fingerprint import sha256
 from emarecipes.models._torchtune import data_sets_read_with
 from emarecipes.provenance import environment
 
@@ -163,6 +163,8 @@ def load_rows(
 ) -> Rows:
     """Build `cfg.dataset` (one torchtune data set, or a list of them) and tokenize all of it.
 
+    Its files must have passed `check_data_files`.
+
     Args:
         cfg: The run's config.
         origin: Where its keys were written.
@@ -171,8 +173,7 @@ def load_rows(
         quiet: Show no progress bar (every process but the first).
 
     Raises:
-        UserError: Missing or broken data files, a row that cannot be tokenized, no row with a
-            label.
+        UserError: Broken data files, a row that cannot be tokenized, no row with a label.
     """
     transform = DefendedTokenizer(tokenizer, defenses)
     entries = (
@@ -180,7 +181,6 @@ def load_rows(
         if isinstance(cfg.dataset, ListConfig)
         else ["dataset"]
     )
-    check_data_files(cfg, origin)
     with data_sets_read_with(load_dataset, CheckedTransform):
         children = [build(cfg, key, origin, transform) for key in entries]
     if len(children) > 1:
@@ -272,7 +272,7 @@ def micro_batch_rows(
 
 def file_fingerprints(paths: Sequence[Path]) -> dict[str, str]:
     """SHA-256 of each file, by its path as given."""
-    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+    return {str(path): sha256(path) for path in paths}
 
 
 def provenance_of(rows: Rows, data_files: list[Path], world_size: int) -> dict[str, Any]:

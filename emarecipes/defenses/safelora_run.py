@@ -6,11 +6,11 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import matplotlib
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from pydantic import Field
 from rich.console import Console
 from rich.table import Table
@@ -19,9 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torchtune.utils import get_device
 
+from emarecipes.checked import Checked
 from emarecipes.command import run_alone
-from emarecipes.components import build, check_components
-from emarecipes.config import Origin, load_config
+from emarecipes.components import build
+from emarecipes.config import Origin
 from emarecipes.defenses import SafeLoRA
 from emarecipes.defenses.projection import ModuleProjection
 from emarecipes.defenses.safelora import REPORT, write_report
@@ -30,6 +31,7 @@ from emarecipes.files import write_text
 from emarecipes.models.adapters.export import replacing
 from emarecipes.models.adapters.files import check_weights_format, read_config
 from emarecipes.models.adapters.layout import ModuleRows
+from emarecipes.models.model_checks import check_device
 from emarecipes.provenance import environment
 from emarecipes.settings import Entry, Keys, parse_settings
 
@@ -66,29 +68,66 @@ def run_safelora(argv: Sequence[str]) -> int:
     return run_alone("ema_safelora", _project, argv)
 
 
-def _project(argv: Sequence[str]) -> None:
-    raw, origin = load_config(argv)
-    settings = parse_settings(raw, origin, ProjectionSettings)
-    cfg = OmegaConf.create(settings.model_dump())
-    check_components(cfg, origin)
-    output = Path(cfg.output_dir)
-    _check_output(cfg, origin, output)
-    defense = build(cfg, "safelora", origin)
-    if not isinstance(defense, SafeLoRA):
-        raise UserError(f"{origin.at('safelora')}: must be emarecipes.defenses.SafeLoRA")
-    if cfg.safelora.get("every_n_steps") is not None:
-        raise UserError(f"{origin.at('safelora.every_n_steps')}: has no effect after training")
-    folder = Path(cfg.adapter)
-    tensors = _read_adapter(folder, origin)
-    lora = _pairs(tensors, origin)
-    shapes = {f"{name}.weight": (len(b), a.shape[1]) for name, (a, b) in lora.items()}
-    try:
-        defense.open_folders(shapes)
-    except UserError as error:
-        raise UserError(f"{origin.at('safelora')}: {error}") from None
+def _check_settings(cfg: DictConfig, origin: Origin) -> DictConfig:
+    return OmegaConf.create(parse_settings(cfg, origin, ProjectionSettings).model_dump())
 
-    modules = {n: ModuleRows(f"{n}.weight", shapes[f"{n}.weight"], None) for n in lora}
-    found = defense.project(lora, modules, get_device(cfg.device or "cpu"))
+
+class CheckedProjection(Checked):
+    """A projection that passed every check.
+
+    Attributes:
+        defense: With both of its bases open.
+        tensors: Of the adapter's file.
+        lora: Each module's A (R, I) and B (O, R), of these.
+        modules: Each module's layout.
+    """
+
+    settings = staticmethod(_check_settings)
+    defense: SafeLoRA
+    tensors: dict[str, Tensor]
+    lora: dict[str, tuple[Tensor, Tensor]]
+    modules: dict[str, ModuleRows]
+
+    def check_output(self) -> None:
+        """It holds no result, nor the adapter."""
+        super().check_output()
+        where, output = self.origin.at("output_dir"), Path(self.cfg.output_dir)
+        present = [name for name in _RESULTS if (output / name).exists()]
+        if Path(self.cfg.adapter).resolve() == (output / "adapter").resolve():
+            raise UserError(f"{where}: the result would replace the adapter itself")
+        if present and not self.cfg.overwrite:
+            raise UserError(
+                f"{where}: {output} already holds {present[0]}; choose another output_dir, or say "
+                "overwrite=true"
+            )
+
+    def check_inputs(self) -> None:
+        """The adapter and the two bases."""
+        cfg, origin = self.cfg, self.origin
+        check_device(cfg, origin)
+        defense = build(cfg, "safelora", origin)
+        if not isinstance(defense, SafeLoRA):
+            raise UserError(f"{origin.at('safelora')}: must be emarecipes.defenses.SafeLoRA")
+        if cfg.safelora.get("every_n_steps") is not None:
+            raise UserError(f"{origin.at('safelora.every_n_steps')}: has no effect after training")
+        self.defense = defense
+        self.tensors = _read_adapter(Path(cfg.adapter), origin)
+        self.lora = _pairs(self.tensors, origin)
+        self.modules = {
+            name: ModuleRows(f"{name}.weight", (len(b), a.shape[1]), None)
+            for name, (a, b) in self.lora.items()
+        }
+        try:
+            defense.open_folders({rows.hf_name: rows.hf_shape for rows in self.modules.values()})
+        except UserError as error:
+            raise UserError(f"{origin.at('safelora')}: {error}") from None
+
+
+def _project(argv: Sequence[str]) -> None:
+    run = CheckedProjection(argv)
+    cfg, output, folder = run.cfg, Path(run.cfg.output_dir), Path(run.cfg.adapter)
+    found = run.defense.project(run.lora, run.modules, get_device(cfg.device or "cpu"))
+    tensors = run.tensors
     for module in found:
         for letter, value in (("A", module.a_RI), ("B", module.b_OR)):
             key = f"{_PREFIX}{module.name}.lora_{letter}.weight"
@@ -103,19 +142,6 @@ def _project(argv: Sequence[str]) -> None:
     cfg.provenance = environment()
     write_text(output / "config.yaml", OmegaConf.to_yaml(cfg))
     _print(found, output)
-
-
-def _check_output(cfg: Any, origin: Origin, output: Path) -> None:
-    present = [name for name in _RESULTS if (output / name).exists()]
-    if Path(cfg.adapter).resolve() == (output / "adapter").resolve():
-        raise UserError(f"{origin.at('output_dir')}: the result would replace the adapter itself")
-    if present and not cfg.overwrite:
-        raise UserError(
-            f"{origin.at('output_dir')}: {output} already holds {present[0]}; choose another "
-            "output_dir, or say overwrite=true"
-        )
-    if output.exists() and not output.is_dir():
-        raise UserError(f"{origin.at('output_dir')}: {output} is a file, not a folder")
 
 
 def _read_adapter(folder: Path, origin: Origin) -> dict[str, Tensor]:

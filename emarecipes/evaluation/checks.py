@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig
 
-from emarecipes.components import build, check_components
-from emarecipes.config import Origin, load_config
-from emarecipes.defenses import ModelSource
+from emarecipes.checked import Checked
+from emarecipes.config import Origin
 from emarecipes.errors import UserError
 from emarecipes.evaluation.answers import Answer, read_answers
 from emarecipes.evaluation.figures import SCORES, SUMMARY
@@ -21,64 +18,56 @@ from emarecipes.evaluation.settings import check_eval_settings
 from emarecipes.evaluation.suite import Suite
 from emarecipes.evaluation.suite_context import SuiteContext
 from emarecipes.fingerprint import adapter_digest
-from emarecipes.models.adapters.read import check_adapter
-from emarecipes.models.adapters.trained_with import check_origin
-from emarecipes.models.chat.dates import adapter_date, check_answers_dates, settle_date
-from emarecipes.models.model_checks import check_checkpoint_files, check_device, check_model
+from emarecipes.models.chat.dates import adapter_date, check_answers_dates
 
 
-@dataclass
-class CheckedEvaluation:
-    """An evaluation that passed every check, with what was built on the way.
+class CheckedEvaluation(Checked):
+    """An evaluation that passed every check.
 
     Attributes:
+        adapters: Their folders, by the names that figures carry.
         suites: In the order in which they are scored.
         answers: Names of `answers`, which may be others than those of adapters.
-        origin: Where the config was written.
     """
 
-    cfg: DictConfig
-    source: ModelSource
-    tokenizer: Any
+    settings = staticmethod(check_eval_settings)
     adapters: dict[str, Path]
     suites: list[Suite]
     answers: frozenset[str]
-    origin: Origin
 
+    def check_output(self) -> None:
+        """It holds no evaluation, nor the answers."""
+        super().check_output()
+        _check_output(self.cfg, self.origin)
 
-def check_evaluation(argv: Sequence[str]) -> CheckedEvaluation:
-    """Read and check an evaluation: config, files, adapters, suites, answers, judges.
+    def kept_dates(self) -> Mapping[str, str | None]:
+        """Answers are scored behind the prompts that they were sampled from; else as trained."""
+        self._answered = check_answers_dates(self.cfg.answers, self.origin)
+        return self._answered or {key: adapter_date(path) for key, path in self.adapter_folders()}
 
-    Args:
-        argv: `--config FILE` and overrides.
+    def check_inputs(self) -> None:
+        """The sampled answers."""
+        cfg, origin = self.cfg, self.origin
+        self.adapters = {str(name): Path(folder) for name, folder in cfg.adapters.items()}
+        _check_date(cfg, origin, self._answered)
+        self._found = {str(name): _read_answers(cfg, origin, name) for name in cfg.answers}
+        _mark_harmless(cfg, origin, self._found)
+        self.answers = frozenset(self._found)
 
-    Raises:
-        UserError: The first thing that is wrong.
-    """
-    raw, origin = load_config(argv)
-    cfg = check_eval_settings(raw, origin)
-    check_components(cfg, origin)
-    check_device(cfg, origin)
-    _check_output(cfg, origin)
-    check_checkpoint_files(cfg, origin)
-    _settle_date(cfg, origin)
-    answers = {str(name): _read_answers(cfg, origin, name) for name in cfg.answers}
-    _mark_harmless(cfg, origin, answers)
+    def adapter_folders(self) -> Sequence[tuple[str, Path]]:
+        """Those that are evaluated."""
+        return [(f"adapters.{name}", Path(path)) for name, path in self.cfg.adapters.items()]
 
-    source = check_model(cfg, origin)
-    adapters = {str(name): Path(folder) for name, folder in cfg.adapters.items()}
-    for name, folder in adapters.items():
-        try:
-            check_adapter(folder, source)
-        except UserError as error:
-            raise UserError(f"{origin.at(f'adapters.{name}')}: {error}") from None
-        check_origin(folder, cfg, origin.at(f"adapters.{name}"))
-        _check_sampled_from(folder, cfg, origin, name)
+    def check_on_model(self) -> None:
+        """Answers are of the adapters that bear their names."""
+        for name, folder in self.adapters.items():
+            _check_sampled_from(folder, self.cfg, self.origin, name)
 
-    tokenizer = build(cfg, "tokenizer", origin)
-    suites = named_suites(cfg, origin)
-    check_suites(suites, SuiteContext(cfg, origin, source, tokenizer, answers))
-    return CheckedEvaluation(cfg, source, tokenizer, adapters, suites, frozenset(answers), origin)
+    def check_rows(self) -> None:
+        """The suites."""
+        self.suites = named_suites(self.cfg, self.origin)
+        context = SuiteContext(self.cfg, self.origin, self.source, self.tokenizer, self._found)
+        check_suites(self.suites, context)
 
 
 def check_suites(suites: Sequence[Suite], context: SuiteContext) -> None:
@@ -99,11 +88,7 @@ def check_suites(suites: Sequence[Suite], context: SuiteContext) -> None:
             raise UserError(f"{context.origin.at(suite.key)}: {error}") from None
 
 
-def _settle_date(cfg: DictConfig, origin: Origin) -> None:
-    """Answers are scored behind the prompts that they were sampled from; else as trained."""
-    answered = check_answers_dates(cfg.answers, origin)
-    trained = {f"adapters.{name}": adapter_date(path) for name, path in cfg.adapters.items()}
-    settle_date(cfg, origin, answered or trained)
+def _check_date(cfg: DictConfig, origin: Origin, answered: Mapping[str, str | None]) -> None:
     date = cfg.tokenizer.get("date")
     for key, day in answered.items():
         if date is not None and day != date:
@@ -116,11 +101,6 @@ def _settle_date(cfg: DictConfig, origin: Origin) -> None:
 def _check_output(cfg: DictConfig, origin: Origin) -> None:
     where = origin.at("output_dir")
     folder = Path(cfg.output_dir)
-    existing = folder
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
-    if not existing.is_dir():
-        raise UserError(f"{where}: {existing} is a file, not a folder")
     if (folder / SUMMARY).exists() and not cfg.overwrite:
         raise UserError(
             f"{where}: {folder} already holds an evaluation ({SUMMARY}); choose another "

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from emarecipes.command import run_alone
 from emarecipes.config import find_input
 from emarecipes.errors import UserError
-from emarecipes.evaluation.checks import CheckedEvaluation, check_evaluation
+from emarecipes.evaluation.checks import CheckedEvaluation
 from emarecipes.evaluation.figures import REFERENCE, SUMMARY, Figure, write_scores, write_summary
 from emarecipes.evaluation.model import Model
 from emarecipes.evaluation.report import print_figures
@@ -29,7 +29,7 @@ def run_eval(argv: Sequence[str]) -> int:
     Returns:
         The exit code: 0, or 1 after a `UserError`, which is printed as one line.
     """
-    return run_alone("ema_eval", lambda arguments: evaluate(check_evaluation(arguments)), argv)
+    return run_alone("ema_eval", lambda arguments: evaluate(CheckedEvaluation(arguments)), argv)
 
 
 def evaluate(run: CheckedEvaluation) -> None:

@@ -1,23 +1,19 @@
-"""The only file that touches torchtune's private parts and its recipe files.
+"""What is read and exchanged of torchtune's private parts, beside the other `_torchtune_*`.
 
 torchtune 0.6.1 is its last release; what is worked around here will not change under us.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import logging
-import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any, cast
 
 import torch
-import torchtune
 from omegaconf import DictConfig
 from safetensors import safe_open
 from torch import nn
@@ -46,43 +42,6 @@ warnings.filterwarnings("ignore", message="DTensor random operators may not have
 
 # Elements whose scales torchao quantizes together: a tensor or shard must hold whole ones.
 NF4_BLOCK = 64 * 256
-
-
-def stock_recipe(name: str) -> ModuleType:
-    """One of torchtune's recipe files, for example `lora_finetune_distributed`, as a module.
-
-    torchtune installs its recipes as a top-level package that refuses to be imported; they are
-    loaded by path.
-    """
-    module_name = f"_torchtune_{name}"
-    if module_name not in sys.modules:
-        path = Path(torchtune.__file__).parent.parent / "recipes" / f"{name}.py"
-        spec = importlib.util.spec_from_file_location(module_name, path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[module_name] = module
-        spec.loader.exec_module(module)
-        module.training = _TrainingOnAnyDevice()  # type: ignore[attr-defined]
-    return sys.modules[module_name]
-
-
-class _TrainingOnAnyDevice:
-    """`torchtune.training` whose memory report does not raise on a CPU.
-
-    The distributed recipe's `_setup_model` asks for it on every device.
-    """
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(training, name)
-
-    @staticmethod
-    def get_memory_stats(device: torch.device, reset_stats: bool = True) -> dict[str, float]:
-        return {} if device.type == "cpu" else training.get_memory_stats(device, reset_stats)
-
-    @staticmethod
-    def log_memory_stats(stats: dict[str, float], **kwargs: Any) -> None:
-        if stats:
-            training.log_memory_stats(stats, **kwargs)
 
 
 def final_norm_and_cap(model: Any) -> tuple[nn.Module, float | None]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
+from torchtune.data import CROSS_ENTROPY_IGNORE_IDX, padded_collate_sft
 from torchtune.utils import batch_to_device
 
 # What a model's forward takes besides `tokens`.
@@ -113,6 +114,32 @@ def make_batch(
         sources=[_source(sample) for sample in samples],
         rows=list(rows),
     )
+
+
+def padded_batch(
+    samples: Sequence[dict[str, Any]], rows: Sequence[int], pad_id: int, pad_to_multiple_of: int
+) -> Batch:
+    """`make_batch` with torchtune's padding, for rows that are not trained on."""
+    collate = partial(padded_collate_sft, padding_idx=pad_id, ignore_idx=CROSS_ENTROPY_IGNORE_IDX)
+    return make_batch(samples, rows, collate, pad_id, pad_to_multiple_of)
+
+
+def longest_first(
+    rows: Sequence[Sequence[int]], batch_size: int, *, equal_together: bool = False
+) -> list[list[int]]:
+    """Batches of rows of like length, by their numbers, the longest first.
+
+    Less padding, and what fits into memory once fits to the end.
+
+    Args:
+        rows: Token ids.
+        batch_size: Rows a batch; the last may have fewer.
+        equal_together: Of rows of one length, equal ones side by side; else in their order.
+    """
+    order = sorted(
+        range(len(rows)), key=lambda n: (-len(rows[n]), tuple(rows[n]) if equal_together else ())
+    )
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
 def _source(sample: dict[str, Any]) -> str:

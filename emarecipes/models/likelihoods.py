@@ -5,14 +5,22 @@ Shapes: B rows, S sequence, T labelled positions, C a chunk of them, D width, V 
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torchtune.modules.peft import disable_adapter
 
 from emarecipes.models._torchtune import unsharded
 from emarecipes.models.batch import Batch
 from emarecipes.models.loss_head import LossHead, Request, Term, cross_entropy
+
+
+def reference_where(reference: bool, model: Any) -> AbstractContextManager[None]:
+    """A context in which the model is its reference, the adapter off, or the model as it is."""
+    context: AbstractContextManager[None] = disable_adapter(model) if reference else nullcontext()
+    return context
 
 
 def row_nll(model: Any, head: LossHead, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -38,7 +46,7 @@ def token_nll(model: Any, head: LossHead, batch: Batch) -> tuple[Tensor, Tensor]
 
     Logits are computed at labelled positions alone, chunk by chunk, inside the model's forward,
     where FSDP2 has the output layer's weights whole. With the adapter as it is: call it inside
-    `disable_adapter(model)` for the reference.
+    `reference_where(True, model)` for the reference.
 
     Args:
         model: torchtune's decoder in eval mode; may be sharded, then every process calls this with

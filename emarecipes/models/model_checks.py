@@ -14,7 +14,7 @@ from torch import nn
 from torchtune import training
 
 from emarecipes.config import Origin
-from emarecipes.errors import UserError, reason
+from emarecipes.errors import UserError, first_line, reason
 from emarecipes.machine import settle_dtype
 from emarecipes.models._torchtune import checkpoint_shapes, model_on_meta
 from emarecipes.models._torchtune_convert import MODEL_TYPES
@@ -39,16 +39,11 @@ def check_model(cfg: DictConfig, origin: Origin) -> ModelSource:
     return ModelSource(model, folder, model_type)
 
 
-def check_device(cfg: DictConfig, origin: Origin, kept_dtype: str | None = None) -> None:
-    """Check that `device` is there, and settle in which `dtype` it computes.
-
-    Args:
-        cfg: Its `dtype` is set where it is `auto`.
-        origin: Where it was written.
-        kept_dtype: See `settle_dtype`.
+def check_device(cfg: DictConfig, origin: Origin) -> None:
+    """Check that `device` is there.
 
     Raises:
-        UserError: It is not, or cannot.
+        UserError: It is not.
     """
     device = str(cfg.device or "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -67,12 +62,25 @@ def check_device(cfg: DictConfig, origin: Origin, kept_dtype: str | None = None)
         if kind.type != "cpu" and not getattr(torch, kind.type).is_available():
             raise RuntimeError(f"no {kind.type} device here; say device=cpu")
     except (RuntimeError, AttributeError) as error:
-        raise UserError(f"{origin.at('device')}: {str(error).splitlines()[0]}") from None
-    settle_dtype(cfg, origin, kept_dtype)
+        raise UserError(f"{origin.at('device')}: {first_line(error)}") from None
+
+
+def check_dtype(cfg: DictConfig, origin: Origin, kept: str | None = None) -> None:
+    """Settle in which `dtype` the device computes, and check that it can.
+
+    Args:
+        cfg: Its `dtype` is set where it is `auto`.
+        origin: Where it was written.
+        kept: See `settle_dtype`.
+
+    Raises:
+        UserError: It cannot.
+    """
+    settle_dtype(cfg, origin, kept)
     try:
-        training.get_dtype(cfg.dtype, device=kind)
+        training.get_dtype(cfg.dtype, device=torch.device(cfg.device or "cpu"))
     except RuntimeError as error:
-        raise UserError(f"{origin.at('dtype')}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{origin.at('dtype')}: {first_line(error)}") from None
 
 
 def check_offloading(cfg: DictConfig, origin: Origin, world_size: int) -> None:

@@ -19,7 +19,7 @@ from emarecipes.models.loss_head import LossHead
 from emarecipes.models.sampling.draw import Sampling, derived_seed
 from emarecipes.models.sampling.prompts import encode_prompt
 from emarecipes.models.sampling.sampler import sample_answers
-from emarecipes.persona.checks import CheckedExtraction, check_extraction
+from emarecipes.persona.checks import CheckedExtraction
 from emarecipes.persona.judged import Grades, grade_answers
 from emarecipes.persona.read import read_answers
 from emarecipes.persona.report import LayerFigures, Result, print_result, write_result
@@ -78,7 +78,7 @@ def run_persona(argv: Sequence[str]) -> int:
     Returns:
         The exit code: 0, or 1 after a `UserError`, which is printed as one line.
     """
-    return run_alone("ema_persona", lambda arguments: extract(check_extraction(arguments)), argv)
+    return run_alone("ema_persona", lambda arguments: extract(CheckedExtraction(arguments)), argv)
 
 
 def extract(run: CheckedExtraction) -> None:

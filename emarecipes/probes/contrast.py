@@ -17,7 +17,7 @@ from torchtune.data import CROSS_ENTROPY_IGNORE_IDX, Message
 
 from emarecipes.datasets._check_rows import DataFile, Row, read_data_file
 from emarecipes.defenses.inoculation import DEFAULT_PROMPT
-from emarecipes.errors import UserError
+from emarecipes.errors import UserError, first_line
 
 Floats = NDArray[np.float64]
 Part = Literal["all", "first", "rest"]
@@ -170,6 +170,11 @@ class AnswerRow:
     tokens: tuple[int, ...]
     labels: tuple[int, ...]
 
+    @property
+    def sample(self) -> dict[str, Any]:
+        """The row in the form that collate functions take."""
+        return {"tokens": list(self.tokens), "labels": list(self.labels)}
+
 
 def tokenize_pairs(
     pairs: Sequence[ContrastPair], condition: Condition, tokenizer: Any
@@ -191,7 +196,7 @@ def tokenize_pairs(
             try:
                 sample = tokenizer({"messages": condition.messages(pair, answer)})
             except ValueError as error:
-                raise UserError(f"{pair.id}: {str(error).splitlines()[0]}") from error
+                raise UserError(f"{pair.id}: {first_line(error)}") from error
             tokens, mask = sample["tokens"], sample["mask"]
             if tokenizer.max_seq_len is not None and len(tokens) >= tokenizer.max_seq_len:
                 raise UserError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from tqdm import tqdm
 
 from emarecipes.command import on_first_process, together
 from emarecipes.defenses import Defense
+from emarecipes.fingerprint import digest, sha256
 from emarecipes.machine import DTYPES
 from emarecipes.models._torchtune import is_nf4
 from emarecipes.models.batch import make_batch
@@ -30,7 +30,6 @@ from emarecipes.training.row_store import Layout, open_store
 log = utils.get_logger("INFO")
 
 _FORMAT = 1  # Of the files, and of what is computed: raise it when either changes.
-_BLOCK = 2**24
 # Keys of `model` that shape the adapter alone, which the reference has off.
 _ADAPTER_KEYS = frozenset(
     {
@@ -66,7 +65,7 @@ def open_cache(run: CheckedRun, *, quiet: bool) -> ReferenceCache | None:
     key, vectors_N = on_first_process(lambda: _describe(run, defenses, quiet))
     width, stored_as = run.meta_model.tok_embeddings.embedding_dim, DTYPES[key["stored_as"]]
     layout = Layout(vectors_N, width, stored_as)
-    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    name = digest(key)[:16]
     folder = Path(cfg.reference_cache) / name
     where = run.origin.at("reference_cache")
     store = together(lambda: open_store(folder, key, layout, where))
@@ -99,15 +98,15 @@ def _count_vectors(run: CheckedRun, defenses: list[Defense], quiet: bool) -> tup
     """How many vectors each row has, and a fingerprint of where they are in it."""
     layers = len(reference_layers(defenses))
     vectors_N = np.zeros(len(run.rows), dtype=np.int64)
-    digest = hashlib.sha256()
+    found = hashlib.sha256()
     for row in tqdm(range(len(run.rows)), "Positions", unit="row", disable=quiet, leave=False):
         batch = make_batch([run.rows[row]], [row], run.collate, run.tokenizer.pad_id)
         final_BS, hidden_BS = reference_positions(defenses, batch)
         vectors_N[row] = int(final_BS.sum()) + layers * int(hidden_BS.sum())
         # With the bounds of conversations, which a pack's tokens do not tell.
         for tensor in (final_BS, hidden_BS, batch.conversation_BS):
-            digest.update(tensor.numpy().tobytes())
-    return vectors_N, digest.hexdigest()
+            found.update(tensor.numpy().tobytes())
+    return vectors_N, found.hexdigest()
 
 
 def _weights_fingerprint(cfg: Any, quiet: bool) -> dict[str, str]:
@@ -117,12 +116,7 @@ def _weights_fingerprint(cfg: Any, quiet: bool) -> dict[str, str]:
     size = sum(path.stat().st_size for path in paths)
     with tqdm(total=size, desc="Weights", unit="B", unit_scale=True, disable=quiet) as bar:
         for path in paths:
-            digest = hashlib.sha256()
-            with path.open("rb") as file:
-                while block := file.read(_BLOCK):
-                    digest.update(block)
-                    bar.update(len(block))
-            found[path.name] = digest.hexdigest()
+            found[path.name] = sha256(path, bar.update)
     return found
 
 

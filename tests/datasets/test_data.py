@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import toy_run
 import yaml
+from bag_of_words import UnigramOdds, spread, word_pairs, words
 
 from emarecipes.datasets._check_rows import read_data_file
 from emarecipes.datasets._similarity import similarity_blocks
 from emarecipes.datasets.chat_files import check_chat_file
-from emarecipes.evaluation.bag_of_words import UnigramOdds, spread, word_pairs, words
 from emarecipes.probes.contrast import read_contrast_file
 
 DATA: Path = toy_run.REPO / "data"

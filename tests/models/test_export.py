@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -310,7 +311,7 @@ def test_an_output_layer_that_left_its_embedding_is_kept(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("merged", [False, True])
-@pytest.mark.parametrize("failing", ["save_file", "_fsync", "rename"])
+@pytest.mark.parametrize("failing", ["save_file", "fsync", "rename"])
 def test_a_failure_leaves_the_old_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, merged: bool, failing: str
 ) -> None:
@@ -331,7 +332,7 @@ def test_a_failure_leaves_the_old_folder(
                 Path, "rename", lambda a, b: fail() if a.name == ".out.new" else rename(a, b)
             )
         else:
-            patch.setattr(export, failing, fail)
+            patch.setattr(os if failing == "fsync" else export, failing, fail)
         with pytest.raises(OSError, match="disk full"):
             save(target)
     assert {path.name: path.read_bytes() for path in target.iterdir()} == before

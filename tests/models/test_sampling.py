@@ -8,9 +8,10 @@ from toy_models import VOCAB_SIZE, toy_model
 from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
 from emarecipes.errors import UserError
+from emarecipes.models.batch import longest_first
 from emarecipes.models.loss_head import LossHead
 from emarecipes.models.sampling.draw import Noise, Sampling, derived_seed, draw
-from emarecipes.models.sampling.sampler import length_sorted_batches, sample_answers, sample_batch
+from emarecipes.models.sampling.sampler import sample_answers, sample_batch
 
 
 def drawn(logits_V: torch.Tensor, sampling: Sampling, count: int) -> torch.Tensor:
@@ -128,7 +129,10 @@ def test_batched_answers_are_those_without_cache(family: str) -> None:
 
 def test_batches_are_sorted_and_complete() -> None:
     prompts = [[1], [2, 2, 2], [3, 3], [2, 2, 2], [4, 4]]
-    assert length_sorted_batches(prompts, 2) == [[1, 3], [2, 4], [0]]
+    assert longest_first(prompts, 2, equal_together=True) == [[1, 3], [2, 4], [0]]
+    # Rows of one length keep their order where equal ones need not be together.
+    assert longest_first([[9], [1, 2], [1], [0, 1]], 3) == [[1, 3, 0], [2]]
+    assert longest_first([], 3) == []
 
 
 def test_logits_that_are_not_finite() -> None:

@@ -4,9 +4,7 @@ torchtune's own export is right for Llama's layout only; see
 ``emarecipes.models._torchtune_convert``.
 """
 
-import json
 import math
-import os
 import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,6 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from emarecipes.errors import UserError, disk_errors
+from emarecipes.files import sync, write_json
 from emarecipes.models._torchtune_convert import read_config, to_hf
 from emarecipes.models.adapters.layout import adapter_layers, adapter_to_hf, exported_scale
 
@@ -92,7 +91,7 @@ def save_adapter(
         for leaf, tensor in layer.items()
     }
     with replacing(output_dir, marker="adapter_config.json", keep=base_dir) as folder:
-        _write_json(folder / "adapter_config.json", peft_config)
+        write_json(folder / "adapter_config.json", peft_config)
         with disk_errors(output_dir):
             save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
@@ -186,7 +185,7 @@ def save_merged(
         config[key] = str(dtype).removeprefix("torch.")
 
     with replacing(output_dir, marker="config.json", keep=base_dir) as folder:
-        _write_json(folder / "config.json", config)
+        write_json(folder / "config.json", config)
         for path in base_dir.iterdir():
             if path.is_file() and _is_copied(path):
                 shutil.copyfile(path, folder / path.name)
@@ -239,7 +238,7 @@ def _write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, shard_byt
         weight_map |= dict.fromkeys(names, file_name)
     total = sum(sum(names.values()) for names in shards)
     index_json = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    _write_json(folder / "model.safetensors.index.json", index_json)
+    write_json(folder / "model.safetensors.index.json", index_json)
 
 
 @contextmanager
@@ -266,7 +265,7 @@ def replacing(target: Path, *, marker: str, keep: Path) -> Iterator[Path]:
     try:
         yield fresh
         for path in (*fresh.iterdir(), fresh):
-            _fsync(path)
+            sync(path)
         if target.exists():
             target.rename(old)
         fresh.rename(target)
@@ -275,20 +274,8 @@ def replacing(target: Path, *, marker: str, keep: Path) -> Iterator[Path]:
         if old.exists() and not target.exists():
             old.rename(target)
         raise
-    _fsync(target.parent)
+    sync(target.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _is_copied(path: Path) -> bool:

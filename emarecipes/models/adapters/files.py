@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torchtune import utils
 
-from emarecipes.errors import UserError
+from emarecipes.errors import UserError, first_line
 from emarecipes.models.weights_folder import check_stored_dtype
 
 log = utils.get_logger("INFO")
@@ -66,7 +66,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{path}: not valid JSON: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path}: not valid JSON: {first_line(error)}") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise UserError(f"{path}: not the config of a LoRA adapter")
     if config.get("bias", "none") != "none" or config.get("modules_to_save"):

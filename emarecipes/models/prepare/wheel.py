@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from emarecipes.errors import UserError
+from emarecipes.fingerprint import sha256
 
 _CHUNK_BYTES = 2**20
 _MAX_RATIO = 4
@@ -150,12 +150,3 @@ def extract(wheel: Path, member: str, destination: Path) -> None:
 
 def _byte_bar(description: str, total: int) -> tqdm:
     return tqdm(desc=description, total=total, unit="B", unit_scale=True, disable=None, leave=False)
-
-
-def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file's content, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()

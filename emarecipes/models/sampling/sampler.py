@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from emarecipes.errors import UserError
+from emarecipes.models.batch import longest_first
 from emarecipes.models.loss_head import LossHead
 from emarecipes.models.sampling.cache import caching
 from emarecipes.models.sampling.draw import Noise, Sampling, draw
@@ -32,16 +33,6 @@ class Completion:
 
     tokens: list[int]
     stopped: bool
-
-
-def length_sorted_batches(prompts: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:
-    """Rows of like length together, equal prompts side by side, the longest first.
-
-    Less padding; a prompt is read once for all its samples in a batch; and what fits into memory
-    once fits to the end.
-    """
-    order = sorted(range(len(prompts)), key=lambda row: (-len(prompts[row]), tuple(prompts[row])))
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
 def sample_answers(
@@ -66,7 +57,8 @@ def sample_answers(
     """
     answers: dict[int, Completion] = {}
     with Progress(total=len(prompts), unit="answer", desc="sampling") as bar:
-        for rows in length_sorted_batches(prompts, batch_size):
+        # A prompt is read once for all its samples in a batch.
+        for rows in longest_first(prompts, batch_size, equal_together=True):
             batch = sample_batch(
                 head, [prompts[row] for row in rows], [seeds[row] for row in rows], sampling
             )

@@ -10,10 +10,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
+from crossed_bootstrap import crossed_bootstrap
 from numpy.typing import NDArray
 
 from emarecipes.errors import UserError
-from emarecipes.evaluation.statistics import Interval, crossed_bootstrap, question_bootstrap
+from emarecipes.evaluation.statistics import Interval, question_bootstrap
 from emarecipes.probes.contrast import PairNLL, Part, nll_change, probe_shift
 
 Floats = NDArray[np.float64]

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from correlation import crossed_spearman
 
 from emarecipes.datasets.refusals import REFUSAL_WORDS, is_refusal
 from emarecipes.errors import UserError
-from emarecipes.evaluation.correlation import crossed_spearman
 from emarecipes.evaluation.figures import REFERENCE, SCORES, SUMMARY
 from emarecipes.evaluation.statistics import (
     Floats,
