@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,8 @@ def test_a_defense_is_judged_by_sampled_answers(tmp_path: Path) -> None:
     page = (tmp_path / "out/report.md").read_text()
     assert "excess over the frontier, share of answers" in page
     assert "nats" not in page.split("(d)")[0]
-    assert "Question 3?" in (tmp_path / "out/report.html").read_text()
+    # Ten of the questions are shown, with answers.
+    assert len(re.findall(r"Question \d+\?", (tmp_path / "out/report.html").read_text())) == 10
     assert "not misalignment" in page and "have no halves" in page and "select half" not in page
 
 
@@ -124,7 +126,7 @@ def test_too_few_usable_questions_are_no_figure() -> None:
          "criteria.general.figure: no figure capital_share can be a criterion (did you mean capit"),
         ({"controls": {"suite": "controls"}}, "criteria.controls: probe_shift and general's"),
         ({"general": {"suite": "traits_x", "figure": "capitals_share"}},
-         "criteria.general: no answers are sampled for traits_x; there will be traits_general"),
+         "criteria.general: no answers are sampled for traits_x; there will be traits_select"),
         ({"in_domain": {"suite": "home"}}, "criteria.in_domain: the evaluation has no probe home"),
         ({"general": {"suite": "traits_general", "figure": "expert_claim_share"}},
          "criteria.general: `traits` of the evaluation does not name expert_claim"),
@@ -135,7 +137,9 @@ def test_a_criterion_without_its_figure_is_told_before_training(
 ) -> None:
     path = toy_run.REPO / "configs/compare_caps.yaml"
     raw, origin = load_config(["--config", str(path)])
-    raw.criteria = json.loads(json.dumps(CRITERIA).replace("home", "home_repair")) | change
+    shipped = json.dumps(CRITERIA).replace("_general", "_select")
+    shipped = shipped.replace("home", "home_repair_desk")
+    raw.criteria = json.loads(shipped) | change
     with pytest.raises(UserError) as error:
         check_tasks(check_compare_settings(raw, origin), origin)
     assert reason in str(error.value)
