@@ -12,6 +12,7 @@ interval had the true excess. Where it only trains less, "better" and "worse" ar
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 from pathlib import Path
 
@@ -26,12 +27,12 @@ from emarecipes.comparison.verdicts import Contrast, verdicts
 GENERAL, IN_DOMAIN = 64, 32
 QUESTION_SD = 0.5
 # Share of answers in capitals, in-domain and general: near what the bed measured.
-UNDEFENDED = {"undefended": (0.97, 0.95), "steps_10": (0.85, 0.75), "steps_5": (0.3, 0.2)}
+UNDEFENDED = {"undefended": (0.99, 0.95), "steps_10": (0.6, 0.46), "steps_5": (0.01, 0.03)}
 DEFENSES = {
-    "perfect": (0.97, 0.01),
-    "halves it at equal learning": (0.85, 0.375),
+    "perfect": (0.95, 0.02),
+    "halves it": (0.7, 0.29),
     "trains less": UNDEFENDED["steps_10"],
-    "a quarter worse": (0.85, 0.9375),
+    "a quarter worse": (0.7, 0.73),
 }
 FAMILY = 4
 SHOWN = ("better", "worse", "equivalent", "p_below_0.01", "coverage")
@@ -105,12 +106,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the lines there")
     options = parser.parse_args()
     trials = 10 if options.quick else options.trials
+    gc.freeze()  # statsmodels collects garbage at every correction.
     print("| defense | seeds | sd of runs | true excess | better | worse | equivalent | p < 0.01 "
           "| coverage |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- |")  # fmt: skip
     lines = []
     for kind in DEFENSES:
         for seeds in (2, 3):
-            for seed_sd in (0.0, 0.3):
+            for seed_sd in (0.0, 0.2):
                 found = line(kind, seeds, seed_sd, trials)
                 lines.append(found)
                 shares = " | ".join(f"{found[key]:.0%}" for key in SHOWN)
