@@ -57,7 +57,10 @@ def _is_defense(name: str) -> bool:
 
 
 def kinds(cfg: DictConfig) -> Iterable[str]:
-    """The defenses of a training config, by the last part of their `_component_`."""
+    """The defenses of a training config, by the last part of their `_component_`.
+
+    Safe rows without cross entropy are what another defense acts on, and no interleaving.
+    """
     entries: Any = cfg.get("defenses") or {}
     for entry in entries.values():
         if isinstance(entry, DictConfig):
@@ -66,5 +69,6 @@ def kinds(cfg: DictConfig) -> Iterable[str]:
     if isinstance(dataset, DictConfig) and str(dataset.get("_component_", "")).endswith(
         "interleaved_dataset"
     ):
-        safe = str(OmegaConf.to_container(dataset).get("safe"))  # type: ignore[union-attr]
-        yield SELECTED if SELECTION in safe else INTERLEAVING
+        safe: Any = OmegaConf.to_container(dataset).get("safe") or {}  # type: ignore[union-attr]
+        if safe.get("ce_weight", 1.0) != 0:
+            yield SELECTED if SELECTION in str(safe) else INTERLEAVING

@@ -1,0 +1,102 @@
+"""The shipped figures of the capitals bed, computed again from its values by question."""
+
+import csv
+import json
+import math
+import random
+import statistics
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import toy_run
+from scipy.stats import t as student_t
+
+RESULTS = toy_run.REPO / "docs/results"
+GENERAL, IN_DOMAIN = "traits_select/capitals_share", "traits_home_repair_desk/capitals_share"
+CURVE = ("undefended", "fewer_steps_0", "fewer_steps_1", "fewer_steps_2")
+
+
+@pytest.fixture(scope="module")
+def page() -> Any:
+    return json.loads((RESULTS / "compare_caps.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def values() -> dict[tuple[str, str, int], dict[str, float]]:
+    """By figure, arm and seed: each question's value."""
+    found: dict[tuple[str, str, int], dict[str, float]] = {}
+    with (RESULTS / "compare_caps_by_question.csv").open(encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            for column in list(row)[3:]:
+                arm, seed = column.split("/")
+                key = (row["figure"], arm, int(seed))
+                found.setdefault(key, {})[row["id"]] = float(row[column])
+    return found
+
+
+def mean(values: dict[str, float], drawn: list[str]) -> float:
+    return sum(values[name] for name in drawn) / len(drawn)
+
+
+def curve_at(x: float, points: list[tuple[float, float]]) -> float:
+    """Straight lines from the origin through the points; level beyond the last."""
+    points = sorted([(0.0, 0.0), *points], key=lambda point: point[0])
+    if x <= 0:
+        return 0.0
+    for (x0, y0), (x1, y1) in pairwise(points):
+        if x0 < x <= x1:
+            return y0 + (x - x0) / (x1 - x0) * (y1 - y0)
+    return points[-1][1]
+
+
+def excesses(
+    values: Any, arm: str, seeds: list[int], general: list[str], in_domain: list[str]
+) -> list[float]:
+    """One a seed, over these draws of questions."""
+    found = []
+    for seed in seeds:
+        points = [(mean(values[IN_DOMAIN, name, seed], in_domain),
+                   mean(values[GENERAL, name, seed], general)) for name in CURVE]  # fmt: skip
+        x = mean(values[IN_DOMAIN, arm, seed], in_domain)
+        found.append(mean(values[GENERAL, arm, seed], general) - curve_at(x, points))
+    return found
+
+
+def test_every_share_is_that_of_its_questions(page: Any, values: Any) -> None:
+    for name, arm in page["arms"].items():
+        for figure, shown in ((GENERAL, GENERAL), (IN_DOMAIN, "in-domain")):
+            each = [x for seed in arm["seeds"] for x in values[figure, name, seed].values()]
+            assert arm["shifts"][shown]["value"] == pytest.approx(sum(each) / len(each), abs=1e-6)
+
+
+def test_every_excess_and_its_interval(page: Any, values: Any) -> None:
+    rng = random.Random(0)
+    tested = [name for name, arm in page["arms"].items() if arm["excess"]]
+    assert len(tested) >= 4
+    for name in tested:
+        arm = page["arms"][name]
+        seeds = arm["seeds"]
+        general = list(values[GENERAL, name, seeds[0]])
+        in_domain = list(values[IN_DOMAIN, name, seeds[0]])
+        by_seed = excesses(values, name, seeds, general, in_domain)
+        shown = arm["excess"][GENERAL]
+        assert shown["value"] == pytest.approx(statistics.mean(by_seed), abs=1e-6)
+        draws = [
+            statistics.mean(
+                excesses(
+                    values, name, seeds, rng.choices(general, k=len(general)),
+                    rng.choices(in_domain, k=len(in_domain)),
+                )
+            )
+            for _ in range(1500)
+        ]  # fmt: skip
+        fewest = min(len(general), len(in_domain))
+        least = (1.96 / (fewest + 1.96**2)) ** 2
+        of_questions = max(statistics.variance(draws), least)
+        of_seeds = statistics.variance(by_seed) / len(seeds)
+        total = of_questions + of_seeds
+        freedom = total**2 / (of_questions**2 / (fewest - 1) + of_seeds**2 / (len(seeds) - 1))
+        half = float(student_t.ppf(0.975, freedom)) * math.sqrt(total)
+        ends = [max(-1.0, shown["value"] - half), min(1.0, shown["value"] + half)]
+        assert [shown["low"], shown["high"]] == pytest.approx(ends, abs=0.1 * half)
