@@ -147,6 +147,6 @@ def test_an_arm_without_answers_is_evaluated_without_its_judge(
         commands.append(command)
         return False
 
-    monkeypatch.setattr(Runner, "_run", note)
+    monkeypatch.setattr(Runner, "run_step", note)
     Runner(plan, places=[{}]).evaluate(arms[:1], jobs, "narrow", "select")
     assert {"~judge", "~harmless"} <= set(commands[0])
