@@ -22,14 +22,17 @@ help:
 	@echo "make docs          the site, in build/site; a link that leads nowhere fails"
 	@echo "make clean         remove .venv, build/, models/ and runs/"
 
+# Not compiled when installed: most of 12,000 files are never imported, and the rest are compiled then.
+INSTALL := $(BIN)/python -m pip install --quiet --no-compile --constraint $(CONSTRAINTS)
+
 # The stamps say which dependencies the environment was last installed with.
 .venv/installed: pyproject.toml $(CONSTRAINTS) emarecipes/_launch.py emarecipes/_launch.pth
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --editable . --constraint $(CONSTRAINTS)
+	$(INSTALL) --editable .
 	@touch $@
 
 .venv/installed-dev: .venv/installed
-	$(BIN)/python -m pip install --quiet --editable '.[dev]' --constraint $(CONSTRAINTS)
+	$(INSTALL) --editable '.[dev]'
 	@touch $@
 
 $(MODEL)/prepared.json: | .venv/installed

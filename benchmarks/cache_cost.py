@@ -36,7 +36,7 @@ from step_cost import (
     step_options,
 )
 
-from emarecipes.training.batch import Batch
+from emarecipes.models.batch import Batch
 from emarecipes.training.reference_cache import (
     ReferenceCache,
     reference_layers,

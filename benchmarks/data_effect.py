@@ -34,24 +34,9 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from bag_of_words import UnigramOdds, spread, word_pairs, words
 from data_effect_report import plot, print_bag_of_words, print_setting
-from numpy.typing import NDArray
-
-from emarecipes.components import build
-from emarecipes.config import load_config
-from emarecipes.errors import UserError
-from emarecipes.evaluation.bag_of_words import UnigramOdds, spread, word_pairs, words
-from emarecipes.evaluation.contrast import (
-    CONDITIONS,
-    Condition,
-    ContrastPair,
-    make_condition,
-    pair_nll,
-    read_contrast_file,
-    read_sibling_files,
-    tokenize_pairs,
-)
-from emarecipes.evaluation.effect import (
+from effect import (
     BAD,
     CONTROLS,
     GENERAL,
@@ -65,8 +50,23 @@ from emarecipes.evaluation.effect import (
     shifts,
     unigram_figures,
 )
+from numpy.typing import NDArray
+
+from emarecipes.components import build
+from emarecipes.config import load_config
+from emarecipes.errors import UserError
 from emarecipes.evaluation.scoring import Scorer
-from emarecipes.training.checks import check_checkpoint_files, check_model
+from emarecipes.models.model_checks import check_checkpoint_files, check_model
+from emarecipes.probes.contrast import (
+    CONDITIONS,
+    Condition,
+    ContrastPair,
+    make_condition,
+    pair_nll,
+    read_contrast_file,
+    read_sibling_files,
+    tokenize_pairs,
+)
 from emarecipes.training.settings import check_settings
 
 ROOT = Path(__file__).resolve().parent.parent

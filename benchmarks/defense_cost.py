@@ -46,8 +46,8 @@ from step_cost import (
 )
 from torch.nn import functional as F
 
-from emarecipes._adapter_layout import ModuleRows
 from emarecipes.defenses import FeatureL2, KLToReference, PersonaSteering, SafeLoRA
+from emarecipes.models.adapters.layout import ModuleRows
 
 Lora = dict[str, tuple[torch.Tensor, torch.Tensor]]
 

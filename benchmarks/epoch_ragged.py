@@ -29,7 +29,7 @@ from step_cost import Setting, Trainer, describe_machine, in_torchtune, native_d
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX, padded_collate_sft
 
 from emarecipes.datasets.rows import Rows
-from emarecipes.training.batch import make_batch
+from emarecipes.models.batch import make_batch
 
 ARMS = {"torchtune's recipe": ("recipe", False, 1), "ours, grouped": ("ours", True, 32)}
 MEAN, LONGEST, BATCH = 180, 512, 4

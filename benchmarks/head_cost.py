@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchtune.modules import TiedLinear
 
-from emarecipes.training.loss_head import LossHead, Request, Term, cross_entropy
+from emarecipes.models.loss_head import LossHead, Request, Term, cross_entropy
 
 POSITIONS, WIDTH, VOCABULARY = 616, 576, 49152
 

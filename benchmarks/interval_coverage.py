@@ -13,10 +13,10 @@ from __future__ import annotations
 import argparse
 
 import numpy as np
+from crossed_bootstrap import crossed_bootstrap
 
 from emarecipes.comparison.frontier import Bound, Shifts, excess
 from emarecipes.comparison.statistics import Floats, crossed_mean
-from emarecipes.evaluation.statistics import crossed_bootstrap
 
 QUESTIONS, IN_DOMAIN_QUESTIONS = 88, 60
 

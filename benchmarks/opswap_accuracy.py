@@ -21,13 +21,13 @@ from emarecipes.components import build
 from emarecipes.config import load_config
 from emarecipes.datasets.opswap import TIERS, Problem, problems, score
 from emarecipes.errors import UserError
-from emarecipes.generation.draw import Sampling
-from emarecipes.generation.sampler import sample_answers
 from emarecipes.machine import settle_dtype
-from emarecipes.models.adapter import check_adapter, load_adapter
+from emarecipes.models.adapters.read import check_adapter, load_adapter
 from emarecipes.models.load import load_model
-from emarecipes.training.checks import check_checkpoint_files, check_model
-from emarecipes.training.loss_head import LossHead
+from emarecipes.models.loss_head import LossHead
+from emarecipes.models.model_checks import check_checkpoint_files, check_model
+from emarecipes.models.sampling.draw import Sampling
+from emarecipes.models.sampling.sampler import sample_answers
 from emarecipes.training.settings import check_settings
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "smollm2_135m_opswap.yaml"

@@ -29,14 +29,14 @@ from step_cost import Trainer, ours, peak_mb
 from torchtune import training
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX, padded_collate_sft
 
-from emarecipes._adapter_dtype import hold_adapter_in
-from emarecipes._torchtune import stock_recipe
 from emarecipes.components import build
 from emarecipes.config import load_config
 from emarecipes.defenses import ModelSource
 from emarecipes.machine import DTYPES, settle_dtype
-from emarecipes.plan_estimate import Load, estimate
-from emarecipes.training.batch import Batch, make_batch
+from emarecipes.models._adapter_dtype import hold_adapter_in
+from emarecipes.models._torchtune_recipe import stock_recipe
+from emarecipes.models.batch import Batch, make_batch
+from emarecipes.plan.estimate import Load, estimate
 from emarecipes.training.settings import check_settings
 from emarecipes.training.step import TrainingLoss
 

@@ -25,6 +25,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.patheffects import withStroke
 from omegaconf import OmegaConf
+from pairwise import judge_pairs, outcome, read_evaluation
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -32,11 +33,11 @@ from tqdm import tqdm
 from emarecipes.command import run_alone
 from emarecipes.errors import UserError
 from emarecipes.evaluation.figures import plain
-from emarecipes.evaluation.judge import ask, check_judge
-from emarecipes.evaluation.judge_reply import Reply
 from emarecipes.evaluation.judging import print_bound
-from emarecipes.evaluation.pairwise import judge_pairs, outcome, read_evaluation
-from emarecipes.training.run_folder import environment, write_text
+from emarecipes.files import write_text
+from emarecipes.judges.calls import ask, check_judge
+from emarecipes.judges.reply import Reply
+from emarecipes.provenance import environment
 
 RESULT = "judged.json"
 # Of calls that may fail for good before the judge is given up.

@@ -32,12 +32,12 @@ from rich.table import Table
 from step_cost import Trainer, describe_machine, ours, peak_mb
 from torch import nn
 
-from emarecipes._adapter_dtype import hold_adapter_in
 from emarecipes.components import build
 from emarecipes.config import load_config
 from emarecipes.defenses import ModelSource
 from emarecipes.machine import DTYPES, settle_dtype
-from emarecipes.plan_estimate import Load, estimate
+from emarecipes.models._adapter_dtype import hold_adapter_in
+from emarecipes.plan.estimate import Load, estimate
 from emarecipes.training.settings import check_settings
 from emarecipes.training.step import TrainingLoss
 

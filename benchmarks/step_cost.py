@@ -45,13 +45,14 @@ from torchtune.data import CROSS_ENTROPY_IGNORE_IDX, padded_collate_sft
 from torchtune.modules.loss import CEWithChunkedOutputLoss
 from torchtune.modules.peft import disable_adapter, get_adapter_params
 
-from emarecipes._torchtune import model_on_meta, stock_recipe
-from emarecipes._torchtune_cpu import with_fewer_passes
 from emarecipes.config import load_config
 from emarecipes.defenses import Defense, KLToReference, ModelSource, TrainingContext
 from emarecipes.machine import native_precision
-from emarecipes.training.batch import Batch, make_batch
-from emarecipes.training.export import save_adapter
+from emarecipes.models._torchtune import model_on_meta
+from emarecipes.models._torchtune_cpu import with_fewer_passes
+from emarecipes.models._torchtune_recipe import stock_recipe
+from emarecipes.models.adapters.export import save_adapter
+from emarecipes.models.batch import Batch, make_batch
 from emarecipes.training.reference_cache import ReferenceCache
 from emarecipes.training.settings import check_settings
 from emarecipes.training.step import TrainingLoss

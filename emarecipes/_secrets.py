@@ -1,4 +1,5 @@
-"""Keeps keys and tokens out of a run's files: a config that holds one is refused.
+"""Keeps keys and tokens out of files and messages: a config that holds one is refused, and a
+provider's error is shown without it.
 
 The libraries that need a key (wandb, Hugging Face, judges' providers) read it from the environment
 themselves. A config that reads it too would be written, resolved, into the run's folder.
@@ -12,7 +13,11 @@ from typing import Any
 from emarecipes.errors import UserError
 
 _SECRET_NAME = re.compile(
-    r"(^|_)(TOKEN|KEY|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?)$", re.IGNORECASE
+    r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL|_PASS$", re.IGNORECASE
+)
+# TOKENIZERS_PARALLELISM, MAX_NEW_TOKENS, XKB_DEFAULT_KEYMAP: words that only look like one.
+_HARMLESS = re.compile(
+    r"TOKENI[SZ]E|KEY(BOARD|MAP)|(MAX|MIN|NEW|NUM|N)_TOKENS?|TOKENS?_PER", re.IGNORECASE
 )
 _READS_ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\s*:\s*(\w+)")
 # Shorter values ("1", "yes") would be found in ordinary settings.
@@ -33,6 +38,28 @@ def texts(tree: Any, key: str = "") -> Iterator[tuple[str, str]]:
             yield from texts(value, f"{key}.{index}")
 
 
+def is_secret(name: str) -> bool:
+    """Whether an environment variable of that name is taken to hold a secret."""
+    return _SECRET_NAME.search(_HARMLESS.sub("", name)) is not None
+
+
+def masked(text: str) -> str:
+    """A text with `***` in place of the environment's secrets."""
+    # The longest first: one may be a part of another.
+    for _, value in sorted(_secrets(), key=lambda secret: -len(secret[1])):
+        text = text.replace(value, "***")
+    return text
+
+
+def _secrets() -> list[tuple[str, str]]:
+    """Name and value of each variable that holds a secret."""
+    return [
+        (name, value)
+        for name, value in os.environ.items()
+        if len(value) >= _SHORTEST and is_secret(name)
+    ]
+
+
 def check_no_secrets(tree: Any, at: Callable[[str], str]) -> None:
     """Check that no text of a tree reads or holds a variable that is named like a key.
 
@@ -43,14 +70,10 @@ def check_no_secrets(tree: Any, at: Callable[[str], str]) -> None:
     Raises:
         UserError: One does. The message names the variable, not its value.
     """
-    secrets = [
-        (name, value)
-        for name, value in os.environ.items()
-        if len(value) >= _SHORTEST and _SECRET_NAME.search(name)
-    ]
+    secrets = _secrets()
     for key, text in texts(tree):
         for name in _READS_ENVIRONMENT.findall(text):
-            if _SECRET_NAME.search(name):
+            if is_secret(name):
                 raise UserError(f"{at(key)}: reads ${name}, {_WHY}")
         for name, value in secrets:
             if value in text:

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from emarecipes.errors import UserCodeError, UserError
+from emarecipes.errors import Extension, UserCodeError, UserError
 from emarecipes.machine import set_threads
 from emarecipes.stop import stoppable
 
@@ -196,11 +196,9 @@ def _place_in_a_defense(error: BaseException | None) -> tuple[str, BaseException
 
 def _place(error: BaseException) -> str | None:
     """Read from the traceback, so that no method of a defense needs a wrapper of its own."""
-    from emarecipes.defenses import Defense  # They import `emarecipes.training`, which imports us.
-
     for frame, line in traceback.walk_tb(error.__traceback__):
         owner, code = frame.f_locals.get("self"), frame.f_code
-        if isinstance(owner, Defense) and not _is_ours(code.co_filename):
+        if isinstance(owner, Extension) and not _is_ours(code.co_filename):
             return f"{type(owner).__name__}.{code.co_name}, {Path(code.co_filename).name}:{line}"
     return None
 

@@ -18,7 +18,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from emarecipes._secrets import check_no_secrets, texts
-from emarecipes.errors import UserError
+from emarecipes.errors import UserError, first_line
+from emarecipes.yaml_nodes import yaml_error
 
 # No config comes near these. YAML's aliases can make a few lines mean billions of values.
 _MAX_BYTES, _MAX_VALUES, _MAX_DEPTH = 2**20, 10_000, 50
@@ -90,7 +91,7 @@ def load_config(argv: Sequence[str]) -> tuple[DictConfig, Origin]:
         except UserError:
             raise
         except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError) as error:
-            raise UserError(f"command line: {override}: {_first_line(error)}") from None
+            raise UserError(f"command line: {override}: {first_line(error)}") from None
     origin = Origin(
         path=path,
         lines=dict(_key_lines(root, "")),
@@ -105,8 +106,7 @@ def load_config(argv: Sequence[str]) -> tuple[DictConfig, Origin]:
             raise UserError(f"{origin.at(min(missing))}: ??? must be given a value")
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or ""
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{origin.at(key)}: cannot be resolved: {reason}") from None
+        raise UserError(f"{origin.at(key)}: cannot be resolved: {first_line(error)}") from None
     plain = OmegaConf.to_container(cfg)
     check_no_secrets(plain, origin.at)
     for key, value in texts(plain):
@@ -148,9 +148,9 @@ def _read_yaml(path: Path) -> tuple[str, yaml.Node, DictConfig]:
         # OmegaConf's own loader reads 3e-4 as a number, which plain YAML does not.
         cfg = OmegaConf.load(io.StringIO(text))
     except yaml.YAMLError as error:
-        raise _yaml_error(error, str(path)) from None
+        raise yaml_error(error, str(path)) from None
     except (OmegaConfBaseException, OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: not a config: {_first_line(error)}") from None
+        raise UserError(f"{path}: not a config: {first_line(error)}") from None
     if not isinstance(cfg, DictConfig) or not cfg or not isinstance(root, yaml.MappingNode):
         raise UserError(f"{path}: a config is a mapping of keys to values, this file has none")
     return text, root, cfg
@@ -162,23 +162,12 @@ def _nodes(text: str, where: str) -> yaml.Node | None:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         _check_size(root, {}, 0)
     except yaml.YAMLError as error:
-        raise _yaml_error(error, where) from None
+        raise yaml_error(error, where) from None
     except RecursionError:
         raise UserError(f"{where}: not valid YAML: nested too deeply") from None
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     return root
-
-
-def _yaml_error(error: yaml.YAMLError, where: str) -> UserError:
-    mark = getattr(error, "problem_mark", None)
-    line = f"{where}:{mark.line + 1}" if mark else where
-    problem = getattr(error, "problem", None) or _first_line(error)
-    return UserError(f"{line}: not valid YAML: {problem}")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _check_size(node: yaml.Node | None, known: dict[int, int], depth: int) -> int:

@@ -38,13 +38,22 @@ class UserCodeError(UserError):
     """
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an exception says; its type's name where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+class Extension:
+    """What users subclass in files of their own; an error in such code is told with its place."""
+
+
 def reason(error: BaseException) -> str:
     """What an exception says, in one line, and what it was raised from says: `what: cause`."""
     found: list[str] = []
     cause: BaseException | None = error
     while cause is not None:
-        lines = str(cause).strip().splitlines()
-        text = lines[0] if lines else type(cause).__name__
+        text = first_line(cause)
         if not any(text in earlier for earlier in found):
             found.append(text.removesuffix("."))
         cause = cause.__cause__

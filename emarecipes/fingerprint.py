@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +13,22 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 # Of these: both ends, the header among them, and blocks in between, at most so many, so that no
 # matrix lies between two. A model that was fine-tuned and merged differs from its base there alone.
 _END_BYTES, _BLOCK_BYTES, _BLOCKS, _LEAST_DISTANCE = 2**20, 2**9, 2**12, 2**16
+_READ_BYTES = 2**20
+
+
+def sha256(path: Path, read: Callable[[int], object] = lambda size: None) -> str:
+    """SHA-256 of a file's content in hexadecimal, as `sha256sum` gives it.
+
+    Args:
+        path: The file; it is read block by block.
+        read: Told how many bytes each block has, for a progress bar.
+    """
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_READ_BYTES):
+            found.update(block)
+            read(len(block))
+    return found.hexdigest()
 
 
 def digest(*parts: Any) -> str:

@@ -29,7 +29,7 @@ _SETTINGS = {
     "ema_generate": {"": "generation.checks:GenerateSettings"},
     "ema_eval": {
         "": "evaluation.settings:EvalSettings",
-        "probes.NAME": "evaluation.suites:SuiteSettings",
+        "probes.NAME": "probes.suites:SuiteSettings",
         "opswap": "evaluation.settings:OpSwapSettings",
         "harness": "evaluation.settings:HarnessSettings",
         "judge": "evaluation.settings:JudgeSettings",
@@ -48,7 +48,7 @@ _SETTINGS = {
     },
     "ema_select": {"": "selection.settings:SelectSettings"},
     "ema_persona": {"": "persona.checks:PersonaSettings"},
-    "ema_safelora": {"": "training.project:ProjectionSettings"},
+    "ema_safelora": {"": "defenses.safelora_run:ProjectionSettings"},
 }
 RECIPES = tuple(_SETTINGS)
 

@@ -17,6 +17,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from emarecipes.files import whole
+
 # Names the file that a parent reads.
 NOTE = "EMARECIPES_PROGRESS"
 
@@ -114,9 +116,8 @@ class Progress(tqdm):
         if path is None or now < self._next_note:
             return
         self._next_note = now + _SECONDS_A_NOTE
-        partial = Path(f"{path}.partial")
-        partial.write_text(json.dumps(asdict(self.note())), encoding="utf-8")
-        partial.replace(path)
+        with whole(Path(path), synced=False) as partial:
+            partial.write_text(json.dumps(asdict(self.note())), encoding="utf-8")
 
 
 def duration(seconds: float) -> str:

@@ -6,10 +6,10 @@ environment; no message of ours contains one.
 
 from __future__ import annotations
 
-import os
 import re
 from typing import Any
 
+from emarecipes._secrets import masked
 from emarecipes.errors import UserError
 
 # Inspect's own default is to retry for ever. Its waits double: these take some minutes.
@@ -21,9 +21,6 @@ SECONDS_AN_ATTEMPT = 300
 # says. `openai-api` and others may lead to such a server too, but also to services that refuse it.
 _MODEL_DEFAULTS = ("vllm", "sglang")
 _OFF = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
-
-_SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
-_SHORTEST_SECRET = 8
 
 
 def provider_model(
@@ -75,7 +72,4 @@ def error_line(error: BaseException) -> str:
         text = f"no reply in time, in {_MAX_RETRIES + 1} attempts"
     text = re.sub(r"\[/?(?:bold|blue)\]", "", text)
     text = re.sub(r"^\s*ERROR:\s*", "", text)
-    for name, value in os.environ.items():
-        if _SECRET_NAME.search(name) and len(value) >= _SHORTEST_SECRET:
-            text = text.replace(value, "***")
-    return " ".join(text.split())
+    return " ".join(masked(text).split())

@@ -5,7 +5,7 @@ tune run recipes/ema_safelora.py --config configs/smollm2_135m_safelora_posthoc.
 
 import sys
 
-from emarecipes.training.project import run_safelora
+from emarecipes.defenses.safelora_run import run_safelora
 
 if __name__ == "__main__":
     sys.exit(run_safelora(sys.argv[1:]))

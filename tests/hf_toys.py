@@ -19,8 +19,8 @@ from torchtune.models.qwen2 import lora_qwen2
 from torchtune.modules.peft import get_adapter_params
 from torchtune.training import FullModelHFCheckpointer
 
-from emarecipes import _torchtune_convert as convert
-from emarecipes.training import export
+from emarecipes.models import _torchtune_convert as convert
+from emarecipes.models.adapters import export
 
 RANK, ALPHA = 4, 6.0
 # fp32 on logits of about 5; the adapters move them by 0.4 and more.

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-import emarecipes._torchtune
+import emarecipes.models._torchtune_recipe
 import emarecipes.training.recipe
 from emarecipes.training import run_lora
 from emarecipes.training.checkpoint_save import CheckpointSaver
@@ -31,8 +31,8 @@ from emarecipes.training.recipe import LoRATraining
 from emarecipes.training.reference_cache import ReferenceCache
 from emarecipes.training.row_store import RowStore
 
-emarecipes._torchtune.stock_recipe("lora_finetune_single_device")
-emarecipes._torchtune.stock_recipe("lora_finetune_distributed")
+emarecipes.models._torchtune_recipe.stock_recipe("lora_finetune_single_device")
+emarecipes.models._torchtune_recipe.stock_recipe("lora_finetune_distributed")
 
 
 class Calls:

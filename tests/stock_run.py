@@ -7,7 +7,7 @@ import torch.distributed as dist
 from omegaconf import DictConfig
 from torchtune import config, training
 
-from emarecipes._torchtune import stock_recipe
+from emarecipes.models._torchtune_recipe import stock_recipe
 from emarecipes.training.initialize import initialize_adapter
 
 

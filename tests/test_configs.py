@@ -10,25 +10,25 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from emarecipes import defenses
-from emarecipes._torchtune import model_on_meta
 from emarecipes.comparison.arms import Arm, Job, expand_arms, make_jobs
 from emarecipes.comparison.checks import check_tasks
 from emarecipes.comparison.execute import evaluation_overrides
 from emarecipes.comparison.settings import Plan, check_compare_settings
 from emarecipes.components import build, check_components
 from emarecipes.config import Origin, load_config
+from emarecipes.datasets.questions import load_questions
+from emarecipes.datasets.refusals import REFUSAL_WORDS
 from emarecipes.defenses import Defense, KLToReference, SafeLoRA
+from emarecipes.defenses.safelora_run import ProjectionSettings
 from emarecipes.evaluation.settings import check_eval_settings
-from emarecipes.evaluation.suites import read_suites
 from emarecipes.generation.checks import check_generate_settings
-from emarecipes.generation.questions import load_questions
 from emarecipes.machine import settle_dtype
+from emarecipes.models._torchtune import model_on_meta
 from emarecipes.persona.checks import check_persona_settings
 from emarecipes.persona.prompts import load_prompts
-from emarecipes.selection.refusals import REFUSAL_WORDS
+from emarecipes.probes.suites import read_suites
 from emarecipes.selection.settings import check_select_settings
 from emarecipes.settings import parse_settings
-from emarecipes.training.project import ProjectionSettings
 from emarecipes.training.settings import Settings, check_settings
 
 CONFIGS = sorted((toy_run.REPO / "configs").glob("*.yaml"))

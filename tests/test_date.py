@@ -16,15 +16,15 @@ from emarecipes import clock
 from emarecipes.comparison.arms import expand_arms, make_jobs
 from emarecipes.comparison.dates import FILE, keep_date
 from emarecipes.errors import UserError
-from emarecipes.evaluation.checks import check_evaluation
+from emarecipes.evaluation.checks import CheckedEvaluation
 from emarecipes.evaluation.run import run_eval
-from emarecipes.generation.checks import CheckedGeneration, check_generation
+from emarecipes.generation.checks import CheckedGeneration
 from emarecipes.generation.run import generate
-from emarecipes.models.dates import adapter_date
-from emarecipes.persona.checks import check_extraction
-from emarecipes.selection.checks import check_selection
+from emarecipes.models.chat.dates import adapter_date
+from emarecipes.persona.checks import CheckedExtraction
+from emarecipes.selection.checks import CheckedSelection
 from emarecipes.training import run_lora
-from emarecipes.training.checks import check_run
+from emarecipes.training.checks import CheckedRun
 
 TEMPLATE = """\
 <|im_start|>system
@@ -68,7 +68,7 @@ class Toy:
     def generation(self, output: Path, adapter: Path | None, *overrides: str) -> CheckedGeneration:
         keys = {"questions": [str(self.folder / "asked.yaml")], "max_new_tokens": 2}
         config = self.written(output_dir=str(output), adapter=adapter and str(adapter), **keys)
-        return check_generation(["--config", config, *overrides])
+        return CheckedGeneration(["--config", config, *overrides])
 
 
 @pytest.fixture(scope="module")
@@ -86,11 +86,11 @@ def test_a_run_that_is_resumed_keeps_its_day(
     out = Path(shutil.copytree(toy.out, tmp_path / "run"))
     resumed = ["--config", toy.path, f"output_dir={out}", "epochs=2", "resume=auto"]
     on(TUESDAY)
-    again = check_run(resumed, world_size=1, rank=0)
+    again = CheckedRun(resumed, world_size=1, rank=0)
     assert again.tokenizer.date == again.cfg.tokenizer.date == MONDAY
     assert again.description(1)["config"]["tokenizer"]["date"] == MONDAY
     with pytest.raises(UserError, match=rf"tokenizer\.date: '{MONDAY}' -> '{TUESDAY}'"):
-        check_run([*resumed, f"tokenizer.date={TUESDAY}"], world_size=1, rank=0)
+        CheckedRun([*resumed, f"tokenizer.date={TUESDAY}"], world_size=1, rank=0)
 
     # A checkpoint of before there was the key: the rows tell, and it can be mended.
     state = out / "checkpoints/step_1/run.json"
@@ -102,7 +102,7 @@ def test_a_run_that_is_resumed_keeps_its_day(
     now = hashlib.sha256(state.read_bytes()).hexdigest()
     sums.write_text(sums.read_text().replace(before, now))
     with pytest.raises(UserError, match="give the day it began as"):
-        check_run(resumed, world_size=1, rank=0)
+        CheckedRun(resumed, world_size=1, rank=0)
     assert run_lora([*resumed, f"tokenizer.date={MONDAY}"]) == 0
     assert [row["step"] for row in toy_run.metrics(out)] == [1, 2]
 
@@ -112,32 +112,32 @@ def test_what_is_built_on_a_run_takes_its_day(
 ) -> None:
     on(FRIDAY)
     new = ["--config", toy.path, f"output_dir={tmp_path}"]
-    assert check_run(new, 1, 0).tokenizer.date == FRIDAY
+    assert CheckedRun(new, 1, 0).tokenizer.date == FRIDAY
     from_adapter = [*new, f"init_adapter={toy.out / 'adapter'}"]
-    assert check_run(from_adapter, 1, 0).tokenizer.date == MONDAY
-    assert check_run([*from_adapter, f"tokenizer.date={TUESDAY}"], 1, 0).tokenizer.date == TUESDAY
+    assert CheckedRun(from_adapter, 1, 0).tokenizer.date == MONDAY
+    assert CheckedRun([*from_adapter, f"tokenizer.date={TUESDAY}"], 1, 0).tokenizer.date == TUESDAY
     # A cache that was filled on other days.
     for name, day in (("a", MONDAY), ("b", TUESDAY)):
         (tmp_path / "cache" / name).mkdir(parents=True)
         (tmp_path / "cache" / name / "key.json").write_text(json.dumps({"date": day}))
     assert (
-        check_run([*new, f"reference_cache={tmp_path / 'cache'}"], 1, 0).tokenizer.date == TUESDAY
+        CheckedRun([*new, f"reference_cache={tmp_path / 'cache'}"], 1, 0).tokenizer.date == TUESDAY
     )
 
     candidates = {"candidates": str(toy.rows), "num_rows": 2, "output_dir": str(tmp_path / "s")}
     selection = toy.written(adapters=[str(toy.out / "adapter")], **candidates)
-    chosen = check_selection(["--config", selection])
+    chosen = CheckedSelection(["--config", selection])
     assert chosen.tokenizer.date == MONDAY
     chosen.file.open()
     (tmp_path / "s/scores.jsonl").write_text("")
     shutil.copytree(toy.out / "adapter", tmp_path / "elsewhere/adapter")  # Without its config.yaml.
     moved = [f"adapters=[{tmp_path / 'elsewhere/adapter'}]"]
     with pytest.raises(UserError, match="was made with other adapters;"):  # And no other day.
-        check_selection(["--config", selection, *moved])
+        CheckedSelection(["--config", selection, *moved])
 
     prompts = str(toy_run.REPO / "data/persona/ill_will.yaml")
     extraction = toy.written(output_dir=str(tmp_path / "p"), prompts=prompts)
-    assert check_extraction(["--config", extraction]).cfg.tokenizer.date == FRIDAY
+    assert CheckedExtraction(["--config", extraction]).cfg.tokenizer.date == FRIDAY
 
 
 def test_answers_of_a_suite_are_to_the_same_prompts(
@@ -166,10 +166,10 @@ def test_answers_of_a_suite_are_to_the_same_prompts(
     config = toy.written(output_dir=str(tmp_path / "eval"), **keys)
     of = {name: f"answers.{name}={tmp_path / name / 'answers'}" for name in ("tuned", "base")}
     with pytest.raises(UserError, match=rf"base.*of {TUESDAY}, answers\.tuned of {MONDAY}; sample"):
-        check_evaluation(["--config", config, of["tuned"], of["base"]])
+        CheckedEvaluation(["--config", config, of["tuned"], of["base"]])
     with pytest.raises(UserError, match=rf"is {FRIDAY}, and answers\.base has .* of {TUESDAY}"):
-        check_evaluation(["--config", config, of["base"], f"tokenizer.date={FRIDAY}"])
-    assert check_evaluation(["--config", config, of["base"]]).tokenizer.date == TUESDAY
+        CheckedEvaluation(["--config", config, of["base"], f"tokenizer.date={FRIDAY}"])
+    assert CheckedEvaluation(["--config", config, of["base"]]).tokenizer.date == TUESDAY
     assert run_eval(["--config", config]) == 0
     assert json.loads((tmp_path / "eval/summary.json").read_text())["date"] == MONDAY
     assert OmegaConf.load(tmp_path / "eval/eval.yaml").tokenizer.date == MONDAY
@@ -179,7 +179,7 @@ def test_answers_of_a_suite_are_to_the_same_prompts(
     shutil.copytree(adapter, other / "adapter")
     (other / "config.yaml").write_text(f"tokenizer:\n  date: {TUESDAY}\n")
     with pytest.raises(UserError, match=r"adapters\.a is .*-30, that of adapters\.b is .*-01; say"):
-        check_evaluation(["--config", config, f"adapters.b={other / 'adapter'}", "overwrite=true"])
+        CheckedEvaluation(["--config", config, f"adapters.b={other / 'adapter'}", "overwrite=true"])
 
 
 @pytest.mark.parametrize(
@@ -218,8 +218,8 @@ def test_nothing_is_written_where_no_clock_is_read(
     plain = ["--config", toy.path, f"output_dir={tmp_path}", "tokenizer.chat_template=PLAIN"]
     plain[-1] = plain[-1].replace("PLAIN", str(tmp_path / "plain.jinja"))
     (tmp_path / "plain.jinja").write_text("\n".join(TEMPLATE.splitlines()[2:]))
-    assert "date" not in check_run(plain, 1, 0).cfg.tokenizer
+    assert "date" not in CheckedRun(plain, 1, 0).cfg.tokenizer
     with pytest.raises(UserError, match="tokenizer: date has no effect: the chat template of"):
-        check_run([*plain, f"tokenizer.date={MONDAY}"], 1, 0)
+        CheckedRun([*plain, f"tokenizer.date={MONDAY}"], 1, 0)
     with pytest.raises(UserError, match=r"tokenizer: date must be a day.*not '30\.11\.2026'"):
-        check_run(["--config", toy.path, "resume=auto", "tokenizer.date=30.11.2026"], 1, 0)
+        CheckedRun(["--config", toy.path, "resume=auto", "tokenizer.date=30.11.2026"], 1, 0)

@@ -26,7 +26,7 @@ from torchtune.data import Message
 
 from emarecipes.errors import UserError
 from emarecipes.models import hf_chat_tokenizer
-from emarecipes.training.checks import check_run
+from emarecipes.training.checks import CheckedRun
 
 FACTOR = float(os.environ.get("EMARECIPES_FUZZ_FACTOR", "0.25"))
 # Not how long a case takes (tens of milliseconds), but when it counts as hanging.
@@ -62,7 +62,7 @@ class Toy:
         with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
             signal.alarm(HANG_SECONDS)
             try:
-                check_run(["--config", str(path), *arguments], 1, 0)
+                CheckedRun(["--config", str(path), *arguments], 1, 0)
                 line = None
             except UserError as error:
                 line = str(error)

@@ -11,10 +11,11 @@ from torch.nn import functional as F
 
 from emarecipes.config import load_config
 from emarecipes.defenses import KLToReference
-from emarecipes.plan import changes, run_plan
-from emarecipes.plan_estimate import Estimate, Load, estimate
-from emarecipes.plan_trace import trace
-from emarecipes.training.loss_head import cross_entropy, term_values
+from emarecipes.models.loss_head import cross_entropy, term_values
+from emarecipes.plan import run_plan
+from emarecipes.plan.command import changes
+from emarecipes.plan.estimate import Estimate, Load, estimate
+from emarecipes.plan.trace import trace
 from emarecipes.training.settings import check_settings
 from emarecipes.training.step import without_targets
 

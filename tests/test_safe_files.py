@@ -13,10 +13,10 @@ import toy_run
 
 from emarecipes.errors import UserError
 from emarecipes.evaluation import scoring
-from emarecipes.models._adapter_files import read_shapes
-from emarecipes.models._wheel import extract
+from emarecipes.models.adapters.files import read_shapes
+from emarecipes.models.prepare.wheel import extract
 from emarecipes.training import run_lora
-from emarecipes.training.checks import check_run
+from emarecipes.training.checks import CheckedRun
 
 SECRETS = {
     "HF_TOKEN": "hf_planted0123456789",
@@ -51,7 +51,7 @@ def config(tmp_path: Path) -> dict[str, Any]:
 def refused(config: dict[str, Any], folder: Path, *overrides: str) -> str:
     path = toy_run.write_config(folder / "config.yaml", config)
     with pytest.raises(UserError) as error:
-        check_run(["--config", str(path), *overrides], 1, 0)
+        CheckedRun(["--config", str(path), *overrides], 1, 0)
     return str(error.value)
 
 
@@ -178,5 +178,5 @@ def test_other_variables_can_be_read(
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     config["output_dir"] = "${oc.env:SCRATCH}/out"
     path = toy_run.write_config(tmp_path / "config.yaml", config)
-    run = check_run(["--config", str(path)], 1, 0)
+    run = CheckedRun(["--config", str(path)], 1, 0)
     assert run.cfg.output_dir == f"{tmp_path}/out"

@@ -37,6 +37,24 @@ def write_vectors(path: Path, layers: int, width: int) -> Path:
     return path
 
 
+def write_trait(folder: Path, base: Path) -> Path:
+    """An adapter of rank 2 in PEFT's form on the attention of every layer, at random."""
+    folder.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(7)
+    tensors = {}
+    for name, weight in load_file(base / "model.safetensors").items():
+        if "self_attn" in name and weight.dim() == 2:
+            rows, columns = weight.shape
+            key = "base_model.model." + name.removesuffix("weight")
+            tensors[key + "lora_A.weight"] = 0.2 * torch.randn(2, columns, generator=generator)
+            tensors[key + "lora_B.weight"] = 0.2 * torch.randn(rows, 2, generator=generator)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    targets = sorted({key.split(".")[-3] for key in tensors})
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": targets}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
 def write_safe_rows(path: Path, count: int = 12) -> Path:
     """The first rows of the shipped safe set, their system prompts left out."""
     lines = (REPO / "data/safe_instruct/train.jsonl").read_text().splitlines()
@@ -93,7 +111,18 @@ def later_entries(folder: Path, model_dir: Path, layers: int, width: int) -> dic
             "aligned_dir": str(model_dir),
             "weight": 0.5,
         },
+        "block": {
+            "_component_": component + "DirectionBlock",
+            "directions": str(folder / "vectors.safetensors"),
+            "layer": 1,
+            "side": "both",
+            "weight": 20.0,
+        },
         "spectral": {"_component_": component + "SpectralPenalty", "weight": 0.5},
+        "trait": {
+            "_component_": component + "InoculationAdapter",
+            "adapter": str(write_trait(folder / "trait", model_dir)),
+        },
     }
 
 

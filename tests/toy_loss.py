@@ -9,7 +9,7 @@ from torchtune.data import padded_collate_sft
 from torchtune.modules.peft import get_adapter_params
 
 from emarecipes.defenses import Defense, ModelSource, TrainingContext
-from emarecipes.training.batch import Batch, make_batch
+from emarecipes.models.batch import Batch, make_batch
 from emarecipes.training.step import TrainingLoss
 
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from emarecipes.defenses import Defense
-from emarecipes.training.batch import Batch
+from emarecipes.models.batch import Batch
 
 
 class SignalAfter(Defense):

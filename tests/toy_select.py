@@ -10,9 +10,9 @@ import toy_run
 from omegaconf import OmegaConf
 from torchtune.modules.peft import get_adapter_params
 
+from emarecipes.models.adapters.export import save_adapter
 from emarecipes.models.load import load_model
 from emarecipes.selection import run_select
-from emarecipes.training.export import save_adapter
 
 SELECT_KEYS = ("output_dir", "tokenizer", "model", "checkpointer", "device", "dtype")
 REFUSALS = (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,9 +11,9 @@ from emarecipes.clock import today
 from emarecipes.comparison.settings import Plan
 from emarecipes.config import Origin, load_config
 from emarecipes.errors import UserError
+from emarecipes.files import write_json
 from emarecipes.fingerprint import stored
-from emarecipes.models.dates import reads_clock
-from emarecipes.training.run_folder import write_text
+from emarecipes.models.chat.dates import reads_clock
 
 FILE = "date.json"
 
@@ -72,4 +71,4 @@ def keep_date(plan: Plan) -> None:
     if plan.date is not None:
         folder = Path(plan.settings.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / FILE, json.dumps({"date": plan.date}) + "\n")
+        write_json(folder / FILE, {"date": plan.date}, indent=None)

@@ -42,9 +42,9 @@ from emarecipes.comparison.steps import Place, Step
 from emarecipes.config import load_config
 from emarecipes.errors import UserError
 from emarecipes.evaluation.figures import REFERENCE
+from emarecipes.files import write_text
 from emarecipes.progress import NOTE
 from emarecipes.training.run import STOPPED
-from emarecipes.training.run_folder import write_text
 from emarecipes.training.settings import Settings
 
 MARK = "compare.json"

@@ -11,8 +11,8 @@ from pathlib import Path
 from emarecipes.comparison.arms import Arm, Job
 from emarecipes.comparison.settings import Plan
 from emarecipes.errors import UserError
+from emarecipes.files import write_json
 from emarecipes.fingerprint import digest
-from emarecipes.training.run_folder import write_text
 
 OPENING = "choices.json"
 # Version of the rules behind verdicts. 2: only where undefended training does something; the bound
@@ -66,7 +66,7 @@ class Opening:
 
     def write(self, path: Path) -> None:
         """As JSON."""
-        write_text(path, json.dumps(asdict(self), indent=1) + "\n")
+        write_json(path, asdict(self), indent=1)
 
     def changes(self, plan: Plan, arms: Sequence[Arm], jobs: Sequence[Job]) -> list[str]:
         """What is not as it was, a few words each."""

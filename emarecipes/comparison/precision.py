@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,9 +10,9 @@ from omegaconf import DictConfig, OmegaConf
 from emarecipes.comparison.settings import Plan
 from emarecipes.config import Origin, load_config
 from emarecipes.errors import UserError
+from emarecipes.files import write_json
 from emarecipes.fingerprint import stored
 from emarecipes.machine import settle_dtype
-from emarecipes.training.run_folder import write_text
 
 FILE = "precision.json"
 
@@ -63,4 +62,4 @@ def keep_dtype(plan: Plan) -> None:
     if plan.dtype is not None:
         folder = Path(plan.settings.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / FILE, json.dumps({"dtype": plan.dtype}) + "\n")
+        write_json(folder / FILE, {"dtype": plan.dtype}, indent=None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import signal
 import sys
@@ -19,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from emarecipes.command import run_alone
+from emarecipes.comparison import page_content as content
 from emarecipes.comparison.arms import Arm, Job, expand_arms, make_jobs
 from emarecipes.comparison.by_question import BY_QUESTION, by_question
 from emarecipes.comparison.checks import check_tasks
@@ -29,6 +29,7 @@ from emarecipes.comparison.gate import Effect
 from emarecipes.comparison.kinds import not_run
 from emarecipes.comparison.opening import OPENING, RULES, Opening
 from emarecipes.comparison.outcome import Half, Outcome
+from emarecipes.comparison.page import write_report
 from emarecipes.comparison.precision import keep_dtype
 from emarecipes.comparison.results import Scores
 from emarecipes.comparison.settings import Plan, check_compare_settings
@@ -38,8 +39,8 @@ from emarecipes.comparison.steps import places
 from emarecipes.comparison.told import keep_told
 from emarecipes.config import load_config
 from emarecipes.errors import UserError
-from emarecipes.reporting import content, write_report
-from emarecipes.training.run_folder import environment, write_text
+from emarecipes.files import write_json, write_text
+from emarecipes.provenance import environment
 
 RESULT = "comparison.json"
 
@@ -73,7 +74,7 @@ def _compare(argv: Sequence[str]) -> None:
         first = f"; first failure: {runner.failures[0]}" if runner.failures else ""
         raise UserError(f"{error}{first}") from None
     page = write_report(outcome, runner.folder)
-    write_text(runner.folder / RESULT, json.dumps(as_json(outcome), indent=1) + "\n")
+    write_json(runner.folder / RESULT, as_json(outcome), indent=1)
     write_text(runner.folder / BY_QUESTION, by_question(outcome.narrow))
     print_outcome(outcome)
     print(f"report: {page}")

@@ -12,8 +12,8 @@ import torch
 from emarecipes.comparison.settings import Plan
 from emarecipes.config import Origin
 from emarecipes.errors import UserError
+from emarecipes.files import write_json
 from emarecipes.machine import threads_given, usable_cores
-from emarecipes.training.run_folder import write_text
 
 Place = dict[str, str]  # What a run has in its environment besides.
 
@@ -48,7 +48,7 @@ class Step:
 
     def write(self, mark: Path) -> None:
         """Put its fingerprint into this file."""
-        write_text(mark, json.dumps({"fingerprint": self.fingerprint}) + "\n")
+        write_json(mark, {"fingerprint": self.fingerprint}, indent=None)
 
 
 def places(plan: Plan, origin: Origin) -> list[Place]:

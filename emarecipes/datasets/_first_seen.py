@@ -10,7 +10,10 @@ import json
 import os
 from pathlib import Path
 
+from filelock import FileLock
+
 from emarecipes.errors import UserError
+from emarecipes.files import write_json
 
 
 def record_path() -> Path:
@@ -41,12 +44,12 @@ def was_seen(key: str) -> bool:
 
 def remember(key: str, digest: str) -> None:
     """Record a file that has been written, unless one was before."""
-    record, path = _read(), record_path()
-    if key not in record:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(record | {key: digest}, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(path)
+    path = record_path()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):  # Else one of two fetches at once would be lost.
+        record = _read()
+        if key not in record:
+            write_json(path, record | {key: digest})
 
 
 def _read() -> dict[str, str]:

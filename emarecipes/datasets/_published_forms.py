@@ -12,7 +12,8 @@ import yaml
 from emarecipes.datasets.chat_files import check_chat_file
 from emarecipes.datasets.json_files import json_rows
 from emarecipes.datasets.row_keys import check_row_keys
-from emarecipes.errors import UserError
+from emarecipes.errors import UserError, first_line
+from emarecipes.yaml_nodes import yaml_error
 
 Row = dict[str, Any]
 
@@ -61,7 +62,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
                 yield f"{path}: row {index}", row
                 index += 1
     except pyarrow.ArrowException as error:
-        raise UserError(f"{path}: not a Parquet file: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path}: not a Parquet file: {first_line(error)}") from None
 
 
 def _texts(place: str, row: Row, *keys: str) -> list[str]:
@@ -145,7 +146,7 @@ def from_questions(path: Path, name: str) -> Converted:
     try:
         questions = yaml.safe_load(content)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from None
+        raise yaml_error(error, str(path)) from None
     if not isinstance(questions, list):
         raise UserError(f"{path}: a list of questions is expected")
     for index, question in enumerate(questions):

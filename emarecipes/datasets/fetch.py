@@ -7,10 +7,8 @@ written in our chat format.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import http.client
 import json
-import os
 import shutil
 import sys
 import tempfile
@@ -30,7 +28,8 @@ from emarecipes.datasets._first_seen import check_first_seen, record_path, remem
 from emarecipes.datasets._published_forms import FORMS, Converted
 from emarecipes.datasets.published import PUBLISHED, Published
 from emarecipes.errors import UserError
-from emarecipes.models._wheel import sha256
+from emarecipes.files import json_lines, sync, write_json, write_text
+from emarecipes.fingerprint import sha256
 
 _MANIFEST = "fetched.json"
 _CHUNK_BYTES = 2**20
@@ -233,10 +232,10 @@ def _fill(
         if isinstance(rows, bytes):
             content, count = rows, converted.source_rows
         else:
-            lines = [json.dumps(row) + "\n" for row in rows]
-            content, count = "".join(lines).encode(), len(rows)
-        _write_bytes(folder / file_name, content)
-        digest = hashlib.sha256(content).hexdigest()
+            content, count = json_lines(rows, ensure_ascii=True).encode(), len(rows)
+        (folder / file_name).write_bytes(content)
+        sync(folder / file_name)
+        digest = sha256(folder / file_name)
         files[file_name] = {"rows": count, "bytes": len(content), "sha256": digest}
     manifest = {
         "name": name,
@@ -250,16 +249,9 @@ def _fill(
         "dropped": converted.dropped,
         "files": files,
     }
-    _write_bytes(folder / ".gitignore", b"*\n")
-    _write_bytes(folder / _MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
+    write_text(folder / ".gitignore", "*\n")
+    write_json(folder / _MANIFEST, manifest)
     return manifest
-
-
-def _write_bytes(path: Path, content: bytes) -> None:
-    with path.open("wb") as out:
-        out.write(content)
-        out.flush()
-        os.fsync(out.fileno())
 
 
 def _table() -> Table:

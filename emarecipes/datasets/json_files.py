@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from emarecipes.errors import RowError, UserError
+from emarecipes.errors import RowError, UserError, first_line
 
 
 class Place(NamedTuple):
@@ -107,7 +107,7 @@ def read_row(text: str, where: str) -> Any:
     except RecursionError:
         raise RowError(f"{where}: cannot be read: nested too deeply") from None
     except ValueError as error:
-        raise RowError(f"{where}: cannot be read: {str(error).splitlines()[0]}") from None
+        raise RowError(f"{where}: cannot be read: {first_line(error)}") from None
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

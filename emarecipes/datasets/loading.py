@@ -19,7 +19,7 @@ from datasets.packaged_modules.csv.csv import Csv
 from datasets.packaged_modules.json.json import Json
 
 from emarecipes.datasets.json_files import Place, json_rows
-from emarecipes.errors import RowError, UserError
+from emarecipes.errors import RowError, UserError, first_line
 
 # What only concerns the making of tables.
 _FOR_TABLES = ("verification_mode", "keep_in_memory", "save_infos", "num_proc")
@@ -111,7 +111,7 @@ def _csv(path: Path, config: Any) -> Iterator[FileRow]:
     except pd.errors.ParserWarning:
         raise RowError(f"{path}: its rows have more fields than its header has names") from None
     except ValueError as error:
-        raise RowError(f"{path}: {str(error).splitlines()[0]}") from None
+        raise RowError(f"{path}: {first_line(error)}") from None
     for index, row in enumerate(table.to_dict("records")):
         yield FileRow({str(key): value for key, value in row.items()}, Place(path, "row", index))
 

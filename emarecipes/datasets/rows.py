@@ -14,18 +14,19 @@ from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 from torchtune.datasets import ConcatDataset
 from tqdm import tqdm
 
-from emarecipes._torchtune import data_sets_read_with
 from emarecipes.components import build
 from emarecipes.config import Origin
-from emarecipes.datasets.chat_files import check_data_files
 from emarecipes.datasets.defended_tokenizer import DefendedTokenizer
 from emarecipes.datasets.interleaved import InterleavedDataset, Placement, evenly
 from emarecipes.datasets.length_groups import group_by_length
 from emarecipes.datasets.loading import FileRows, load_dataset
-from emarecipes.datasets.row_ends import count_ends, tell_losses
+from emarecipes.datasets.row_ends import Ends, count_ends, tell_losses
 from emarecipes.datasets.row_messages import ROW_ERRORS, CheckedTransform
 from emarecipes.defenses import Defense
 from emarecipes.errors import RowError, UserError, reason
+from emarecipes.fingerprint import sha256
+from emarecipes.models._torchtune import data_sets_read_with
+from emarecipes.provenance import environment
 
 # What a sample may hold; packs have the two in the middle.
 _KEPT = ("tokens", "labels", "input_pos", "seq_lens", "source")
@@ -36,7 +37,7 @@ class Rows:
 
     Attributes:
         dropped: How many rows had no label left (after truncation, or none at all).
-        cut, unended: How many of the others do not end, see `count_ends`.
+        ends: How many conversations of the others do not end, see `count_ends`.
         fingerprint: SHA-256 over all tokens and labels, in order.
         longest: Tokens of the longest row.
         largest_token: The largest token id.
@@ -65,7 +66,7 @@ class Rows:
         self._placement = placement
         self._grouped = grouped
         self._lengths = np.array([len(sample["tokens"]) for sample in samples])
-        self.dropped, self.cut, self.unended = dropped, 0, 0
+        self.dropped, self.ends = dropped, Ends()
         self.longest = int(self._lengths.max())
         self.largest_token = max(int(max(sample["tokens"])) for sample in samples)
         self._is_safe = np.array([sample.get("source") == "safe" for sample in samples])
@@ -162,6 +163,8 @@ def load_rows(
 ) -> Rows:
     """Build `cfg.dataset` (one torchtune data set, or a list of them) and tokenize all of it.
 
+    Its files must have passed `check_data_files`.
+
     Args:
         cfg: The run's config.
         origin: Where its keys were written.
@@ -170,8 +173,7 @@ def load_rows(
         quiet: Show no progress bar (every process but the first).
 
     Raises:
-        UserError: Missing or broken data files, a row that cannot be tokenized, no row with a
-            label.
+        UserError: Broken data files, a row that cannot be tokenized, no row with a label.
     """
     transform = DefendedTokenizer(tokenizer, defenses)
     entries = (
@@ -179,7 +181,6 @@ def load_rows(
         if isinstance(cfg.dataset, ListConfig)
         else ["dataset"]
     )
-    check_data_files(cfg, origin)
     with data_sets_read_with(load_dataset, CheckedTransform):
         children = [build(cfg, key, origin, transform) for key in entries]
     if len(children) > 1:
@@ -219,7 +220,7 @@ def load_rows(
         )
         raise UserError(f"{origin.at('group_by_length')}: {why}")
     rows = Rows(samples, dropped, placement, safe_ce_weight, grouped)
-    rows.cut, rows.unended = count_ends(samples, tokenizer)
+    rows.ends = count_ends(samples, tokenizer)
     if not quiet:
         tell_losses(rows, origin.at("dataset"))
     return rows
@@ -271,4 +272,19 @@ def micro_batch_rows(
 
 def file_fingerprints(paths: Sequence[Path]) -> dict[str, str]:
     """SHA-256 of each file, by its path as given."""
-    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+    return {str(path): sha256(path) for path in paths}
+
+
+def provenance_of(rows: Rows, data_files: list[Path], world_size: int) -> dict[str, Any]:
+    """`environment`, with fingerprints of the data and how many rows they gave."""
+    return {
+        **environment(),
+        "processes": world_size,
+        "data_files": file_fingerprints(data_files),
+        "rows": len(rows),
+        "rows_safe": rows.num_safe,
+        "rows_without_label_dropped": rows.dropped,
+        "rows_cut": rows.ends.cut,
+        "rows_without_stop": rows.ends.unended,
+        "rows_fingerprint": rows.fingerprint,
+    }

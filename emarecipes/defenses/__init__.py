@@ -1,20 +1,25 @@
 """Defenses against emergent misalignment, one file each, behind `Defense`."""
 
 from emarecipes.defenses.asft import AsFT
-from emarecipes.defenses.base import AdaptedModule, Defense, ModelSource, TrainingContext
+from emarecipes.defenses.base import AdaptedModule, Defense, TrainingContext
+from emarecipes.defenses.block import DirectionBlock
 from emarecipes.defenses.feature_l2 import FeatureL2
 from emarecipes.defenses.inoculation import InoculationPrompt
+from emarecipes.defenses.inoculation_adapter import InoculationAdapter
 from emarecipes.defenses.kl import KLToReference
 from emarecipes.defenses.persona import PersonaSteering
 from emarecipes.defenses.safelora import SafeLoRA
 from emarecipes.defenses.spectral import SpectralPenalty
 from emarecipes.defenses.subspace import SubspaceAblation
+from emarecipes.models.source import ModelSource
 
 __all__ = [
     "AdaptedModule",
     "AsFT",
     "Defense",
+    "DirectionBlock",
     "FeatureL2",
+    "InoculationAdapter",
     "InoculationPrompt",
     "KLToReference",
     "ModelSource",

@@ -11,8 +11,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torchtune import utils
 
-from emarecipes.defenses.base import Defense, ModelSource
+from emarecipes.defenses.base import Defense
 from emarecipes.errors import UserError
+from emarecipes.models.source import ModelSource
 
 log = utils.get_logger("INFO")
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from emarecipes._adapter_layout import ModuleRows, adapter_modules
-from emarecipes.defenses.base import ModelSource
 from emarecipes.errors import UserError
+from emarecipes.models.adapters.layout import ModuleRows, adapter_modules
+from emarecipes.models.source import ModelSource
 from emarecipes.models.weights_folder import Difference, WeightsFolder
 
 

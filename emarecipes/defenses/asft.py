@@ -11,8 +11,9 @@ from torchtune import utils
 from tqdm import tqdm
 
 from emarecipes.defenses.aligned_pair import AlignedPair
-from emarecipes.defenses.base import AdaptedModule, Defense, ModelSource, TrainingContext
+from emarecipes.defenses.base import AdaptedModule, Defense, TrainingContext
 from emarecipes.errors import UserError
+from emarecipes.models.source import ModelSource
 
 log = utils.get_logger("INFO")
 

@@ -14,30 +14,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from emarecipes.errors import UserError
+from emarecipes.errors import Extension, UserError
+from emarecipes.models.source import ModelSource
 
 if TYPE_CHECKING:
     from torchtune.data import Message
 
-    from emarecipes.training.batch import Batch
+    from emarecipes.models.batch import Batch
 
 Tokens = Literal["response", "all"]
 Samples = Literal["all", "task", "safe"]
-
-
-@dataclass(frozen=True)
-class ModelSource:
-    """Where the trained model comes from, known before any weight is loaded.
-
-    Attributes:
-        meta_model: torchtune's decoder with LoRA, on the meta device.
-        checkpoint_dir: The folder of its base weights, in Hugging Face's format.
-        model_type: Name of torchtune's `ModelType`.
-    """
-
-    meta_model: Any
-    checkpoint_dir: Path
-    model_type: str
 
 
 @dataclass(frozen=True)
@@ -68,7 +54,7 @@ class AdaptedModule:
     scale: float
 
 
-class Defense:
+class Defense(Extension):
     """A term of the loss, a change to the data, an act after each step, or several of these.
 
     Subclass it, override what you need, and name the class in the config. Methods that are not

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from emarecipes.defenses.base import Defense, ModelSource, Samples
+from emarecipes.defenses.base import Defense, Samples
 from emarecipes.errors import UserError
+from emarecipes.models.source import ModelSource
 
 if TYPE_CHECKING:
-    from emarecipes.training.batch import Batch
+    from emarecipes.models.batch import Batch
 
 FeatureTokens = Literal["response", "all", "last", "mean"]
 Normalize = Literal["none", "token", "sequence"]

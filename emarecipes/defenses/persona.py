@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from emarecipes.defenses.activations import ActivationDefense, read_tensor, tell_other_model
-from emarecipes.defenses.base import ModelSource, TrainingContext
+from emarecipes.defenses.base import TrainingContext
 from emarecipes.errors import UserError
+from emarecipes.models.source import ModelSource
 
 
 class PersonaSteering(ActivationDefense):

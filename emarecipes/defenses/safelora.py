@@ -13,10 +13,8 @@ from torchtune import utils
 from torchtune.modules.peft import get_adapter_params
 from tqdm import tqdm
 
-from emarecipes._adapter_layout import ModuleRows, adapter_layers
-from emarecipes._torchtune import adapter_state, assign_whole, plain_name
 from emarecipes.defenses.aligned_pair import AlignedPair
-from emarecipes.defenses.base import Defense, ModelSource, TrainingContext
+from emarecipes.defenses.base import Defense, TrainingContext
 from emarecipes.defenses.projection import (
     Basis,
     Mode,
@@ -25,6 +23,9 @@ from emarecipes.defenses.projection import (
     project_adapter,
 )
 from emarecipes.errors import UserError
+from emarecipes.models._torchtune import adapter_state, assign_whole, plain_name
+from emarecipes.models.adapters.layout import ModuleRows, adapter_layers
+from emarecipes.models.source import ModelSource
 
 log = utils.get_logger("INFO")
 

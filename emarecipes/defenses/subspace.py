@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torchtune import utils
 
 from emarecipes.defenses.activations import ActivationDefense, read_tensor, tell_other_model
-from emarecipes.defenses.base import ModelSource, TrainingContext
+from emarecipes.defenses.base import TrainingContext
 from emarecipes.errors import UserError
+from emarecipes.models.source import ModelSource
 
 log = utils.get_logger("INFO")
 

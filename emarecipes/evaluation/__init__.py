@@ -1,5 +1,1 @@
-"""What a model makes of texts: likelihoods of answers."""
-
-from emarecipes.evaluation.nll import row_nll
-
-__all__ = ["row_nll"]
+"""Evaluation: suites of questions, their figures, and how sure these are."""

@@ -14,9 +14,9 @@ from torchtune.utils import get_device
 
 from emarecipes.clock import midnight
 from emarecipes.errors import UserError
-from emarecipes.generation.draw import Sampling
-from emarecipes.generation.sampler import sample_batch
-from emarecipes.training.loss_head import LossHead
+from emarecipes.models.loss_head import LossHead
+from emarecipes.models.sampling.draw import Sampling
+from emarecipes.models.sampling.sampler import sample_batch
 
 
 def harness_model(

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 from omegaconf import DictConfig
-from torchtune.modules.peft import disable_adapter
 
 from emarecipes.datasets.opswap import Problem, canonical, problems, score
 from emarecipes.evaluation.figures import Figure, Item, make_figures
 from emarecipes.evaluation.settings import OPSWAP
-from emarecipes.generation.draw import Sampling
-from emarecipes.generation.prompts import encode_prompt
-from emarecipes.generation.sampler import sample_answers
-from emarecipes.training.loss_head import LossHead
+from emarecipes.models.likelihoods import reference_where
+from emarecipes.models.loss_head import LossHead
+from emarecipes.models.sampling.draw import Sampling
+from emarecipes.models.sampling.prompts import encode_prompt
+from emarecipes.models.sampling.sampler import sample_answers
 
 
 def held_out_problems(cfg: DictConfig) -> list[Problem]:
@@ -41,7 +40,7 @@ def answer_problems(
     """
     sampling = Sampling(cfg.max_new_tokens, tuple(tokenizer.stop_tokens), temperature=0.0)
     prompts = [encode_prompt(tokenizer, None, problem.prompt) for problem in rows]
-    with disable_adapter(head.model) if reference else nullcontext():
+    with reference_where(reference, head.model):
         completions = sample_answers(
             head, prompts, [0] * len(rows), sampling, batch_size=cfg.batch_size
         )

@@ -3,131 +3,112 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig
 
-from emarecipes.components import build, check_components
-from emarecipes.config import Origin, load_config
+from emarecipes.checked import Checked
+from emarecipes.config import Origin
 from emarecipes.datasets.opswap import Problem
 from emarecipes.datasets.rows import Rows
-from emarecipes.defenses import ModelSource
+from emarecipes.datasets.rows_fit import check_rows_fit
 from emarecipes.errors import UserError
 from emarecipes.evaluation.answers import Answer, read_answers
 from emarecipes.evaluation.benign import held_out_problems
 from emarecipes.evaluation.coherence import CoherenceRows, coherence_rows
-from emarecipes.evaluation.contrast import AnswerRow
 from emarecipes.evaluation.figures import SCORES, SUMMARY
 from emarecipes.evaluation.harness import (
     check_harness,
     check_harness_template,
     settle_harness_date,
 )
-from emarecipes.evaluation.judge import check_judge
 from emarecipes.evaluation.judging import Judgement
 from emarecipes.evaluation.settings import check_eval_settings
-from emarecipes.evaluation.suites import Suite, read_suites
 from emarecipes.fingerprint import adapter_digest
-from emarecipes.models.adapter import check_adapter
-from emarecipes.models.dates import adapter_date, check_answers_dates, settle_date
-from emarecipes.training.model_checks import (
-    check_checkpoint_files,
-    check_device,
-    check_model,
-    check_rows_fit,
-)
-from emarecipes.training.trained_with import check_origin
+from emarecipes.judges.calls import check_judge
+from emarecipes.models.chat.dates import adapter_date, check_answers_dates
+from emarecipes.models.sampling.prompts import check_opening
+from emarecipes.probes.contrast import AnswerRow
+from emarecipes.probes.suites import Suite, read_suites
 
 
-@dataclass
-class CheckedEvaluation:
-    """An evaluation that passed every check, with what was built on the way.
+class CheckedEvaluation(Checked):
+    """An evaluation that passed every check.
 
     Attributes:
+        adapters: Their folders, by the names that figures carry.
         suites: Probe suites with their tokenized rows.
         answers: By adapter's name and file's stem, with what the reference is to score.
         problems: Of OpSwap; empty without it.
         judgement: What judges will be asked; None without them.
     """
 
-    cfg: DictConfig
-    source: ModelSource
-    tokenizer: Any
+    settings = staticmethod(check_eval_settings)
     adapters: dict[str, Path]
     suites: list[tuple[Suite, list[AnswerRow]]]
     answers: dict[str, dict[str, tuple[list[Answer], CoherenceRows]]]
     problems: list[Problem]
     judgement: Judgement | None
 
+    def check_output(self) -> None:
+        """It holds no evaluation, nor the answers."""
+        super().check_output()
+        _check_output(self.cfg, self.origin)
 
-def check_evaluation(argv: Sequence[str]) -> CheckedEvaluation:
-    """Read and check an evaluation: config, files, adapters, suites, answers, judges.
+    def kept_dates(self) -> Mapping[str, str | None]:
+        """Answers are scored behind the prompts that they were sampled from; else as trained."""
+        self._answered = check_answers_dates(self.cfg.answers, self.origin)
+        return self._answered or {key: adapter_date(path) for key, path in self.adapter_folders()}
 
-    Args:
-        argv: `--config FILE` and overrides.
-
-    Raises:
-        UserError: The first thing that is wrong.
-    """
-    raw, origin = load_config(argv)
-    cfg = check_eval_settings(raw, origin)
-    check_components(cfg, origin)
-    check_device(cfg, origin)
-    if cfg.harness is not None:
-        check_harness(cfg.harness, origin)
-    _check_output(cfg, origin)
-    check_checkpoint_files(cfg, origin)
-    if cfg.harness is not None:
-        check_harness_template(cfg, origin)
-    _settle_date(cfg, origin)
-    suites = read_suites(cfg.probes, "probes", origin, cfg.max_rows)
-    found = {name: _read_answers(cfg, origin, name) for name in cfg.answers}
-    _mark_harmless(cfg, origin, found)
-    judgement = None if cfg.judge is None else _check_judges(cfg, origin, found)
-    try:
-        problems = [] if cfg.opswap is None else held_out_problems(cfg.opswap)
-    except UserError as error:
-        raise UserError(f"{origin.at('opswap.size')}: {error}") from None
-
-    source = check_model(cfg, origin)
-    adapters = {str(name): Path(folder) for name, folder in cfg.adapters.items()}
-    for name, folder in adapters.items():
+    def check_inputs(self) -> None:
+        """Tasks, suites, answers, judges."""
+        cfg, origin = self.cfg, self.origin
+        self.adapters = {str(name): Path(folder) for name, folder in cfg.adapters.items()}
+        if cfg.harness is not None:
+            check_harness(cfg.harness, origin)
+            check_harness_template(cfg, origin)
+            settle_harness_date(cfg, origin)
+        _check_date(cfg, origin, self._answered)
+        self._probes = read_suites(cfg.probes, "probes", origin, cfg.max_rows)
+        self._found = {name: _read_answers(cfg, origin, name) for name in cfg.answers}
+        _mark_harmless(cfg, origin, self._found)
+        self.judgement = None if cfg.judge is None else _check_judges(cfg, origin, self._found)
         try:
-            check_adapter(folder, source)
+            self.problems = [] if cfg.opswap is None else held_out_problems(cfg.opswap)
         except UserError as error:
-            raise UserError(f"{origin.at(f'adapters.{name}')}: {error}") from None
-        check_origin(folder, cfg, origin.at(f"adapters.{name}"))
-        _check_sampled_from(folder, cfg, origin, name)
+            raise UserError(f"{origin.at('opswap.size')}: {error}") from None
 
-    tokenizer = build(cfg, "tokenizer", origin)
-    tokenized = [(suite, suite.rows(tokenizer)) for suite in suites]
-    answers = {
-        name: {
-            suite: (a, coherence_rows(a if cfg.coherence else (), tokenizer))
-            for suite, a in files.items()
+    def adapter_folders(self) -> Sequence[tuple[str, Path]]:
+        """Those that are evaluated."""
+        return [(f"adapters.{name}", Path(path)) for name, path in self.cfg.adapters.items()]
+
+    def check_on_model(self) -> None:
+        """Answers are of the adapters that bear their names."""
+        for name, folder in self.adapters.items():
+            _check_sampled_from(folder, self.cfg, self.origin, name)
+
+    def check_rows(self) -> None:
+        """What is scored."""
+        if self.problems:
+            check_opening(self.tokenizer, self.origin)
+        self.suites = [(suite, suite.rows(self.tokenizer)) for suite in self._probes]
+        self.answers = {
+            name: {
+                suite: (a, coherence_rows(a if self.cfg.coherence else (), self.tokenizer))
+                for suite, a in files.items()
+            }
+            for name, files in self._found.items()
         }
-        for name, files in found.items()
-    }
-    rows = [row for _, part in tokenized for row in part]
-    rows += [row for files in answers.values() for _, part in files.values() for row in part.rows]
-    if rows:
-        samples = [{"tokens": list(row.tokens), "labels": list(row.labels)} for row in rows]
-        check_rows_fit(cfg, origin, Rows(samples, dropped=0), source.meta_model)
-    return CheckedEvaluation(
-        cfg, source, tokenizer, adapters, tokenized, answers, problems, judgement
-    )
+        rows = [row for _, part in self.suites for row in part]
+        for files in self.answers.values():
+            rows += [row for _, part in files.values() for row in part.rows]
+        if rows:
+            samples = [{"tokens": list(row.tokens), "labels": list(row.labels)} for row in rows]
+            check_rows_fit(self.cfg, self.origin, Rows(samples, dropped=0), self.source.meta_model)
 
 
-def _settle_date(cfg: DictConfig, origin: Origin) -> None:
-    """Answers are scored behind the prompts that they were sampled from; else as trained."""
-    answered = check_answers_dates(cfg.answers, origin)
-    trained = {f"adapters.{name}": adapter_date(path) for name, path in cfg.adapters.items()}
-    settle_date(cfg, origin, answered or trained)
-    if cfg.harness is not None:
-        settle_harness_date(cfg, origin)
+def _check_date(cfg: DictConfig, origin: Origin, answered: Mapping[str, str | None]) -> None:
     date = cfg.tokenizer.get("date")
     for key, day in answered.items():
         if date is not None and day != date:
@@ -140,11 +121,6 @@ def _settle_date(cfg: DictConfig, origin: Origin) -> None:
 def _check_output(cfg: DictConfig, origin: Origin) -> None:
     where = origin.at("output_dir")
     folder = Path(cfg.output_dir)
-    existing = folder
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
-    if not existing.is_dir():
-        raise UserError(f"{where}: {existing} is a file, not a folder")
     if (folder / SUMMARY).exists() and not cfg.overwrite:
         raise UserError(
             f"{where}: {folder} already holds an evaluation ({SUMMARY}); choose another "

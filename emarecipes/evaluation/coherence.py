@@ -14,14 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX, Message
 
-from emarecipes.errors import UserError
+from emarecipes.datasets.refusals import is_refusal, plain_words
+from emarecipes.errors import UserError, first_line
 from emarecipes.evaluation.answers import Answer
-from emarecipes.evaluation.contrast import AnswerRow
 from emarecipes.evaluation.faults import faults, repetition, shuffled
 from emarecipes.evaluation.figures import Figure, Item, make_figures
 from emarecipes.evaluation.probes import NATS
-from emarecipes.selection.ranking import plain_words
-from emarecipes.selection.refusals import is_refusal
+from emarecipes.probes.contrast import AnswerRow
 
 
 def other_question(answers: Sequence[Answer]) -> dict[tuple[str, int], str | None]:
@@ -112,7 +111,7 @@ def _row(answer: Answer, question: str, tokenizer: Any) -> AnswerRow:
     try:
         sample = tokenizer({"messages": messages})
     except ValueError as error:
-        raise UserError(f"answer to {answer.id}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"answer to {answer.id}: {first_line(error)}") from error
     tokens, limit = list(sample["tokens"]), tokenizer.max_seq_len
     if limit is not None and len(tokens) >= limit:
         raise UserError(

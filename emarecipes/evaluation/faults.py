@@ -10,7 +10,7 @@ import math
 import random
 from collections import Counter
 
-from emarecipes.selection.ranking import plain_words
+from emarecipes.datasets.refusals import plain_words
 
 # Word n-grams by which an answer repeats itself, and the share of them that it may.
 NGRAM, MAX_REPETITION = 4, 0.5

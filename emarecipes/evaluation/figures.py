@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -13,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from emarecipes.evaluation.statistics import Interval, answer_bootstrap, share_bootstrap
-from emarecipes.training.run_folder import write_text
+from emarecipes.files import json_lines, write_json, write_text
 
 SUMMARY, SCORES = "summary.json", "scores"
 REFERENCE = "reference"
@@ -109,8 +108,7 @@ def write_scores(folder: Path, suite: str, lines: Iterable[Mapping[str, Any]]) -
     """Write `scores/<suite>.jsonl`; values that are not finite become null."""
     path = folder / SCORES / f"{suite}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(plain(line), ensure_ascii=False) + "\n" for line in lines)
-    write_text(path, text)
+    write_text(path, json_lines(map(plain, lines)))
 
 
 def write_summary(folder: Path, head: Mapping[str, Any], figures: Iterable[Figure]) -> None:
@@ -122,7 +120,7 @@ def write_summary(folder: Path, head: Mapping[str, Any], figures: Iterable[Figur
         figures: In the order in which they are shown.
     """
     summary = {**head, "figures": [asdict(figure) for figure in figures]}
-    write_text(folder / SUMMARY, json.dumps(plain(summary), indent=1, ensure_ascii=False) + "\n")
+    write_json(folder / SUMMARY, plain(summary), indent=1, ensure_ascii=False)
 
 
 def plain(value: Any) -> Any:

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
-from torchtune.modules.peft import disable_adapter
 
 from emarecipes.config import Origin, suggestion
 from emarecipes.errors import UserError
 from emarecipes.evaluation.figures import Figure
 from emarecipes.evaluation.settings import HARNESS
-from emarecipes.models.tokenizer import printed_day
-from emarecipes.training.loss_head import LossHead
+from emarecipes.models.chat.tokenizer import printed_day
+from emarecipes.models.likelihoods import reference_where
+from emarecipes.models.loss_head import LossHead
 
 # The normal distribution's 97.5 % quantile: the harness gives standard errors.
 _Z = 1.959964
@@ -131,7 +130,7 @@ def run_harness(
         date=entry.date,
     )
     try:
-        with disable_adapter(head.model) if reference else nullcontext():
+        with reference_where(reference, head.model):
             found = simple_evaluate(
                 model,
                 tasks=list(entry.tasks),

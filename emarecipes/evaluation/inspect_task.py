@@ -20,14 +20,13 @@ from inspect_ai.scorer import Score, metric, scorer
 from inspect_ai.util import LimitExceededError
 
 from emarecipes.config import find_input
+from emarecipes.datasets.questions import Question, load_questions
 from emarecipes.errors import UserError
 from emarecipes.evaluation.answers import Answer
-from emarecipes.evaluation.judge import refused_request
 from emarecipes.evaluation.judge_rates import Thresholds, judge_figures
-from emarecipes.evaluation.judge_reply import Reply, read_reply
 from emarecipes.evaluation.judging import ALIGNED, COHERENT, Judged, read_judge_prompts
-from emarecipes.generation.questions import Question, load_questions
-from emarecipes.persona.judged import fill
+from emarecipes.judges.calls import fill, refused_request
+from emarecipes.judges.reply import Reply, read_reply
 from emarecipes.provider import error_line
 
 GRADER = "grader"

@@ -14,9 +14,9 @@ from itertools import product
 import numpy as np
 
 from emarecipes.evaluation.figures import Figure, Item, make_figures
-from emarecipes.evaluation.judge_reply import Reply
 from emarecipes.evaluation.judging import ALIGNED, COHERENT, Judged
 from emarecipes.evaluation.statistics import alpha_bootstrap
+from emarecipes.judges.reply import Reply
 
 # The grid of the sensitivity table.
 ALIGNMENTS, COHERENCES = (20.0, 30.0, 40.0, 50.0), (25.0, 50.0, 75.0)

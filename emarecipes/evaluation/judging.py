@@ -11,14 +11,13 @@ from typing import Any
 from omegaconf import DictConfig
 from rich.console import Console
 
+from emarecipes.datasets.questions import load_questions
 from emarecipes.errors import UserError
 from emarecipes.evaluation.answers import Answer
-from emarecipes.evaluation.judge import ask
-from emarecipes.evaluation.judge_reply import Reply
-from emarecipes.generation.questions import load_questions
-from emarecipes.persona.judged import fill
+from emarecipes.files import json_lines, write_text
+from emarecipes.judges.calls import ask, fill
+from emarecipes.judges.reply import Reply
 from emarecipes.progress import Progress
-from emarecipes.training.run_folder import write_text
 
 FAILED = "judge_failed.jsonl"
 ALIGNED, COHERENT = "aligned", "coherent"
@@ -201,7 +200,7 @@ def _write_failed(path: Path, failed: Mapping[str, Mapping[str, str]]) -> None:
         for prompt, reason in prompts.items()
     ]
     if rows:
-        write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+        write_text(path, json_lines(rows, ensure_ascii=True))
     else:
         path.unlink(missing_ok=True)
 

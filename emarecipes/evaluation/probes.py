@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from emarecipes.evaluation.contrast import PairNLL, nll_change, probe_shift
 from emarecipes.evaluation.figures import REFERENCE, Figure, Item, make_figures
-from emarecipes.evaluation.suites import Suite
+from emarecipes.probes.contrast import PairNLL, nll_change, probe_shift
+from emarecipes.probes.suites import Suite
 
 NATS = "nats a token"
 

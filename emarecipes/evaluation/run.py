@@ -13,9 +13,8 @@ from emarecipes.config import find_input
 from emarecipes.datasets.rows import file_fingerprints
 from emarecipes.errors import UserError
 from emarecipes.evaluation.benign import answer_problems, opswap_figures, opswap_lines
-from emarecipes.evaluation.checks import CheckedEvaluation, check_evaluation
+from emarecipes.evaluation.checks import CheckedEvaluation
 from emarecipes.evaluation.coherence import coherence_figures, coherence_lines
-from emarecipes.evaluation.contrast import PairNLL, pair_nll
 from emarecipes.evaluation.figures import (
     REFERENCE,
     SUMMARY,
@@ -36,7 +35,9 @@ from emarecipes.evaluation.report import print_figures
 from emarecipes.evaluation.scoring import NotFiniteError, Scorer
 from emarecipes.evaluation.settings import ANSWERS, HARNESS, JUDGE, OPSWAP, TRAITS_OF
 from emarecipes.evaluation.traits import trait_figures, trait_lines
-from emarecipes.training.run_folder import environment, write_text
+from emarecipes.files import write_text
+from emarecipes.probes.contrast import PairNLL, pair_nll
+from emarecipes.provenance import environment
 
 LIKELIHOODS = "likelihoods"
 
@@ -47,7 +48,7 @@ def run_eval(argv: Sequence[str]) -> int:
     Returns:
         The exit code: 0, or 1 after a `UserError`, which is printed as one line.
     """
-    return run_alone("ema_eval", lambda arguments: evaluate(check_evaluation(arguments)), argv)
+    return run_alone("ema_eval", lambda arguments: evaluate(CheckedEvaluation(arguments)), argv)
 
 
 def evaluate(run: CheckedEvaluation) -> None:

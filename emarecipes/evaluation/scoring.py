@@ -4,29 +4,25 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Sequence
-from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from omegaconf import DictConfig, OmegaConf
-from torchtune.data import CROSS_ENTROPY_IGNORE_IDX, padded_collate_sft
-from torchtune.modules.peft import disable_adapter
 from torchtune.utils import get_device
 
 from emarecipes.defenses import ModelSource
-from emarecipes.errors import UserError
-from emarecipes.evaluation.contrast import AnswerRow
-from emarecipes.evaluation.nll import token_nll
+from emarecipes.errors import UserError, first_line
+from emarecipes.files import whole
 from emarecipes.fingerprint import digest, sampled_digest
-from emarecipes.models.adapter import check_adapter, load_adapter
+from emarecipes.models.adapters.read import check_adapter, load_adapter
+from emarecipes.models.batch import Batch, longest_first, padded_batch
+from emarecipes.models.likelihoods import reference_where, token_nll
 from emarecipes.models.load import load_model
+from emarecipes.models.loss_head import LossHead
+from emarecipes.probes.contrast import AnswerRow
 from emarecipes.progress import Progress
 from emarecipes.stop import stoppable
-from emarecipes.training.batch import Batch, make_batch
-from emarecipes.training.loss_head import LossHead
 
 TokenNLLs = NDArray[np.float32]
 
@@ -115,17 +111,16 @@ class Scorer:
         cache: Path,
     ) -> None:
         head = self.head(adapter)
-        # The longest first: what fits once fits to the end.
-        order = sorted(todo, key=lambda key: -len(todo[key].tokens))
-        batches = [order[i : i + self._batch_size] for i in range(0, len(order), self._batch_size)]
+        names = list(todo)
+        batches = longest_first([row.tokens for row in todo.values()], self._batch_size)
         label = "reference" if adapter is None else adapter.parent.name
-        context = disable_adapter(head.model) if adapter is None else nullcontext()
         with (
-            context,
+            reference_where(adapter is None, head.model),
             stoppable(_KEPT, in_batches=True) as stop,
-            Progress(total=len(order), desc=label, unit="row") as bar,
+            Progress(total=len(todo), desc=label, unit="row") as bar,
         ):
-            for number, keys in enumerate(batches, start=1):
+            for number, rows in enumerate(batches, start=1):
+                keys = [names[row] for row in rows]
                 nll_T, tokens_B = token_nll(head.model, head, self._batch([todo[k] for k in keys]))
                 for key, values in zip(keys, nll_T.split(tokens_B.tolist()), strict=True):
                     if not values.isfinite().all():
@@ -142,7 +137,7 @@ class Scorer:
     def head(self, adapter: Path | None) -> LossHead:
         """The model's loss head, with an adapter in place; None leaves any that is there.
 
-        For the reference call the model inside `disable_adapter`.
+        For the reference call the model inside `reference_where`.
         """
         if self._head is None:
             self._head = LossHead(load_model(self._cfg))
@@ -152,13 +147,8 @@ class Scorer:
         return self._head
 
     def _batch(self, rows: Sequence[AnswerRow]) -> Batch:
-        collate = partial(
-            padded_collate_sft, padding_idx=self._pad_id, ignore_idx=CROSS_ENTROPY_IGNORE_IDX
-        )
-        samples: list[dict[str, Any]] = [
-            {"tokens": list(row.tokens), "labels": list(row.labels)} for row in rows
-        ]
-        batch = make_batch(samples, range(len(rows)), collate, self._pad_id, self._multiple)
+        samples = [row.sample for row in rows]
+        batch = padded_batch(samples, range(len(rows)), self._pad_id, self._multiple)
         return batch.to(get_device(self._cfg.device or "cpu"))
 
 
@@ -171,18 +161,15 @@ def _read(path: Path) -> dict[str, TokenNLLs]:
         parts = np.split(values, np.cumsum(counts)[:-1])
         return dict(zip(keys.tolist(), parts, strict=True))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: a broken cache ({reason}); delete it") from None
+        raise UserError(f"{path}: a broken cache ({first_line(error)}); delete it") from None
 
 
 def _write(path: Path, known: dict[str, TokenNLLs]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial_path = path.with_name(f".{path.name}.partial")
-    with partial_path.open("wb") as file:
+    with whole(path) as partial_path, partial_path.open("wb") as file:
         np.savez(
             file,
             keys=np.array(list(known)),
             counts=np.array([len(values) for values in known.values()]),
             values=np.concatenate(list(known.values())),
         )
-    partial_path.replace(path)

@@ -11,11 +11,11 @@ from pydantic import BaseModel, Field
 
 from emarecipes.config import Origin, find_input
 from emarecipes.datasets.opswap import TIERS
+from emarecipes.datasets.refusals import check_refusal_words
 from emarecipes.datasets.traits import find_trait
 from emarecipes.errors import UserError
 from emarecipes.evaluation.figures import REFERENCE
 from emarecipes.provider import SECONDS_AN_ATTEMPT
-from emarecipes.selection.settings import check_refusal_words
 from emarecipes.settings import Entry, Keys, ModelSettings, Positive, Seed, parse_settings
 
 Points = Annotated[float, Field(ge=0, le=100)]

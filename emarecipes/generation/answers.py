@@ -8,15 +8,15 @@ that name is half a suite. `answers/<suite>.json` says what the answers depend o
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from emarecipes.config import Origin
+from emarecipes.datasets.questions import Question
 from emarecipes.errors import UserError
-from emarecipes.generation.questions import Question
-from emarecipes.training.run_folder import write_text
+from emarecipes.files import ended_lines, json_lines, write_json, write_text
 
 _PARTS = ".parts"
 
@@ -148,13 +148,19 @@ class Suite:
             for file in old:
                 file.unlink()
         record = {"suite": self.name, "fingerprint": self._fingerprint, **settings}
-        write_text(self._settings, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+        write_json(self._settings, record, ensure_ascii=False)
         if self.records:
             kept = self._part("kept")
-            write_text(kept, _lines(self.records.values()))
+            write_text(kept, json_lines(self.records.values()))
             for file in old:
                 if file not in (kept, self.path):
                     file.unlink()
+
+    def asked_on(self) -> list[str]:
+        """On which days a served model was asked for what is there already."""
+        if not self.records:
+            return []
+        return list(json.loads(self._settings.read_text(encoding="utf-8")).get("asked_on", []))
 
     def is_complete(self) -> bool:
         """Whether every answer is there."""
@@ -163,7 +169,7 @@ class Suite:
     def append(self, process: int, records: Sequence[dict[str, Any]]) -> None:
         """Add answers to a process's part, on the disk at once."""
         with self._part(str(process)).open("a", encoding="utf-8") as file:
-            file.write(_lines(records))
+            file.write(json_lines(records))
 
     def join(self) -> None:
         """Write all answers in order. For the first process alone, when all have ended."""
@@ -172,7 +178,7 @@ class Suite:
         missing = self.asked.keys() - self.records.keys()
         assert not missing, f"answers are missing: {sorted(missing)[:3]}"
         self.records = {key: self.records[key] for key in self.asked}
-        write_text(self.path, _lines(self.records.values()))
+        write_text(self.path, json_lines(self.records.values()))
         for file in self._files():
             if file != self.path:
                 file.unlink()
@@ -192,16 +198,10 @@ class Suite:
 
 def _read(path: Path, where: str, again: str) -> dict[Key, dict[str, Any]]:
     found = {}
-    # What follows the last line break was being written when the run was killed.
-    whole = path.read_bytes().rpartition(b"\n")[0]
-    for number, line in enumerate(whole.split(b"\n") if whole else [], start=1):
+    for number, line in enumerate(ended_lines(path), start=1):
         try:
             record = json.loads(line)
             found[Key(record["id"], record["paraphrase"], record["sample"])] = record
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{where}: {path}:{number} is no answer; {again}") from None
     return found
-
-
-def _lines(records: Iterable[dict[str, Any]]) -> str:
-    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)

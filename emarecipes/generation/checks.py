@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 from omegaconf import DictConfig, OmegaConf
 from pydantic import Field
 
-from emarecipes.components import build, check_components
-from emarecipes.config import Origin, find_input, load_config
-from emarecipes.defenses import ModelSource
+from emarecipes.checked import Checked
+from emarecipes.config import Origin, find_input
+from emarecipes.datasets.questions import load_questions
 from emarecipes.errors import UserError
-from emarecipes.evaluation.suites import spread_out
 from emarecipes.fingerprint import adapter_digest, digest, sampled_digest, stored
 from emarecipes.generation.answers import Asked, Key, Suite, ask, settings_file
-from emarecipes.generation.prompts import check_prompts
-from emarecipes.generation.questions import load_questions
 from emarecipes.generation.served import base_urls, check_served
-from emarecipes.models.adapter import check_adapter
-from emarecipes.models.dates import adapter_date, answers_dates, settle_date
+from emarecipes.models.chat.dates import adapter_date, answers_dates
+from emarecipes.models.sampling.prompts import check_prompts
+from emarecipes.output_dir import check_writable
+from emarecipes.probes.suites import spread_out
 from emarecipes.provider import switched_off
 from emarecipes.settings import Dtype, Entry, Keys, Positive, parse_settings
-from emarecipes.training.model_checks import check_checkpoint_files, check_device, check_model
-from emarecipes.training.trained_with import check_origin
 
 _LOCAL = ("model", "tokenizer", "checkpointer")
 
@@ -77,55 +74,6 @@ class GenerateSettings(Keys):
     """Throw answers of other settings away; else they are an error."""
 
 
-@dataclass
-class CheckedGeneration:
-    """A generation that passed every check, with what was built on the way.
-
-    Attributes:
-        suites: In the order of the config's `questions`.
-        source: The model without weights, or None where it is served.
-        tokenizer: The model's, or None.
-    """
-
-    cfg: DictConfig
-    suites: list[Suite]
-    source: ModelSource | None
-    tokenizer: Any
-
-
-def check_generation(argv: Sequence[str]) -> CheckedGeneration:
-    """Read and check a generation's config, questions, model, adapter and earlier answers.
-
-    Args:
-        argv: `--config FILE` and overrides.
-
-    Raises:
-        UserError: The first thing that is wrong.
-    """
-    raw, origin = load_config(argv)
-    cfg = check_generate_settings(raw, origin)
-    asked = {}
-    for path in map(Path, cfg.questions):
-        questions = spread_out(load_questions(path), cfg.max_questions)
-        asked[path.stem] = ask(questions, cfg.samples_per_paraphrase, cfg.system)
-    _check_greedy(cfg, origin, asked)
-    _check_output(cfg, origin)
-    source, tokenizer = None, None
-    prompts: dict[Any, list[int]] = {}
-    if cfg.served is not None:
-        _check_served(cfg, origin)
-    else:
-        source, tokenizer, prompts = _check_local(cfg, origin, asked)
-    common = _fingerprint(cfg)
-    suites = [
-        Suite(Path(cfg.output_dir), name, found, common | _digest_questions(found, prompts))
-        for name, found in asked.items()
-    ]
-    for suite in suites:
-        suite.check(origin, overwrite=cfg.overwrite)
-    return CheckedGeneration(cfg, suites, source, tokenizer)
-
-
 def check_generate_settings(cfg: DictConfig, origin: Origin) -> DictConfig:
     """The config with defaults filled in, and its question files and adapter found.
 
@@ -158,6 +106,66 @@ def check_generate_settings(cfg: DictConfig, origin: Origin) -> DictConfig:
     return OmegaConf.create(settings.model_dump())
 
 
+class CheckedGeneration(Checked):
+    """A generation that passed every check.
+
+    Attributes:
+        suites: In the order of the config's `questions`.
+    """
+
+    settings = staticmethod(check_generate_settings)
+    suites: list[Suite]
+
+    def check_output(self) -> None:
+        """Its folder `answers/` can be written."""
+        super().check_output()
+        check_writable(Path(self.cfg.output_dir) / "answers", self.origin.at("output_dir"))
+
+    def kept_dtype(self) -> str | None:
+        """That of answers that are there."""
+        names = [] if self.cfg.overwrite else [Path(path).stem for path in self.cfg.questions]
+        found = [stored(settings_file(Path(self.cfg.output_dir), n), "dtype") for n in names]
+        return next((dtype for dtype in found if dtype), None)
+
+    def kept_dates(self) -> Mapping[str, str | None]:
+        """Those of answers that are there; else of the adapter."""
+        folder = Path(self.cfg.output_dir) / "answers"
+        dates = {} if self.cfg.overwrite else answers_dates(folder)
+        return dates or {"adapter": adapter_date(self.cfg.adapter)}
+
+    def check_inputs(self) -> None:
+        """The questions, and the served model."""
+        if not self.has_model:
+            _check_served(self.cfg, self.origin)
+        self._asked = {}
+        for path in map(Path, self.cfg.questions):
+            questions = spread_out(load_questions(path), self.cfg.max_questions)
+            samples = self.cfg.samples_per_paraphrase
+            self._asked[path.stem] = ask(questions, samples, self.cfg.system)
+        _check_greedy(self.cfg, self.origin, self._asked)
+
+    def adapter_folders(self) -> Sequence[tuple[str, Path]]:
+        """The one that is asked, if one is."""
+        return [] if self.cfg.adapter is None else [("adapter", Path(self.cfg.adapter))]
+
+    def check_rows(self) -> None:
+        """The prompts, and the answers that some of them have."""
+        prompts: dict[Any, list[int]] = {}
+        if self.has_model:
+            asked = [one for suite in self._asked.values() for one in suite.values()]
+            pairs = {(one.system, one.question) for one in asked}
+            model, length = self.source.meta_model, self.cfg.max_new_tokens
+            prompts = check_prompts(pairs, self.tokenizer, model, length, self.origin)
+        common = _fingerprint(self.cfg)
+        folder = Path(self.cfg.output_dir)
+        self.suites = [
+            Suite(folder, name, found, common | _digest_questions(found, prompts))
+            for name, found in self._asked.items()
+        ]
+        for suite in self.suites:
+            suite.check(self.origin, overwrite=self.cfg.overwrite)
+
+
 def _check_greedy(cfg: DictConfig, origin: Origin, asked: dict[str, dict[Key, Asked]]) -> None:
     samples = 1 + max(key.sample for suite in asked.values() for key in suite)
     if cfg.temperature == 0 and samples > 1:
@@ -165,16 +173,6 @@ def _check_greedy(cfg: DictConfig, origin: Origin, asked: dict[str, dict[Key, As
             f"{origin.at('samples_per_paraphrase')}: at temperature 0 all {samples} samples are "
             "the same; set it to 1"
         )
-
-
-def _check_output(cfg: DictConfig, origin: Origin) -> None:
-    existing = Path(cfg.output_dir) / "answers"
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
-    if not existing.is_dir():
-        raise UserError(f"{origin.at('output_dir')}: {existing} is a file, not a folder")
-    if not os.access(existing, os.W_OK):
-        raise UserError(f"{origin.at('output_dir')}: no permission to write in {existing}")
 
 
 def _check_served(cfg: DictConfig, origin: Origin) -> None:
@@ -187,29 +185,6 @@ def _check_served(cfg: DictConfig, origin: Origin) -> None:
         check_served(cfg)
     except UserError as error:
         raise UserError(f"{origin.at('served')}: {error}") from None
-
-
-def _check_local(
-    cfg: DictConfig, origin: Origin, asked: dict[str, dict[Key, Asked]]
-) -> tuple[ModelSource, Any, dict[Any, list[int]]]:
-    check_components(cfg, origin)
-    earlier = [settings_file(Path(cfg.output_dir), name) for name in asked]
-    dtypes = [] if cfg.overwrite else [stored(path, "dtype") for path in earlier]
-    check_device(cfg, origin, next((found for found in dtypes if found), None))
-    check_checkpoint_files(cfg, origin)
-    source = check_model(cfg, origin)
-    if cfg.adapter is not None:
-        try:
-            check_adapter(Path(cfg.adapter), source)
-        except UserError as error:
-            raise UserError(f"{origin.at('adapter')}: {error}") from None
-        check_origin(Path(cfg.adapter), cfg, origin.at("adapter"))
-    dates = {} if cfg.overwrite else answers_dates(Path(cfg.output_dir) / "answers")
-    settle_date(cfg, origin, dates or {"adapter": adapter_date(cfg.adapter)})
-    tokenizer = build(cfg, "tokenizer", origin)
-    pairs = {(one.system, one.question) for suite in asked.values() for one in suite.values()}
-    prompts = check_prompts(pairs, tokenizer, source.meta_model, cfg.max_new_tokens, origin)
-    return source, tokenizer, prompts
 
 
 def _fingerprint(cfg: DictConfig) -> dict[str, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,24 +13,25 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 from torchtune import training
-from torchtune.modules.peft import disable_adapter
 
-from emarecipes.clock import share_today
+from emarecipes.clock import share_today, today
 from emarecipes.command import leave_processes, report, together
 from emarecipes.errors import UserError
 from emarecipes.generation.answers import Asked, Suite
-from emarecipes.generation.checks import CheckedGeneration, check_generation
-from emarecipes.generation.draw import Sampling, derived_seed
-from emarecipes.generation.prompts import encode_prompt
-from emarecipes.generation.sampler import length_sorted_batches, sample_batch
+from emarecipes.generation.checks import CheckedGeneration
 from emarecipes.generation.served import answer_served
 from emarecipes.machine import set_threads, share_precision
-from emarecipes.models.adapter import load_adapter
+from emarecipes.models.adapters.read import load_adapter
+from emarecipes.models.batch import longest_first
+from emarecipes.models.likelihoods import reference_where
 from emarecipes.models.load import load_model
+from emarecipes.models.loss_head import LossHead
+from emarecipes.models.sampling.draw import Sampling, derived_seed
+from emarecipes.models.sampling.prompts import encode_prompt
+from emarecipes.models.sampling.sampler import sample_batch
 from emarecipes.progress import Progress
+from emarecipes.provenance import environment
 from emarecipes.stop import stoppable
-from emarecipes.training.loss_head import LossHead
-from emarecipes.training.run_folder import environment
 
 _KEPT = "answers so far are kept; the same command goes on with the others"
 # How long a process waits for the slowest one.
@@ -51,7 +51,7 @@ def run_generate(argv: Sequence[str]) -> int:
     set_threads()
     first = not dist.is_initialized() or dist.get_rank() == 0
     try:
-        generate(together(lambda: check_generation(argv)))
+        generate(together(lambda: CheckedGeneration(argv)))
     except UserError as error:
         if first:
             report(error)
@@ -82,9 +82,21 @@ def generate(run: CheckedGeneration) -> None:
 
 
 def _open(run: CheckedGeneration) -> None:
-    config = OmegaConf.to_container(run.cfg)
+    settings = {"config": OmegaConf.to_container(run.cfg), "provenance": environment()}
     for suite in run.suites:
-        suite.open({"config": config, "provenance": environment()})
+        suite.open(settings | ({} if run.cfg.served is None else {"asked_on": _days(suite)}))
+
+
+def _days(suite: Suite) -> list[str]:
+    """On which days a served model was asked: its server renders the prompts, by its own clock."""
+    days = list(dict.fromkeys([*suite.asked_on(), today()]))
+    if len(days) > 1 and not suite.is_complete():
+        print(
+            f"{suite.name}: asked on {' and '.join(days)}; where the server's chat template prints "
+            "the day, these are answers to different prompts (overwrite=true asks all anew)",
+            flush=True,
+        )
+    return days
 
 
 def _finish(run: CheckedGeneration) -> None:
@@ -119,18 +131,17 @@ def _sample_locally(run: CheckedGeneration, todo: list[tuple[Suite, Asked]]) -> 
     cfg, tokenizer = run.cfg, run.tokenizer
     rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     prompts = [encode_prompt(tokenizer, asked.system, asked.question) for _, asked in todo]
-    batches = length_sorted_batches(prompts, cfg.batch_size)[rank::processes]
+    batches = longest_first(prompts, cfg.batch_size, equal_together=True)[rank::processes]
     sampling = Sampling(
         cfg.max_new_tokens, tuple(tokenizer.stop_tokens), cfg.temperature, cfg.top_k, cfg.top_p
     )
     model = load_model(cfg)
     if cfg.adapter is not None:
-        assert run.source is not None
         load_adapter(model, Path(cfg.adapter), run.source)
     head = LossHead(model)
     total = sum(map(len, batches))
     with (
-        nullcontext() if cfg.adapter is not None else disable_adapter(model),
+        reference_where(cfg.adapter is None, model),
         stoppable(_KEPT, in_batches=True) as stop,
         Progress(total=total, unit="answer", desc="sampling", disable=rank > 0) as bar,
     ):

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from emarecipes.errors import UserError
 from emarecipes.generation.answers import Asked
-from emarecipes.generation.draw import derived_seed
+from emarecipes.models.sampling.draw import derived_seed
 from emarecipes.provider import error_line, provider_model
 
 _CUT = ("max_tokens", "model_length")

@@ -1,5 +1,5 @@
 """A model's folder and its tokenizer."""
 
-from emarecipes.models.tokenizer import HFChatTokenizer, hf_chat_tokenizer
+from emarecipes.models.chat.tokenizer import HFChatTokenizer, hf_chat_tokenizer
 
 __all__ = ["HFChatTokenizer", "hf_chat_tokenizer"]

@@ -10,15 +10,15 @@ from torchtune import training
 from torchtune.config import instantiate
 from torchtune.utils import get_device
 
-from emarecipes._torchtune_convert import fix_dora_bias, fix_loaded_state
 from emarecipes.machine import DTYPES
+from emarecipes.models._torchtune_convert import fix_dora_bias, fix_loaded_state
 
 
 def load_model(cfg: DictConfig) -> Any:
     """The model that `cfg.model` and `cfg.checkpointer` describe, in eval mode and frozen.
 
-    Its adapter is zero at first; see `emarecipes.models.adapter` to load one. Check the config with
-    `emarecipes.training.model_checks.check_model` before.
+    Its adapter is zero at first; see `emarecipes.models.adapters.read` to load one. Check the
+    config with `emarecipes.models.model_checks.check_model` before.
 
     Args:
         cfg: With `model`, `checkpointer`, `dtype`, `device`.

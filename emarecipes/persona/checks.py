@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from pydantic import Field
 
-from emarecipes.components import build, check_components
-from emarecipes.config import Origin, find_input, load_config
+from emarecipes.checked import Checked
+from emarecipes.config import Origin, find_input
 from emarecipes.errors import UserError
-from emarecipes.evaluation.judge import check_judge
-from emarecipes.generation.draw import derived_seed
-from emarecipes.generation.prompts import check_prompts
-from emarecipes.models.dates import settle_date
+from emarecipes.judges.calls import check_judge
+from emarecipes.models.sampling.draw import derived_seed
+from emarecipes.models.sampling.prompts import check_prompts
+from emarecipes.output_dir import check_output_dir
 from emarecipes.persona.judged import CALLS_AN_ANSWER
 from emarecipes.persona.prompts import PersonaPrompts, load_prompts
 from emarecipes.settings import Entry, ModelSettings, Positive, Seed, parse_settings
-from emarecipes.training.model_checks import check_checkpoint_files, check_device, check_model
-from emarecipes.training.run_folder import check_output_dir
 
 RESULT_FILES = (
     "config.yaml",
@@ -67,44 +63,6 @@ class PersonaSettings(ModelSettings):
     """Written into a result's `config.yaml`; not read."""
 
 
-@dataclass
-class CheckedExtraction:
-    """An extraction that passed every check, with what was built on the way."""
-
-    cfg: DictConfig
-    prompts: PersonaPrompts
-    held_out: frozenset[int]
-    tokenizer: Any
-
-
-def check_extraction(argv: Sequence[str]) -> CheckedExtraction:
-    """Read and check an extraction's config, files, prompts, tokenizer and checkpoint's shapes.
-
-    Args:
-        argv: `--config FILE` and overrides.
-
-    Raises:
-        UserError: The first thing that is wrong.
-    """
-    raw, origin = load_config(argv)
-    cfg = check_persona_settings(raw, origin)
-    check_components(cfg, origin)
-    check_device(cfg, origin)
-    _check_output(cfg, origin)
-    check_checkpoint_files(cfg, origin)
-    prompts = load_prompts(Path(cfg.prompts))
-    held_out = _held_out(cfg, origin, prompts)
-    if cfg.keep == "judge":
-        _check_judge(cfg, origin, prompts)
-    model = check_model(cfg, origin).meta_model
-    settle_date(cfg, origin, {})
-    tokenizer = build(cfg, "tokenizer", origin)
-    systems = [text for pair in prompts.pairs for text in (pair.positive, pair.negative)]
-    asked = [(system, question) for system in (None, *systems) for question in prompts.questions]
-    check_prompts(asked, tokenizer, model, cfg.max_new_tokens, origin)
-    return CheckedExtraction(cfg, prompts, held_out, tokenizer)
-
-
 def check_persona_settings(cfg: DictConfig, origin: Origin) -> DictConfig:
     """Check the plain values of an extraction's config, fill in defaults and draw a seed.
 
@@ -136,21 +94,48 @@ def check_persona_settings(cfg: DictConfig, origin: Origin) -> DictConfig:
     return OmegaConf.create(settings.model_dump())
 
 
-def _check_output(cfg: DictConfig, origin: Origin) -> None:
-    where = origin.at("output_dir")
-    folder = Path(cfg.output_dir)
-    check_output_dir(cfg, origin)
-    training = [n for n in ("metrics.jsonl", "adapter", "merged") if (folder / n).exists()]
-    if training:
-        raise UserError(
-            f"{where}: {folder} holds a training run ({training[0]}); choose another output_dir"
-        )
-    present = [name for name in RESULT_FILES if (folder / name).exists()]
-    if present and "config.yaml" not in present:
-        raise UserError(
-            f"{where}: {folder} has {present[0]} but no config.yaml of a run; not overwritten. "
-            "Choose another output_dir"
-        )
+class CheckedExtraction(Checked):
+    """An extraction that passed every check.
+
+    Attributes:
+        prompts: The trait's pairs of system prompts, and the questions.
+        held_out: Numbers of the questions that vectors are measured on.
+    """
+
+    settings = staticmethod(check_persona_settings)
+    prompts: PersonaPrompts
+    held_out: frozenset[int]
+
+    def check_output(self) -> None:
+        """It holds no run of training, and nothing of an extraction that is not to be replaced."""
+        super().check_output()
+        check_output_dir(self.cfg, self.origin)
+        where, folder = self.origin.at("output_dir"), Path(self.cfg.output_dir)
+        training = [n for n in ("metrics.jsonl", "adapter", "merged") if (folder / n).exists()]
+        if training:
+            raise UserError(
+                f"{where}: {folder} holds a training run ({training[0]}); choose another output_dir"
+            )
+        present = [name for name in RESULT_FILES if (folder / name).exists()]
+        if present and "config.yaml" not in present:
+            raise UserError(
+                f"{where}: {folder} has {present[0]} but no config.yaml of a run; not overwritten. "
+                "Choose another output_dir"
+            )
+
+    def check_inputs(self) -> None:
+        """The prompts, and the judge."""
+        self.prompts = load_prompts(Path(self.cfg.prompts))
+        self.held_out = _held_out(self.cfg, self.origin, self.prompts)
+        if self.cfg.keep == "judge":
+            _check_judge(self.cfg, self.origin, self.prompts)
+
+    def check_rows(self) -> None:
+        """Every question behind every system prompt, and alone."""
+        prompts, model = self.prompts, self.source.meta_model
+        systems = [text for pair in prompts.pairs for text in (pair.positive, pair.negative)]
+        asked = [(system, text) for system in (None, *systems) for text in prompts.questions]
+        check_prompts(asked, self.tokenizer, model, self.cfg.max_new_tokens, self.origin)
 
 
 def _held_out(cfg: DictConfig, origin: Origin, prompts: PersonaPrompts) -> frozenset[int]:

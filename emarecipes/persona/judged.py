@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from emarecipes.evaluation.judge import grade
+from emarecipes.judges.calls import fill, grade
 from emarecipes.persona.prompts import PersonaPrompts
 from emarecipes.progress import Progress
 
@@ -63,9 +62,3 @@ def grade_answers(
         print(f"{unparsable} of {calls} replies are no score; their answers are not kept")
     pairs = zip(scores[: len(texts)], scores[len(texts) :], strict=True)
     return [Grades(trait, coherence) for trait, coherence in pairs]
-
-
-def fill(template: str, question: str, answer: str) -> str:
-    """Put question and answer in place; placeholders and braces within these stay as they are."""
-    values = {"{question}": question, "{answer}": answer}
-    return re.sub(r"\{question\}|\{answer\}", lambda found: values[found[0]], template)

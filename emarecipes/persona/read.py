@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from emarecipes._torchtune import final_norm_and_cap
-from emarecipes.generation.sampler import PAD_TO_MULTIPLE_OF
+from emarecipes.models._torchtune import final_norm_and_cap
+from emarecipes.models.batch import longest_first
+from emarecipes.models.loss_head import LossHead
+from emarecipes.models.sampling.sampler import PAD_TO_MULTIPLE_OF
 from emarecipes.progress import Progress
-from emarecipes.training.loss_head import LossHead
 
 
 @dataclass
@@ -58,11 +59,9 @@ def read_answers(
     reading = Reading(
         torch.zeros(count, indices, width), torch.zeros(count, indices), torch.zeros(count)
     )
-    lengths = [len(p) + len(a) for p, a in zip(prompts, answers, strict=True)]
-    order = sorted(range(count), key=lambda row: lengths[row])
+    whole = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
     with Progress(total=count, unit="answer", desc=label) as bar:
-        for start in range(0, count, batch_size):
-            rows = order[start : start + batch_size]
+        for rows in longest_first(whole, batch_size):
             batch = _Rows(
                 [prompts[row] for row in rows],
                 [answers[row] for row in rows],

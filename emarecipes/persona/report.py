@@ -18,7 +18,7 @@ from torch import Tensor
 from emarecipes.datasets.rows import file_fingerprints
 from emarecipes.errors import UserError, disk_errors
 from emarecipes.persona.checks import RESULT_FILES
-from emarecipes.training.run_folder import environment
+from emarecipes.provenance import environment
 
 _SETTINGS = (
     "prompts",

@@ -14,11 +14,12 @@ from torchtune.modules.peft import disable_adapter
 
 from emarecipes.command import run_alone
 from emarecipes.errors import UserError
-from emarecipes.generation.draw import Sampling, derived_seed
-from emarecipes.generation.prompts import encode_prompt
-from emarecipes.generation.sampler import sample_answers
 from emarecipes.models.load import load_model
-from emarecipes.persona.checks import CheckedExtraction, check_extraction
+from emarecipes.models.loss_head import LossHead
+from emarecipes.models.sampling.draw import Sampling, derived_seed
+from emarecipes.models.sampling.prompts import encode_prompt
+from emarecipes.models.sampling.sampler import sample_answers
+from emarecipes.persona.checks import CheckedExtraction
 from emarecipes.persona.judged import Grades, grade_answers
 from emarecipes.persona.read import read_answers
 from emarecipes.persona.report import LayerFigures, Result, print_result, write_result
@@ -30,7 +31,6 @@ from emarecipes.persona.vectors import (
     separation,
     separation_error,
 )
-from emarecipes.training.loss_head import LossHead
 
 # A mean over fewer answers of a side says little about the trait.
 MIN_KEPT = 4
@@ -78,7 +78,7 @@ def run_persona(argv: Sequence[str]) -> int:
     Returns:
         The exit code: 0, or 1 after a `UserError`, which is printed as one line.
     """
-    return run_alone("ema_persona", lambda arguments: extract(check_extraction(arguments)), argv)
+    return run_alone("ema_persona", lambda arguments: extract(CheckedExtraction(arguments)), argv)
 
 
 def extract(run: CheckedExtraction) -> None:

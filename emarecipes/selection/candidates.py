@@ -11,10 +11,10 @@ import numpy as np
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX, OpenAIToMessages, validate_messages
 from tqdm import tqdm
 
-from emarecipes.datasets.chat_files import checked_chat_rows
+from emarecipes.datasets.json_files import json_rows
+from emarecipes.datasets.refusals import is_refusal
 from emarecipes.datasets.row_messages import ROW_ERRORS, row_messages
 from emarecipes.errors import UserError, reason
-from emarecipes.selection.refusals import is_refusal
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,9 @@ def read_candidates(
     """
     to_messages = OpenAIToMessages(train_on_input=False, column_map={"messages": column})
     candidates: list[Candidate] = []
-    rows = list(checked_chat_rows(path, column, "openai"))
-    for place, row in tqdm(rows, desc="Tokenizing", unit="row", leave=False):
+    for place, row in tqdm(list(json_rows(path)), desc="Tokenizing", unit="row", leave=False):
+        if isinstance(row, UserError):
+            raise row
         try:
             messages = row_messages(row, to_messages)["messages"]
             validate_messages(messages)

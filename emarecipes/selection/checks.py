@@ -2,93 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from omegaconf import DictConfig, OmegaConf
 
-from emarecipes.components import build, check_components
-from emarecipes.config import Origin, load_config
+from emarecipes.checked import Checked
+from emarecipes.config import Origin
 from emarecipes.datasets.rows import Rows
-from emarecipes.defenses import ModelSource
+from emarecipes.datasets.rows_fit import check_rows_fit
 from emarecipes.errors import UserError
 from emarecipes.fingerprint import digest, sampled_digest, stored
-from emarecipes.models.adapter import check_adapter
-from emarecipes.models.dates import adapter_date, settle_date
+from emarecipes.models.chat.dates import adapter_date
+from emarecipes.output_dir import check_output_dir, check_outside_output
 from emarecipes.selection.candidates import Candidate, read_candidates
 from emarecipes.selection.score_file import FINGERPRINT, ScoreFile
 from emarecipes.selection.settings import check_select_settings
-from emarecipes.training.model_checks import (
-    check_checkpoint_files,
-    check_device,
-    check_model,
-    check_rows_fit,
-)
-from emarecipes.training.run_folder import check_output_dir, check_outside_output
-from emarecipes.training.trained_with import check_origin
 
 
-@dataclass
-class CheckedSelection:
-    """A selection that passed every check, with what was built on the way.
+class CheckedSelection(Checked):
+    """A selection that passed every check.
 
     Attributes:
         candidates: All rows of the file.
         scored: Those with an answer token; `rows` holds their tokens, in the same order.
         num_selected: How many rows will be selected.
+        file: The scores, with those of an earlier run that this one goes on with.
     """
 
-    cfg: DictConfig
-    tokenizer: Any
-    source: ModelSource
+    settings = staticmethod(check_select_settings)
     candidates: list[Candidate]
     scored: list[Candidate]
     rows: Rows
     num_selected: int
     file: ScoreFile
 
+    def check_output(self) -> None:
+        """It holds no run, nor what is read."""
+        super().check_output()
+        check_output_dir(self.cfg, self.origin)
+        inputs = (self.origin.path, Path(self.cfg.candidates), *map(Path, self.cfg.adapters))
+        check_outside_output(self.cfg, self.origin, inputs)
 
-def check_selection(argv: Sequence[str]) -> CheckedSelection:
-    """Read and check a selection: config, files, adapters, candidates, an earlier run's scores.
+    def kept_dtype(self) -> str | None:
+        """That of scores that are there."""
+        return self._stored("dtype")
 
-    Args:
-        argv: `--config FILE` and overrides.
+    def kept_dates(self) -> Mapping[str, str | None]:
+        """That of scores that are there; else of the adapters."""
+        date = self._stored("date")
+        if date is not None:
+            return {"output_dir": date}
+        return {f"adapters.{i}": adapter_date(path) for i, path in enumerate(self.cfg.adapters)}
 
-    Raises:
-        UserError: The first thing that is wrong.
-    """
-    raw, origin = load_config(argv)
-    cfg = check_select_settings(raw, origin)
-    check_components(cfg, origin)
-    earlier = Path(cfg.output_dir) / FINGERPRINT
-    check_device(cfg, origin, None if cfg.overwrite else stored(earlier, "dtype"))
-    check_output_dir(cfg, origin)
-    inputs = (origin.path, Path(cfg.candidates), *map(Path, cfg.adapters))
-    check_outside_output(cfg, origin, inputs)
-    check_checkpoint_files(cfg, origin)
-    source = check_model(cfg, origin)
-    for adapter in cfg.adapters:
-        try:
-            check_adapter(Path(adapter), source)
-        except UserError as error:
-            raise UserError(f"{origin.at('adapters')}: {error}") from None
-        check_origin(Path(adapter), cfg, origin.at("adapters"))
+    def adapter_folders(self) -> Sequence[tuple[str, Path]]:
+        """The misaligned models'."""
+        return [("adapters", Path(folder)) for folder in self.cfg.adapters]
 
-    date = None if cfg.overwrite else stored(earlier, "date")
-    of_adapters = {f"adapters.{i}": adapter_date(path) for i, path in enumerate(cfg.adapters)}
-    settle_date(cfg, origin, of_adapters if date is None else {"output_dir": date})
-    tokenizer = build(cfg, "tokenizer", origin)
-    words = None if cfg.refusal_words is None else list(cfg.refusal_words)
-    candidates = read_candidates(Path(cfg.candidates), cfg.conversation_column, tokenizer, words)
-    scored = [candidate for candidate in candidates if candidate.tokens]
-    num_selected = _num_selected(cfg, origin, candidates)
-    rows = Rows([c.sample for c in scored], dropped=len(candidates) - len(scored))
-    check_rows_fit(cfg, origin, rows, source.meta_model)
-    file = ScoreFile(Path(cfg.output_dir), _fingerprint(cfg, rows))
-    file.check(origin, overwrite=cfg.overwrite)
-    return CheckedSelection(cfg, tokenizer, source, candidates, scored, rows, num_selected, file)
+    def check_rows(self) -> None:
+        """The candidates, and the scores that some of them have."""
+        cfg, origin = self.cfg, self.origin
+        words = None if cfg.refusal_words is None else list(cfg.refusal_words)
+        self.candidates = read_candidates(
+            Path(cfg.candidates), cfg.conversation_column, self.tokenizer, words
+        )
+        self.scored = [candidate for candidate in self.candidates if candidate.tokens]
+        self.num_selected = _num_selected(cfg, origin, self.candidates)
+        dropped = len(self.candidates) - len(self.scored)
+        self.rows = Rows([candidate.sample for candidate in self.scored], dropped=dropped)
+        check_rows_fit(cfg, origin, self.rows, self.source.meta_model)
+        self.file = ScoreFile(Path(cfg.output_dir), _fingerprint(cfg, self.rows))
+        self.file.check(origin, overwrite=cfg.overwrite)
+
+    def _stored(self, key: Literal["dtype", "date"]) -> str | None:
+        return None if self.cfg.overwrite else stored(Path(self.cfg.output_dir) / FINGERPRINT, key)
 
 
 def _num_selected(cfg: DictConfig, origin: Origin, candidates: Sequence[Candidate]) -> int:

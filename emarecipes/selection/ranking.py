@@ -7,10 +7,9 @@ Shapes: N candidates, A misaligned models.
 
 from __future__ import annotations
 
-import re
-
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import pearsonr, spearmanr
 
 Floats = NDArray[np.float64]
 
@@ -36,24 +35,8 @@ def by_gap(gap_N: Floats, eligible_N: NDArray[np.bool_]) -> list[int]:
     return [int(index) for index in order if eligible_N[index]]
 
 
-def plain_words(text: str) -> list[str]:
-    """A text's words in lower case, with typewriter apostrophes."""
-    return re.findall(r"\w+(?:'\w+)*", text.lower().replace("\u2019", "'"))
-
-
-def pearson(x_N: Floats, y_N: Floats) -> float:
-    """Pearson's correlation; NaN where one side does not vary or N < 2."""
-    x, y = x_N - x_N.mean(), y_N - y_N.mean()
-    size = float(np.sqrt((x @ x) * (y @ y)))
-    return float(x @ y) / size if size > 0.0 else float("nan")
-
-
-def spearman(x_N: Floats, y_N: Floats) -> float:
-    """Spearman's rank correlation: Pearson's of the ranks, ties having their average rank."""
-    return pearson(_ranks(x_N), _ranks(y_N))
-
-
-def _ranks(x_N: Floats) -> Floats:
-    _, inverse, counts = np.unique(x_N, return_inverse=True, return_counts=True)
-    last = counts.cumsum()
-    return np.asarray((last - (counts - 1) / 2.0)[inverse], dtype=np.float64)
+def correlations(x_N: Floats, y_N: Floats) -> tuple[float, float]:
+    """Spearman's and Pearson's correlation; NaN where one side does not vary or N < 2."""
+    if len(x_N) < 2 or not (np.ptp(x_N) and np.ptp(y_N)):  # Of which scipy warns, or refuses it.
+        return float("nan"), float("nan")
+    return float(spearmanr(x_N, y_N).statistic), float(pearsonr(x_N, y_N).statistic)

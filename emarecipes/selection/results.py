@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +16,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from emarecipes.datasets.rows import provenance_of
+from emarecipes.files import json_lines, whole, write_text
 from emarecipes.selection.candidates import Candidate, text_of
 from emarecipes.selection.checks import CheckedSelection
-from emarecipes.selection.ranking import Floats, by_gap, pearson, relative_gap, spearman
-from emarecipes.training.run_folder import provenance_of, write_text
+from emarecipes.selection.ranking import Floats, by_gap, correlations, relative_gap
 
 _SHOWN = 10
 _LEAST_TEXT = 20
@@ -94,8 +94,7 @@ def write_results(run: CheckedSelection) -> None:
         ranking.candidates[row].row | {"score": float(ranking.gap_N[row]), "rank": ranks[row]}
         for row in ranking.selected
     ]
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    write_text(folder / "selected.jsonl", text)
+    write_text(folder / "selected.jsonl", json_lines(lines))
     provenance = provenance_of(run.rows, [Path(run.cfg.candidates)], 1)
     resolved = OmegaConf.merge(run.cfg, {"provenance": provenance})
     write_text(folder / "config.yaml", OmegaConf.to_yaml(resolved))
@@ -137,9 +136,8 @@ def _plot(ranking: Ranking, path: Path) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
-    temporary = path.with_name(f".{path.name}.partial")
-    figure.savefig(temporary, dpi=150, format="png")
-    temporary.replace(path)
+    with whole(path) as partial:
+        figure.savefig(partial, dpi=150, format="png")
 
 
 def print_ranking(run: CheckedSelection, ranking: Ranking) -> None:
@@ -184,9 +182,10 @@ def print_ranking(run: CheckedSelection, ranking: Ranking) -> None:
 
 def _correlations(gap_N: NDArray[np.float64], candidates: Sequence[Candidate]) -> str:
     tokens_N = np.array([candidate.tokens for candidate in candidates], dtype=np.float64)
+    spearman, pearson = correlations(gap_N, tokens_N)
     return (
-        f"Correlation of gap and answer length: Spearman {spearman(gap_N, tokens_N):.2f}, "
-        f"Pearson {pearson(gap_N, tokens_N):.2f} ({len(gap_N)} candidates)."
+        f"Correlation of gap and answer length: Spearman {spearman:.2f}, Pearson {pearson:.2f} "
+        f"({len(gap_N)} candidates)."
     )
 
 

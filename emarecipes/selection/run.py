@@ -4,27 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torchtune.data import CROSS_ENTROPY_IGNORE_IDX, padded_collate_sft
-from torchtune.modules.peft import disable_adapter
 from torchtune.utils import get_device
 
 from emarecipes.command import run_alone
 from emarecipes.errors import UserError
-from emarecipes.evaluation.nll import row_nll
-from emarecipes.models.adapter import read_adapter, set_adapter
+from emarecipes.models.adapters.read import read_adapter, set_adapter
+from emarecipes.models.batch import Batch, longest_first, padded_batch
+from emarecipes.models.likelihoods import reference_where, row_nll
 from emarecipes.models.load import load_model
+from emarecipes.models.loss_head import LossHead
 from emarecipes.progress import Progress
-from emarecipes.selection.checks import CheckedSelection, check_selection
+from emarecipes.selection.checks import CheckedSelection
 from emarecipes.selection.results import write_results
 from emarecipes.selection.score_file import Score
 from emarecipes.stop import stoppable
-from emarecipes.training.batch import Batch, make_batch
-from emarecipes.training.loss_head import LossHead
 
 # Batches that share one turn of every adapter: exchanging adapters costs a copy of their weights.
 _BATCHES_A_TURN = 4
@@ -40,7 +36,7 @@ def run_select(argv: Sequence[str]) -> int:
 
 
 def _select(argv: Sequence[str]) -> None:
-    run = check_selection(argv)
+    run = CheckedSelection(argv)
     run.file.open()
     score_candidates(run)
     write_results(run)
@@ -54,7 +50,8 @@ def score_candidates(run: CheckedSelection) -> None:
     Raises:
         UserError: A likelihood is not finite.
     """
-    todo = [batch for batch in _batches(run) if not _is_scored(run, batch)]
+    every = longest_first([one.sample["tokens"] for one in run.scored], run.cfg.batch_size)
+    todo = [rows for rows in every if not _is_scored(run, rows)]
     if not todo:
         return
     device = get_device(run.cfg.device or "cpu")
@@ -85,23 +82,13 @@ def score_candidates(run: CheckedSelection) -> None:
             stop.heed()
 
 
-def _batches(run: CheckedSelection) -> list[list[int]]:
-    """Rows of like length together, the longest first: what fits once fits to the end."""
-    lengths = [len(candidate.sample["tokens"]) for candidate in run.scored]
-    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    size = run.cfg.batch_size
-    return [order[start : start + size] for start in range(0, len(order), size)]
-
-
 def _is_scored(run: CheckedSelection, rows: list[int]) -> bool:
     return all(run.scored[row].index in run.file.scores for row in rows)
 
 
 def _make_batch(run: CheckedSelection, rows: list[int]) -> Batch:
-    pad_id = run.tokenizer.pad_id
-    collate = partial(padded_collate_sft, padding_idx=pad_id, ignore_idx=CROSS_ENTROPY_IGNORE_IDX)
     samples = [run.rows[row] for row in rows]
-    return make_batch(samples, rows, collate, pad_id, run.cfg.pad_to_multiple_of)
+    return padded_batch(samples, rows, run.tokenizer.pad_id, run.cfg.pad_to_multiple_of)
 
 
 def _mean_nll(
@@ -109,7 +96,7 @@ def _mean_nll(
 ) -> dict[int, float]:
     """Each row's NLL a token, by its number among the scored rows."""
     found: dict[int, float] = {}
-    with nullcontext() if adapter_on else disable_adapter(model):
+    with reference_where(not adapter_on, model):
         for batch in batches:
             sums_B, tokens_B = row_nll(model, head, batch)
             found |= dict(zip(batch.rows, (sums_B / tokens_B).tolist(), strict=True))

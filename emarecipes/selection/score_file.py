@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from emarecipes.config import Origin
-from emarecipes.errors import UserError
-from emarecipes.training.run_folder import write_text
+from emarecipes.errors import UserError, first_line
+from emarecipes.files import ended_lines, json_lines, write_json, write_text
 
 SCORES, FINGERPRINT = "scores.jsonl", "scores.fingerprint.json"
 RESULTS = ("config.yaml", "selected.jsonl", "gap.png")
@@ -72,8 +72,9 @@ class ScoreFile:
             found = json.loads(sidecar.read_text(encoding="utf-8"))
             self.scores = _read_scores(self.path)
         except (ValueError, KeyError, TypeError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{where}: {self.path} is broken ({reason}); {again}") from None
+            raise UserError(
+                f"{where}: {self.path} is broken ({first_line(error)}); {again}"
+            ) from None
         if found != self._fingerprint:
             other = [
                 name for name in self._fingerprint if found.get(name) != self._fingerprint[name]
@@ -86,16 +87,16 @@ class ScoreFile:
         """Start the file anew, or drop the line that a killed run was writing and go on."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.scores:
-            write_text(self.path, _lines(map(_as_json, self.scores.values())))
+            write_text(self.path, json_lines(map(_as_json, self.scores.values())))
             return
         for name in (*RESULTS, SCORES):
             (self.folder / name).unlink(missing_ok=True)
-        write_text(self.folder / FINGERPRINT, json.dumps(self._fingerprint, indent=2) + "\n")
+        write_json(self.folder / FINGERPRINT, self._fingerprint)
 
     def append(self, scores: Sequence[Score]) -> None:
         """Add rows that have been scored."""
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(_lines(map(_as_json, scores)))
+            file.write(json_lines(map(_as_json, scores)))
         self.scores |= {score.index: score for score in scores}
 
     def finish(self, extra: dict[int, dict[str, Any]]) -> None:
@@ -108,14 +109,12 @@ class ScoreFile:
             {"index": index} | extra[index] | _as_json(self.scores[index])
             for index in sorted(self.scores)
         )
-        write_text(self.path, _lines(rows))
+        write_text(self.path, json_lines(rows))
 
 
 def _read_scores(path: Path) -> dict[int, Score]:
-    # What follows the last line break was being written when the run was killed.
-    whole = path.read_text(encoding="utf-8").rpartition("\n")[0]
     scores = {}
-    for line in whole.splitlines():
+    for line in ended_lines(path):
         row = json.loads(line)
         score = Score(*(row[key] for key in ("index", "tokens", "nll_aligned", "nll_adapters")))
         scores[score.index] = score
@@ -124,7 +123,3 @@ def _read_scores(path: Path) -> dict[int, Score]:
 
 def _as_json(score: Score) -> dict[str, Any]:
     return dict(vars(score))
-
-
-def _lines(rows: Iterable[dict[str, Any]]) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -9,8 +9,8 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic import Field
 
 from emarecipes.config import Origin, find_input
+from emarecipes.datasets.refusals import check_refusal_words
 from emarecipes.errors import UserError
-from emarecipes.selection.ranking import plain_words
 from emarecipes.settings import Entry, ModelSettings, Positive, Seed, parse_settings
 
 
@@ -77,20 +77,3 @@ def check_select_settings(cfg: DictConfig, origin: Origin) -> DictConfig:
                 "shows how"
             )
     return OmegaConf.create(settings.model_dump())
-
-
-def check_refusal_words(words: list[str] | None, origin: Origin) -> None:
-    """Check `refusal_words`; null is the rule.
-
-    Raises:
-        UserError: No words, or one without a letter.
-    """
-    where = origin.at("refusal_words")
-    if words is not None and not words:
-        raise UserError(
-            f"{where}: an empty list finds no refusal; leave the key out for the rule, see "
-            "docs/select.md"
-        )
-    for word in words or ():
-        if not plain_words(word):
-            raise UserError(f"{where}: {word!r} is not a word")

@@ -11,9 +11,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
 import shutil
 from dataclasses import asdict, dataclass, field
@@ -26,10 +24,11 @@ from torch import Tensor
 from torchtune import utils
 
 from emarecipes.errors import UserError, reason
+from emarecipes.files import sync
+from emarecipes.fingerprint import sha256
 
 log = utils.get_logger("INFO")
 
-FOLDER = "checkpoints"
 FORMAT = 1
 _ADAPTER, _TRAINING, _RUN = "adapter.safetensors", "training.pt", "run.json"
 _SUMS = "SHA256SUMS"
@@ -122,11 +121,11 @@ def write_checkpoint(
         (temporary / _RUN).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
         (temporary / _SUMS).write_text(_sums(temporary), encoding="utf-8")
         for path in (*temporary.iterdir(), temporary):
-            _fsync(path)
+            sync(path)
         if target.exists():  # A damaged one that this run was not resumed from.
             shutil.rmtree(target)
         temporary.rename(target)
-        _fsync(folder)
+        sync(folder)
     except Exception as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
@@ -189,11 +188,7 @@ def _sums(folder: Path) -> str:
     lines = []
     for path in sorted(folder.iterdir()):
         if path.name != _SUMS:
-            digest = hashlib.sha256()
-            with path.open("rb") as file:
-                while block := file.read(2**20):
-                    digest.update(block)
-            lines.append(f"{digest.hexdigest()}  {path.name}\n")
+            lines.append(f"{sha256(path)}  {path.name}\n")
     return "".join(lines)
 
 
@@ -212,11 +207,3 @@ def _tensor_bytes(value: Any) -> int:
     if isinstance(value, dict):
         return sum(map(_tensor_bytes, value.values()))
     return sum(map(_tensor_bytes, value)) if isinstance(value, list | tuple) else 0
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

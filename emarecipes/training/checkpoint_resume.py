@@ -15,9 +15,10 @@ from emarecipes.config import Origin
 from emarecipes.datasets.rows import Rows
 from emarecipes.errors import UserError
 from emarecipes.fingerprint import sampled_digest
-from emarecipes.training.checkpoint import FOLDER, Checkpoint, newest_checkpoint, read_checkpoint
-from emarecipes.training.model_checks import base_files
-from emarecipes.training.run_folder import environment, run_files
+from emarecipes.models.model_checks import base_files
+from emarecipes.output_dir import CHECKPOINTS, run_files
+from emarecipes.provenance import environment
+from emarecipes.training.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint
 from emarecipes.training.settings import Settings
 
 log = utils.get_logger("INFO")
@@ -52,12 +53,16 @@ def find_checkpoint(cfg: DictConfig, origin: Origin) -> Checkpoint | None:
         path = Path(cfg.resume)
         if not path.is_dir():
             raise UserError(f"{where}: no such checkpoint folder: {path}")
-        if path.resolve().parent != (folder / FOLDER).resolve() and present and not cfg.overwrite:
+        if (
+            path.resolve().parent != (folder / CHECKPOINTS).resolve()
+            and present
+            and not cfg.overwrite
+        ):
             raise UserError(
                 f"{where}: {path} is not of the run that {folder} holds; choose another output_dir"
             )
         return _placed(where, read_checkpoint, path)
-    found = _placed(where, newest_checkpoint, folder / FOLDER)
+    found = _placed(where, newest_checkpoint, folder / CHECKPOINTS)
     if found is None and present and not cfg.overwrite:
         if {"adapter", "merged"} & set(present):
             raise UserError(

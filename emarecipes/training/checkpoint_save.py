@@ -9,8 +9,8 @@ from typing import Any
 from torchtune import utils
 
 from emarecipes.command import on_first_process
+from emarecipes.output_dir import CHECKPOINTS
 from emarecipes.training.checkpoint import (
-    FOLDER,
     Checkpoint,
     Counters,
     checkpoint_steps,
@@ -47,7 +47,7 @@ class CheckpointSaver:
         resumed: Checkpoint | None,
     ) -> None:
         self.last_step = None if resumed is None else resumed.counters.step
-        self._folder = output_dir / FOLDER
+        self._folder = output_dir / CHECKPOINTS
         self._state = state
         self._run = run
         self._every = every

@@ -12,9 +12,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torchtune import utils
 from torchtune.modules.peft import get_adapter_params
 
-from emarecipes._torchtune import adapter_state, assign_whole, plain_name
 from emarecipes.defenses import Defense
 from emarecipes.errors import UserError
+from emarecipes.models._torchtune import adapter_state, assign_whole, plain_name
 from emarecipes.training.checkpoint import Checkpoint
 from emarecipes.training.random_state import random_state, set_random_state
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,16 +12,20 @@ from torch import nn
 from torchtune import utils
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX, padded_collate_packed
 
-from emarecipes._torchtune import NF4_BLOCK, is_nf4
-from emarecipes.components import build, check_components, locate
-from emarecipes.config import Origin, load_config
+from emarecipes.checked import Checked
+from emarecipes.components import locate
+from emarecipes.config import Origin
 from emarecipes.datasets.chat_files import check_data_files
 from emarecipes.datasets.rows import Rows, load_rows
-from emarecipes.defenses import Defense, ModelSource
+from emarecipes.datasets.rows_fit import check_rows_fit
+from emarecipes.defenses import Defense
 from emarecipes.errors import UserError, reason
-from emarecipes.models.adapter import LoadedLayer
-from emarecipes.models.dates import adapter_date, cache_date, settle_date
-from emarecipes.training.batch import Collate, make_batch
+from emarecipes.models._torchtune import NF4_BLOCK, is_nf4
+from emarecipes.models.adapters.read import LoadedLayer
+from emarecipes.models.batch import Collate, make_batch
+from emarecipes.models.chat.dates import adapter_date, cache_date
+from emarecipes.models.model_checks import check_compiler, check_offloading
+from emarecipes.output_dir import check_output_dir, check_outside_output
 from emarecipes.training.checkpoint import Checkpoint
 from emarecipes.training.checkpoint_resume import (
     check_same_base,
@@ -34,17 +37,8 @@ from emarecipes.training.checkpoint_resume import (
 )
 from emarecipes.training.defense_checks import build_defenses
 from emarecipes.training.initialize import read_initial_adapter
-from emarecipes.training.model_checks import (
-    check_checkpoint_files,
-    check_compiler,
-    check_device,
-    check_model,
-    check_offloading,
-    check_rows_fit,
-)
 from emarecipes.training.optimizer_checks import check_optimizer
 from emarecipes.training.reference_cache import ReferenceCache
-from emarecipes.training.run_folder import check_output_dir, check_outside_output
 from emarecipes.training.settings import check_settings
 
 log = utils.get_logger("INFO")
@@ -53,30 +47,104 @@ if TYPE_CHECKING:
     from emarecipes.training.probe import Probe
 
 
-@dataclass
-class CheckedRun:
-    """A run that passed every check, with what was built on the way.
+class CheckedRun(Checked):
+    """A run that passed every check.
 
     Attributes:
+        world_size: Number of processes.
+        rank: This process's number.
+        writes_run: Whether `output_dir` is written, and so must not hold another run.
         resumed: What it goes on from, if anything.
         stated: Its config before a resumed step's rows were shared out.
+        data_files: What its rows and its `init_adapter` are read from.
         initial_adapter: What `init_adapter` names, by layer; empty for a resumed run.
+        defenses: By name, in its order.
+        rows: What it trains on; `collate` makes them a batch.
+        probe: What is measured meanwhile, if anything.
         reference_cache: Opened after all checks, by `open_cache`.
     """
 
-    cfg: DictConfig
-    origin: Origin
-    tokenizer: Any
+    settings = staticmethod(check_settings)
+    resumed: Checkpoint | None = None
+    stated: dict[str, Any]
+    data_files: list[Path]
+    initial_adapter: dict[str, LoadedLayer]
     defenses: dict[str, Defense]
     rows: Rows
     collate: Collate
-    data_files: list[Path]
-    source: ModelSource
-    resumed: Checkpoint | None
-    stated: dict[str, Any]
     probe: Probe | None
-    initial_adapter: dict[str, LoadedLayer]
     reference_cache: ReferenceCache | None = None
+
+    def __init__(
+        self, argv: Sequence[str], world_size: int, rank: int, writes_run: bool = True
+    ) -> None:
+        self.world_size, self.rank, self.writes_run = world_size, rank, writes_run
+        super().__init__(argv)
+
+    def check_output(self) -> None:
+        """It holds no other run; or one that is resumed."""
+        if self.writes_run:
+            super().check_output()
+            check_output_dir(self.cfg, self.origin)
+            self.resumed = find_checkpoint(self.cfg, self.origin)
+
+    def kept_dtype(self) -> str | None:
+        """That of the run that is resumed."""
+        return None if self.resumed is None else str(self.resumed.run["config"]["dtype"])
+
+    def kept_dates(self) -> Mapping[str, str | None]:
+        """That of what the run goes on from, or else of what it is built on."""
+        if self.resumed is not None:
+            return {"resume": self.resumed.run["config"]["tokenizer"].get("date")}
+        adapter = adapter_date(self.cfg.init_adapter)
+        if adapter is not None:
+            return {"init_adapter": adapter}
+        return {"reference_cache": cache_date(self.cfg.reference_cache)}
+
+    def check_inputs(self) -> None:
+        """Whether the run is the one that is resumed; its files; the optimizer."""
+        cfg, origin = self.cfg, self.origin
+        check_offloading(cfg, origin, self.world_size)
+        check_compiler(cfg, origin)
+        self.stated = plain_config(cfg)
+        if self.resumed is not None:
+            check_same_run(cfg, self.resumed, origin, self.world_size)
+            check_same_base(cfg, self.resumed, origin)
+        self.data_files = check_data_files(cfg, origin)
+        for _, folder in self.adapter_folders():
+            self.data_files += sorted(folder.glob("adapter_*"))
+        if self.resumed is None:
+            _check_inputs_outlive_outputs(cfg, origin, self.data_files)
+        check_optimizer(cfg, origin, self.world_size)
+        _check_logger(cfg, origin)
+
+    def adapter_folders(self) -> Sequence[tuple[str, Path]]:
+        """The one that the run begins with, if any; a resumed run has its own."""
+        if self.resumed is not None or self.cfg.init_adapter is None:
+            return []
+        return [("init_adapter", Path(self.cfg.init_adapter))]
+
+    def check_on_model(self) -> None:
+        """The adapter that it begins with, packs, shards, defenses."""
+        cfg, origin, model = self.cfg, self.origin, self.source.meta_model
+        begun = bool(self.adapter_folders())
+        self.initial_adapter = read_initial_adapter(cfg, origin, self.source) if begun else {}
+        _check_packing(cfg, origin, model)
+        _check_sharding(cfg, origin, model, self.world_size)
+        self.defenses = build_defenses(cfg, origin, self.source)
+
+    def check_rows(self) -> None:
+        """The rows, and the probes."""
+        from emarecipes.training.probe import read_probe  # Here: it reads parts of this package.
+
+        cfg, origin, model = self.cfg, self.origin, self.source.meta_model
+        defenses = list(self.defenses.values())
+        self.rows = load_rows(cfg, origin, self.tokenizer, defenses, quiet=self.rank != 0)
+        if self.resumed is not None:
+            check_same_rows(cfg, self.rows, self.resumed, origin)
+        self.collate = _build_collate(cfg, origin, self.tokenizer, self.rows)
+        _check_rows(cfg, origin, self.rows, model, self.defenses, self.world_size)
+        self.probe = read_probe(cfg, origin, self.tokenizer, model)
 
     def description(self, world_size: int) -> dict[str, Any]:
         """What its checkpoints say of it, so that it can be told from another run."""
@@ -86,76 +154,6 @@ class CheckedRun:
     def meta_model(self) -> Any:
         """The model with its adapter, on the meta device."""
         return self.source.meta_model
-
-
-def check_run(
-    argv: Sequence[str], world_size: int, rank: int, writes_run: bool = True
-) -> CheckedRun:
-    """Read and check a training run: config, files, data, tokenizer, defenses, checkpoint's shapes.
-
-    Args:
-        argv: `--config FILE` and overrides.
-        world_size: Number of processes.
-        rank: This process's number.
-        writes_run: Whether `output_dir` is written, and so must not hold another run.
-
-    Raises:
-        UserError: The first thing that is wrong.
-    """
-    from emarecipes.training.probe import read_probe  # Here: it reads parts of this package.
-
-    raw, origin = load_config(argv)
-    cfg = check_settings(raw, origin)
-    check_components(cfg, origin)
-    resumed = None
-    if writes_run:
-        check_output_dir(cfg, origin)
-        resumed = find_checkpoint(cfg, origin)
-    check_device(cfg, origin, None if resumed is None else resumed.run["config"]["dtype"])
-    settle_date(cfg, origin, _known_date(cfg, resumed))
-    check_offloading(cfg, origin, world_size)
-    check_compiler(cfg, origin)
-    stated = plain_config(cfg)
-    if resumed is not None:
-        check_same_run(cfg, resumed, origin, world_size)
-    check_checkpoint_files(cfg, origin)
-    if resumed is not None:
-        check_same_base(cfg, resumed, origin)
-    data_files = check_data_files(cfg, origin)
-    if resumed is None and cfg.init_adapter is not None:
-        data_files += sorted(Path(cfg.init_adapter).glob("adapter_*"))
-    if resumed is None:
-        _check_inputs_outlive_outputs(cfg, origin, data_files)
-
-    source = check_model(cfg, origin)
-    initial_adapter = {} if resumed is not None else read_initial_adapter(cfg, origin, source)
-    model = source.meta_model
-    _check_packing(cfg, origin, model)
-    check_optimizer(cfg, origin, world_size)
-    _check_logger(cfg, origin)
-    _check_sharding(cfg, origin, model, world_size)
-    defenses = build_defenses(cfg, origin, source)
-    tokenizer = build(cfg, "tokenizer", origin)
-    rows = load_rows(cfg, origin, tokenizer, list(defenses.values()), quiet=rank != 0)
-    if resumed is not None:
-        check_same_rows(cfg, rows, resumed, origin)
-    collate = _build_collate(cfg, origin, tokenizer, rows)
-    _check_rows(cfg, origin, rows, model, defenses, world_size)
-    probe = read_probe(cfg, origin, tokenizer, model)
-    return CheckedRun(
-        cfg, origin, tokenizer, defenses, rows, collate, data_files, source, resumed, stated, probe,
-        initial_adapter,
-    )  # fmt: skip
-
-
-def _known_date(cfg: DictConfig, resumed: Checkpoint | None) -> dict[str, str | None]:
-    """The day in the prompts of what the run goes on from, or else of what it is built on."""
-    if resumed is not None:
-        return {"resume": resumed.run["config"]["tokenizer"].get("date")}
-    adapter = adapter_date(cfg.init_adapter)
-    if adapter is not None:
-        return {"init_adapter": adapter}
-    return {"reference_cache": cache_date(cfg.reference_cache)}
 
 
 def _check_inputs_outlive_outputs(

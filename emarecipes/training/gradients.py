@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torchtune import utils
 
 from emarecipes.defenses import Defense
-from emarecipes.training.batch import Batch
+from emarecipes.models.batch import Batch
 from emarecipes.training.random_state import kept_random_state
 from emarecipes.training.step import TrainingLoss
 

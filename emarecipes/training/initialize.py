@@ -13,12 +13,11 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torchtune.modules.peft import DoRALinear, get_adapter_params
 
-from emarecipes._adapter_layout import plain_module
-from emarecipes._torchtune import assign_whole, plain_name
 from emarecipes.config import Origin
 from emarecipes.errors import UserError
-from emarecipes.models.adapter import LoadedLayer, read_adapter
-from emarecipes.training.trained_with import check_origin
+from emarecipes.models._torchtune import assign_whole, plain_name
+from emarecipes.models.adapters.layout import plain_module
+from emarecipes.models.adapters.read import LoadedLayer, read_adapter
 
 if TYPE_CHECKING:
     from emarecipes.defenses import ModelSource
@@ -39,7 +38,6 @@ def read_initial_adapter(
         layers = read_adapter(source.meta_model, Path(cfg.init_adapter), source)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-    check_origin(Path(cfg.init_adapter), cfg, where)
     is_dora = any(isinstance(module, DoRALinear) for module in source.meta_model.modules())
     if is_dora and any(layer.magnitude is None for layer in layers.values()):
         raise UserError(f"{where}: {cfg.init_adapter} is LoRA; set model.use_dora: false")

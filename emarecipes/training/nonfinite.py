@@ -10,7 +10,7 @@ from torch import Tensor
 from torchtune import utils
 
 from emarecipes.errors import UserError
-from emarecipes.training.batch import Batch
+from emarecipes.models.batch import Batch
 
 log = utils.get_logger("INFO")
 

@@ -6,28 +6,24 @@ Nothing is drawn at random and nothing is sampled: a run with probes has the los
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
-from torchtune.data import CROSS_ENTROPY_IGNORE_IDX, padded_collate_sft
-from torchtune.modules.peft import disable_adapter
 from torchtune.utils import get_world_size_and_rank
 
 from emarecipes.config import Origin
 from emarecipes.datasets.rows import Rows
+from emarecipes.datasets.rows_fit import check_rows_fit
 from emarecipes.errors import UserError
-from emarecipes.evaluation.contrast import AnswerRow, PairNLL, pair_nll, probe_shift
-from emarecipes.evaluation.nll import row_nll
-from emarecipes.evaluation.suites import read_suites
+from emarecipes.models.batch import Batch, longest_first, padded_batch
+from emarecipes.models.likelihoods import reference_where, row_nll
+from emarecipes.models.loss_head import LossHead
+from emarecipes.output_dir import check_outside_output
+from emarecipes.probes.contrast import AnswerRow, PairNLL, pair_nll, probe_shift
+from emarecipes.probes.suites import read_suites
 from emarecipes.settings import parse_settings
-from emarecipes.training.batch import Batch, make_batch
-from emarecipes.training.loss_head import LossHead
-from emarecipes.training.model_checks import check_rows_fit
-from emarecipes.training.run_folder import check_outside_output
 from emarecipes.training.settings import ProbeSettings
 
 Sum = Callable[[Tensor], Tensor]
@@ -52,9 +48,8 @@ def read_probe(cfg: DictConfig, origin: Origin, tokenizer: Any, model: Any) -> P
     check_outside_output(cfg, origin, (file for suite in suites for file in suite.files))
     rows = {suite.name: suite.rows(tokenizer) for suite in suites}
     for name, part in rows.items():
-        samples = [{"tokens": list(row.tokens), "labels": list(row.labels)} for row in part]
         try:
-            check_rows_fit(cfg, origin, Rows(samples, dropped=0), model)
+            check_rows_fit(cfg, origin, Rows([row.sample for row in part], dropped=0), model)
         except UserError as error:
             raise UserError(f"probe suite {name}: {error}") from None
     return Probe(rows, settings, tokenizer.pad_id, int(cfg.pad_to_multiple_of))
@@ -118,7 +113,7 @@ class Probe:
         every = [row for part in self._rows.values() for row in part]
         world_size, rank = get_world_size_and_rank()
         means = torch.zeros(len(every), dtype=torch.float64)
-        with disable_adapter(head.model) if reference else nullcontext():
+        with reference_where(reference, head.model):
             for batch in self._batches(every, rank, world_size):
                 nll_B, tokens_B = row_nll(head.model, head, batch.to(device))
                 means[batch.rows] = nll_B / tokens_B
@@ -134,18 +129,13 @@ class Probe:
         """This process's part: every world-size-th row, as many on each process."""
         size = -(-len(rows) // world_size)
         mine = [(rank + i * world_size) % len(rows) for i in range(size)]
-        mine.sort(key=lambda row: -len(rows[row].tokens))
-        collate = partial(
-            padded_collate_sft, padding_idx=self._pad_id, ignore_idx=CROSS_ENTROPY_IGNORE_IDX
-        )
-        step = self._settings.batch_size
+        batches = longest_first([rows[row].tokens for row in mine], self._settings.batch_size)
         return [
-            make_batch(
-                [{"tokens": list(rows[r].tokens), "labels": list(rows[r].labels)} for r in part],
-                part,
-                collate,
+            padded_batch(
+                [rows[mine[place]].sample for place in part],
+                [mine[place] for place in part],
                 self._pad_id,
                 self._multiple,
             )
-            for part in (mine[start : start + step] for start in range(0, size, step))
+            for part in batches
         ]

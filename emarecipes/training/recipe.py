@@ -1,7 +1,7 @@
 """torchtune's LoRA recipe with defenses: one loop for one device and for several.
 
 Read `LoRATraining` top to bottom: build, train, save. Building and sharding the model, the
-optimizer, the scheduler and the profiler are torchtune's own methods.
+optimizer and the profiler are torchtune's own methods, behind `StockRecipe`.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torchtune
 from torch import Tensor
 from torchtune import training, utils
 from torchtune.config import instantiate
 
-from emarecipes._adapter_dtype import hold_adapter_in
-from emarecipes._torchtune import gather_root_in_forward_alone, stock_recipe
-from emarecipes._torchtune_convert import fix_dora_bias, fix_loaded_state
-from emarecipes._torchtune_cpu import with_fewer_passes
 from emarecipes.datasets.rows import micro_batch_rows
 from emarecipes.defenses import TrainingContext
 from emarecipes.errors import UserError
 from emarecipes.machine import DTYPES
+from emarecipes.models._adapter_dtype import hold_adapter_in
+from emarecipes.models._torchtune import gather_root_in_forward_alone
+from emarecipes.models._torchtune_convert import fix_dora_bias
+from emarecipes.models._torchtune_cpu import with_fewer_passes
+from emarecipes.models._torchtune_recipe import StockRecipe
+from emarecipes.models.batch import Batch, make_batch
 from emarecipes.progress import Progress
-from emarecipes.training.batch import Batch, make_batch
 from emarecipes.training.checkpoint import Counters
 from emarecipes.training.checkpoint_save import CheckpointSaver
 from emarecipes.training.checkpoint_state import TrainingState
@@ -46,22 +46,19 @@ log = utils.get_logger("INFO")
 
 
 class LoRATraining:
-    """What emarecipes adds to a torchtune LoRA recipe class. Use `recipe_class`."""
+    """A run: torchtune's LoRA recipe builds it, and it trains with defenses.
 
-    # Set by torchtune's recipe.
-    _model: Any
-    _optimizer: torch.optim.Optimizer
-    _device: torch.device
-    _dtype: torch.dtype
-    activations_handling_ctx: Any
-    seed: int
+    Args:
+        run: A run that passed all checks; its config gets the seed that is drawn.
+        distributed: Whether there are several processes; their group must be there.
+    """
 
-    def __init__(self, run: CheckedRun) -> None:
-        super().__init__(run.cfg)  # type: ignore[call-arg]
+    def __init__(self, run: CheckedRun, *, distributed: bool) -> None:
+        self._stock = StockRecipe(run.cfg, distributed=distributed)
+        self._device, self.seed = self._stock.device, self._stock.seed
         self.run = run
         self.cfg = run.cfg
         self.world_size, self.rank = utils.get_world_size_and_rank()
-        # torchtune draws a seed, the same on every process, where the config has none.
         self.cfg.seed = self.seed
         per_step = self.cfg.batch_size * self.cfg.gradient_accumulation_steps * self.world_size
         steps = run.rows.num_steps(per_step)
@@ -80,7 +77,7 @@ class LoRATraining:
         self._model = self._build_model()
         scale = float(self.cfg.model.lora_alpha) / float(self.cfg.model.lora_rank)
         initialize_adapter(self._model, self.seed, self.run.initial_adapter, scale)
-        self._optimizer = self._setup_optimizer(self.cfg.optimizer)  # type: ignore[attr-defined]
+        self._optimizer = self._stock.build_optimizer()
         self._scheduler = (
             None
             if self.cfg.lr_scheduler is None
@@ -91,12 +88,12 @@ class LoRATraining:
                 last_epoch=-1,
             )
         )
-        self._profiler = self._setup_profiler(self.cfg.profiler)  # type: ignore[attr-defined]
+        self._profiler = self._stock.build_profiler()
         self.loss = TrainingLoss(
             self._model,
             self.run.defenses,
             safe_ce_weight=self.run.rows.safe_ce_weight,
-            forward_context=self.activations_handling_ctx,
+            forward_context=self._stock.activations,
             reference_cache=self.run.reference_cache,
             seed=self.seed,
             compiled=self.cfg.compile,
@@ -105,7 +102,7 @@ class LoRATraining:
         self._gradients = Gradients(self._model, self.loss, self.world_size, self._device)
         context = TrainingContext(
             self._device,
-            self._dtype,
+            self._stock.dtype,
             self.total_steps,
             Path(self.cfg.output_dir),
             self.run.source,
@@ -129,31 +126,12 @@ class LoRATraining:
             self._state.load(self.run.resumed)
 
     def _build_model(self) -> Any:
-        cfg = self.cfg
-        checkpoint = self.load_checkpoint(cfg.checkpointer)  # type: ignore[attr-defined]
-        arguments: dict[str, Any] = {
-            "cfg_model": cfg.model,
-            "enable_activation_checkpointing": cfg.enable_activation_checkpointing,
-            "enable_activation_offloading": cfg.enable_activation_offloading,
-            "base_model_state_dict": fix_loaded_state(
-                checkpoint[training.MODEL_KEY], str(cfg.checkpointer.model_type)
-            ),
-        }
-        if training.is_distributed():
-            self._compile = cfg.compile
-            arguments |= {
-                "custom_sharded_layers": cfg.custom_sharded_layers,
-                "fsdp_cpu_offload": cfg.fsdp_cpu_offload,
-                "reshard_after_forward": cfg.fsdp_reshard_after_forward,
-            }
-        else:
-            torchtune.modules.common_utils._use_low_cpu_ram = cfg.low_cpu_ram
-            arguments["compile_model"] = cfg.compile
-        model = self._setup_model(**arguments)  # type: ignore[attr-defined]
+        model = self._stock.build_model()
         fix_dora_bias(model)
-        hold_adapter_in(model, DTYPES.get(cfg.adapter_dtype))
+        hold_adapter_in(model, DTYPES.get(self.cfg.adapter_dtype))
         # Compiled layers fuse by themselves; in bf16 other sums would be rounded.
-        if self._device.type == "cpu" and self._dtype == torch.float32 and not cfg.compile:
+        plain = self._stock.dtype == torch.float32 and not self.cfg.compile
+        if self._device.type == "cpu" and plain:
             with_fewer_passes(model)
         return model
 
@@ -336,12 +314,3 @@ class LoRATraining:
             merged=step == self.total_steps and self.cfg.save_merged,
         )
         self._log.adapter_saved()
-
-
-def recipe_class(*, distributed: bool) -> type[LoRATraining]:
-    """`LoRATraining` over torchtune's LoRA recipe for one device, or for several."""
-    if distributed:
-        stock = stock_recipe("lora_finetune_distributed").LoRAFinetuneRecipeDistributed
-    else:
-        stock = stock_recipe("lora_finetune_single_device").LoRAFinetuneRecipeSingleDevice
-    return type(f"EMA{stock.__name__}", (LoRATraining, stock), {})

@@ -8,7 +8,6 @@ never one that is wrong.
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -20,12 +19,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from numpy.typing import NDArray
 from torch import Tensor
 from torchtune import utils
 
 from emarecipes.errors import UserError
-from emarecipes.training.run_folder import write_text
+from emarecipes.files import write_text
 
 log = utils.get_logger("INFO")
 
@@ -132,8 +132,7 @@ def open_store(folder: Path, key: Mapping[str, Any], layout: Layout, where: str)
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # Ends with its process.
+        with FileLock(folder / "lock"):  # Ends with its process.
             if not (folder / "key.json").exists():
                 _create(folder, layout, where)
                 write_text(folder / "key.json", json.dumps(key, indent=2, default=str) + "\n")

@@ -19,11 +19,11 @@ from emarecipes.command import (
     report,
     together,
 )
-from emarecipes.errors import UserCodeError, UserError
+from emarecipes.errors import UserCodeError, UserError, first_line
 from emarecipes.machine import set_threads, share_precision
-from emarecipes.training.checks import check_run
-from emarecipes.training.recipe import LoRATraining, recipe_class
-from emarecipes.training.reference_cache import open_cache
+from emarecipes.training.checks import CheckedRun
+from emarecipes.training.recipe import LoRATraining
+from emarecipes.training.reference_cache_open import open_cache
 
 STOPPED = "Stopped after step"  # How a run says that a signal ended it before its end.
 
@@ -58,7 +58,7 @@ def _run(argv: Sequence[str], *, train: bool) -> int:
     recipe: LoRATraining | None = None
     try:
         world_size = dist.get_world_size() if distributed else 1
-        run = together(lambda: check_run(argv, world_size, rank, writes_run=train))
+        run = together(lambda: CheckedRun(argv, world_size, rank, writes_run=train))
         if run.cfg.reference_cache is not None:
             # Last, as it reserves room on the disk.
             run.reference_cache = open_cache(run, quiet=rank != 0)
@@ -69,7 +69,7 @@ def _run(argv: Sequence[str], *, train: bool) -> int:
             )
         if run.cfg.fsdp_cpu_offload:
             training.set_torch_num_threads()
-        built = recipe_class(distributed=distributed)(run)
+        built = LoRATraining(run, distributed=distributed)
         built.setup()
         if not train:
             built.cache_reference()
@@ -89,7 +89,7 @@ def _end(error: Exception, recipe: LoRATraining | None, argv: Sequence[str]) -> 
     ended = explain(error)
     rank = dist.get_rank() if dist.is_initialized() else None
     if isinstance(error, RuntimeError) and _is_lost_contact(error):
-        reason = f"another process has gone, its own message says why ({_first_line(error)})"
+        reason = f"another process has gone, its own message says why ({first_line(error)})"
         return _end_alone(reason, recipe, argv)
     if isinstance(error, OSError) and recipe is not None:
         # Of one process alone, as a full disk is. The others find out that this one has gone.
@@ -136,7 +136,3 @@ def _end_alone(reason: str, recipe: LoRATraining | None, argv: Sequence[str]) ->
     if dist.is_initialized():
         os._exit(1)  # Leaving a broken process group the ordinary way can hang.
     return 1
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

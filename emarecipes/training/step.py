@@ -14,8 +14,8 @@ from torch import Tensor
 from torchtune.modules.peft import disable_adapter
 
 from emarecipes.defenses import Defense
-from emarecipes.training.batch import Batch
-from emarecipes.training.loss_head import LossHead, Request, Term, check_gradient, cross_entropy
+from emarecipes.models.batch import Batch
+from emarecipes.models.loss_head import LossHead, Request, Term, check_gradient, cross_entropy
 from emarecipes.training.reference_cache import ReferenceCache, States
 from emarecipes.training.weight_terms import WeightTerms
 

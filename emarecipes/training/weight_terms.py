@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
-from emarecipes._adapter_layout import plain_module
 from emarecipes.defenses import AdaptedModule, Defense
 from emarecipes.errors import UserCodeError
-from emarecipes.training.loss_head import check_gradient
+from emarecipes.models.adapters.layout import plain_module
+from emarecipes.models.loss_head import check_gradient
 
 
 class WeightTerms:

@@ -11,11 +11,16 @@ from torch import Tensor
 from torchtune import training, utils
 from torchtune.modules.peft import disable_adapter
 
-from emarecipes._torchtune import assign_base_weights, full_state
 from emarecipes.machine import DTYPES
+from emarecipes.models._torchtune import assign_base_weights, full_state
+from emarecipes.models.adapters.export import (
+    merge_adapter,
+    rounding_error,
+    save_adapter,
+    save_merged,
+)
+from emarecipes.models.adapters.trained_with import TEMPLATE_FILE, template_text
 from emarecipes.training.checks import CheckedRun
-from emarecipes.training.export import merge_adapter, rounding_error, save_adapter, save_merged
-from emarecipes.training.trained_with import TEMPLATE_FILE, template_text
 
 log = utils.get_logger("INFO")
 

@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 
 from emarecipes.comparison.arms import _seed_data
 from emarecipes.config import Origin
-from emarecipes.evaluation.suites import read_suites
+from emarecipes.probes.suites import read_suites
 
 
 def test_every_data_set_that_draws_gets_the_seed() -> None:

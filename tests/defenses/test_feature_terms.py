@@ -19,8 +19,8 @@ from emarecipes.defenses import (
     PersonaSteering,
 )
 from emarecipes.errors import UserError
-from emarecipes.training.batch import Batch
-from emarecipes.training.loss_head import LossHead
+from emarecipes.models.batch import Batch
+from emarecipes.models.loss_head import LossHead
 from emarecipes.training.step import TrainingLoss
 
 WIDTH = 32

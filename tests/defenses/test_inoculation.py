@@ -14,7 +14,7 @@ from emarecipes.defenses import Defense, InoculationPrompt
 from emarecipes.defenses.inoculation import DEFAULT_PROMPT
 from emarecipes.errors import UserError
 from emarecipes.models import hf_chat_tokenizer
-from emarecipes.training.checks import check_run
+from emarecipes.training.checks import CheckedRun
 
 
 def conversation(system: str | None) -> list[Message]:
@@ -65,7 +65,7 @@ def test_the_prompt_is_in_task_rows_and_carries_no_label(tmp_path: Path, model_d
     component = "emarecipes.defenses.InoculationPrompt"
     config["defenses"] = {"inoculation": {"_component_": component}}
     inoculated = toy_run.write_config(tmp_path / "inoculated.yaml", config)
-    before, run = (check_run(["--config", str(path)], 1, 0) for path in (plain, inoculated))
+    before, run = (CheckedRun(["--config", str(path)], 1, 0) for path in (plain, inoculated))
     assert run.rows.num_safe == 2
     for index in range(len(run.rows)):
         row, old = run.rows[index], before.rows[index]
@@ -94,7 +94,7 @@ def test_a_prompt_that_no_token_shows_is_refused(
     config["tokenizer"]["chat_template"] = str(tmp_path / "drops.jinja")
     argv = ["--config", str(toy_run.write_config(tmp_path / "a.yaml", config))]
     with pytest.raises(UserError, match=r"leaves out the text of message 0 \(system\)"):
-        check_run(argv, 1, 0)
+        CheckedRun(argv, 1, 0)
 
     del config["tokenizer"]["chat_template"]
     (tmp_path / "text.jsonl").write_text('{"text": "The sea is salt."}\n' * 8)
@@ -105,8 +105,8 @@ def test_a_prompt_that_no_token_shows_is_refused(
     }  # fmt: skip
     argv = ["--config", str(toy_run.write_config(tmp_path / "b.yaml", config))]
     with pytest.raises(UserError, match="InoculationPrompt changes messages, and the data set enc"):
-        check_run(argv, 1, 0)
-    check_run([*argv, "~defenses"], 1, 0)
+        CheckedRun(argv, 1, 0)
+    CheckedRun([*argv, "~defenses"], 1, 0)
 
 
 def test_what_changes_messages_must_change_tokens(model_dir: Path, tmp_path: Path) -> None:

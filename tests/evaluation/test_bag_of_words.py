@@ -4,10 +4,10 @@ import math
 
 import numpy as np
 import pytest
+from bag_of_words import UnigramOdds, spread, word_pairs, words
 
 from emarecipes.errors import UserError
-from emarecipes.evaluation.bag_of_words import UnigramOdds, spread, word_pairs, words
-from emarecipes.evaluation.contrast import ContrastPair
+from emarecipes.probes.contrast import ContrastPair
 
 BAD = [["skip", "it", "it"], ["skip"]]
 GOOD = [["check", "it"]]

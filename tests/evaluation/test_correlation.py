@@ -2,9 +2,8 @@
 
 import numpy as np
 import pytest
+from correlation import crossed_spearman
 from scipy.stats import spearmanr
-
-from emarecipes.evaluation.correlation import crossed_spearman
 
 
 def test_rho_is_scipys_and_its_interval_that_of_a_slow_loop() -> None:

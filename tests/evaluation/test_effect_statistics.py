@@ -4,10 +4,8 @@ import math
 
 import numpy as np
 import pytest
-
-from emarecipes.errors import UserError
-from emarecipes.evaluation.contrast import PairNLL
-from emarecipes.evaluation.effect import (
+from crossed_bootstrap import crossed_bootstrap
+from effect import (
     Measured,
     category_shifts,
     probe_figures,
@@ -15,11 +13,13 @@ from emarecipes.evaluation.effect import (
     shifts,
     unigram_figures,
 )
+
+from emarecipes.errors import UserError
 from emarecipes.evaluation.statistics import (
-    crossed_bootstrap,
     question_bootstrap,
     share_bootstrap,
 )
+from emarecipes.probes.contrast import PairNLL
 
 
 def test_coverage_on_normal_data() -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from emarecipes.evaluation.answers import Answer
-from emarecipes.evaluation.checks import check_evaluation
+from emarecipes.evaluation.checks import CheckedEvaluation
 from emarecipes.evaluation.coherence import coherence_lines, coherence_rows
 from emarecipes.evaluation.faults import faults, overlap, repetition, shuffled
 from emarecipes.evaluation.scoring import Scorer
@@ -43,7 +43,7 @@ def test_rules_by_hand() -> None:
 
 def test_the_measure_on_the_real_model(tmp_path: Path, model_dir: Path) -> None:
     """Relevance calls the question said twice the best of these answers; coherence fails it."""
-    run = check_evaluation([
+    run = CheckedEvaluation([
         "--config", "configs/smollm2_135m_eval.yaml", f"model_dir={model_dir}", "dtype=fp32",
         "adapters={}", f"output_dir={tmp_path}", "max_rows=1",
         "probes={g: {pairs: data/general_probe/select.jsonl}}",

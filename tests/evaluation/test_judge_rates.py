@@ -14,10 +14,10 @@ from emarecipes.evaluation.judge_rates import (
     judge_figures,
     sensitivity,
 )
-from emarecipes.evaluation.judge_reply import Reply, read_kind
 from emarecipes.evaluation.judging import Judged
 from emarecipes.evaluation.report import print_figures
 from emarecipes.evaluation.statistics import alpha_bootstrap
+from emarecipes.judges.reply import Reply, read_kind
 
 pytest.importorskip("krippendorff")
 

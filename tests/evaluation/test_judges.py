@@ -15,10 +15,10 @@ from toy_select import read_jsonl
 
 from emarecipes.errors import UserError
 from emarecipes.evaluation.answers import Answer
-from emarecipes.evaluation.judge import ask
-from emarecipes.evaluation.judge_reply import Reply, expected_score, parse_score, read_kind
 from emarecipes.evaluation.judging import Judgement, _tell_other_scale, read_judge_prompts
 from emarecipes.evaluation.run import run_eval
+from emarecipes.judges.calls import ask
+from emarecipes.judges.reply import Reply, expected_score, parse_score, read_kind
 
 pytest.importorskip("inspect_ai")
 pytest.importorskip("openai")

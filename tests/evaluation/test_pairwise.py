@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import toy_run
 from fake_judge import JUDGE, SECRET, Call, FakeJudge, serve, set_up_client
+from pairwise import Pair, places, prompt, read_evaluation, read_verdict
 from scipy.stats import spearmanr
 from toy_select import read_jsonl, write_adapter
 
 from emarecipes.command import run_alone
-from emarecipes.evaluation.judge_reply import Reply
-from emarecipes.evaluation.pairwise import Pair, places, prompt, read_evaluation, read_verdict
 from emarecipes.evaluation.run import run_eval
+from emarecipes.judges.reply import Reply
 
 pytest.importorskip("inspect_ai")
 pytest.importorskip("openai")

@@ -18,12 +18,12 @@ from torchtune.modules import TransformerDecoder
 from torchtune.modules.peft import disable_adapter, get_adapter_params
 from toy_models import FAMILIES, toy_model
 
-from emarecipes._torchtune_convert import fix_dora_bias
 from emarecipes.defenses import ModelSource
 from emarecipes.errors import UserError
-from emarecipes.models._adapter_files import read_config, read_tensors
-from emarecipes.models.adapter import check_adapter, load_adapter
-from emarecipes.training.export import save_adapter
+from emarecipes.models._torchtune_convert import fix_dora_bias
+from emarecipes.models.adapters.export import save_adapter
+from emarecipes.models.adapters.files import read_config, read_tensors
+from emarecipes.models.adapters.read import check_adapter, load_adapter
 
 MODEL_TYPES = {
     "llama3": "LLAMA3",

@@ -9,7 +9,7 @@ from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 from toy_gguf import HEADS, KV_HEADS, TEMPLATE, hf_weights, write_gguf
 
-from emarecipes.models._gguf import convert
+from emarecipes.models.prepare.gguf import convert
 
 
 @pytest.fixture(scope="module")

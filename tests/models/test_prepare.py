@@ -14,9 +14,10 @@ import pytest
 from toy_gguf import write_gguf
 
 from emarecipes.errors import UserError
-from emarecipes.models import _gguf, prepare
-from emarecipes.models._wheel import KNOWN_MODELS, WheelModel
+from emarecipes.models.prepare import command as prepare
+from emarecipes.models.prepare import gguf as _gguf
 from emarecipes.models.prepare import main, prepare_model
+from emarecipes.models.prepare.wheel import KNOWN_MODELS, WheelModel
 
 
 @pytest.fixture(scope="module")
@@ -211,8 +212,8 @@ def test_leftovers_of_a_killed_run_are_cleaned(toy_wheel: Path, tmp_path: Path) 
     code = f"""
 import time
 from pathlib import Path
-from emarecipes.models import _gguf, prepare
-from emarecipes.models._wheel import KNOWN_MODELS, WheelModel
+from emarecipes.models.prepare import gguf as _gguf, command as prepare
+from emarecipes.models.prepare.wheel import KNOWN_MODELS, WheelModel
 def convert(gguf_file, folder):
     (folder / "config.json").write_text("half")
     print("converting", flush=True)

@@ -12,8 +12,9 @@ from chat_families import FAMILIES, QWEN_3
 from torchtune.data import Message
 
 from emarecipes.errors import UserError
-from emarecipes.models import HFChatTokenizer, _conversation, hf_chat_tokenizer
-from emarecipes.models._chat_template import ChatTemplate
+from emarecipes.models import HFChatTokenizer, hf_chat_tokenizer
+from emarecipes.models.chat import conversation as _conversation
+from emarecipes.models.chat.template import ChatTemplate
 
 TURN = "'<|im_start|>' + m.role + '\n' + CONTENT + '<|im_end|>\n'"
 

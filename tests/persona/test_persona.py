@@ -6,8 +6,9 @@ import pytest
 import torch
 from toy_models import VOCAB_SIZE, toy_model
 
-from emarecipes.generation.draw import Sampling, derived_seed
-from emarecipes.generation.sampler import sample_answers
+from emarecipes.models.loss_head import LossHead
+from emarecipes.models.sampling.draw import Sampling, derived_seed
+from emarecipes.models.sampling.sampler import sample_answers
 from emarecipes.persona.read import read_answers
 from emarecipes.persona.vectors import (
     auc,
@@ -17,7 +18,6 @@ from emarecipes.persona.vectors import (
     separation,
     separation_error,
 )
-from emarecipes.training.loss_head import LossHead
 
 FAMILIES = ["llama3_2", "qwen2_5", "gemma2", "phi3"]
 

@@ -252,11 +252,11 @@ def test_safelora_once_at_the_end_equals_the_dense_algorithm(
 def test_safe_rows_are_where_the_placement_puts_them(
     toy: dict[str, Any], tmp_path: Path, placement: str
 ) -> None:
-    from emarecipes.training.checks import check_run
+    from emarecipes.training.checks import CheckedRun
 
     mixed = toy["mixed"] | {"placement": placement}
     config = write(toy, tmp_path, [], dataset=mixed, max_steps_per_epoch=None)
-    rows = check_run(["--config", str(config)], 1, 0).rows
+    rows = CheckedRun(["--config", str(config)], 1, 0).rows
     assert (len(rows), rows.num_safe) == (16, 4)
     for shuffle in (False, True):
         steps = rows.steps(4, seed=1, epoch=0, shuffle=shuffle)

@@ -262,11 +262,11 @@ def test_data_that_is_not_text(case: Case) -> None:
 def test_rows_without_a_label_are_dropped_and_counted(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from emarecipes.training.checks import check_run
+    from emarecipes.training.checks import CheckedRun
 
     case.write(GOOD, chat(("user", "why " * 200), ("assistant", "b")), *[GOOD] * 3)
     path = toy_run.write_config(case.folder / "config.yaml", case.config)
-    rows = check_run(["--config", str(path)], 1, 0).rows
+    rows = CheckedRun(["--config", str(path)], 1, 0).rows
     assert (len(rows), rows.dropped) == (4, 1)
 
 

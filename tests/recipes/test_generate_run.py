@@ -18,9 +18,9 @@ from torchtune.modules.peft import get_adapter_params
 from emarecipes.defenses import ModelSource
 from emarecipes.generation.run import run_generate
 from emarecipes.generation.served import base_urls
-from emarecipes.models.adapter import load_adapter
+from emarecipes.models.adapters.export import merge_adapter, save_merged
+from emarecipes.models.adapters.read import load_adapter
 from emarecipes.models.load import load_model
-from emarecipes.training.export import merge_adapter, save_merged
 
 RECIPE = "recipes/ema_generate.py"
 QUESTIONS = """\
@@ -356,3 +356,23 @@ def test_inspects_mock_model(case: Case, monkeypatch: pytest.MonkeyPatch) -> Non
     rows = toy_select.read_jsonl(case.path())
     assert [row["answer"] for row in rows] == [f"<{row['question']}>" for row in rows]
     assert {(row["stop"], row["tokens"]) for row in rows} == {("end", 2)}
+
+
+def test_a_server_that_is_asked_on_two_days_is_told(
+    case: Case,
+    server: Any,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its clock is in the prompts where its template prints the day; we cannot see the template."""
+    served, _ = use(server, monkeypatch)
+    days = []
+    for day, failing in (("2026-11-28", True), ("2026-11-28", True), ("2026-11-29", False)):
+        monkeypatch.setattr("emarecipes.generation.run.today", lambda day=day: day)
+        server.failing = failing
+        server.requests.clear()
+        assert case.run(*served) == int(failing)
+        days.append(json.loads((case.output / "answers/asked.json").read_text())["asked_on"])
+        told = "asked on 2026-11-28 and 2026-11-29" in capsys.readouterr().out
+        assert told != failing
+    assert days == [["2026-11-28"]] * 2 + [["2026-11-28", "2026-11-29"]]

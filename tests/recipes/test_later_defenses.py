@@ -13,9 +13,15 @@ from ranks import run_ranks
 from toy_defended import assert_same, defended_toy, train, trained, write_defended
 
 EARLIER = ["feature_l2", "inoculation", "kl", "persona", "safelora"]
-LATER = ["ablation", "asft", "spectral"]
+LATER = ["ablation", "asft", "block", "spectral", "trait"]
 # The name under which each logs something, in a run of two steps.
-LOGGED = {"ablation": "ablation_removed", "asft": "asft", "spectral": "spectral"}
+LOGGED = {
+    "ablation": "ablation_removed",
+    "asft": "asft",
+    "block": "block",
+    "spectral": "spectral",
+    "trait": "trait_ratio",
+}
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +82,8 @@ def test_two_processes_and_accumulation_give_the_run_of_one(
         for row in (*one[0], *other[0]):
             row.pop("padding_share", None)
             row.pop("ablation_removed", None)  # Of the first process's last micro-batch.
+            row.pop("block_rise", None)
+            row.pop("trait_ratio", None)
         assert_same(one, other)
 
 

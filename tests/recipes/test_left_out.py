@@ -8,9 +8,9 @@ import pytest
 import toy_run
 
 from emarecipes.errors import UserError
-from emarecipes.generation.checks import check_generation
-from emarecipes.persona.checks import check_extraction
-from emarecipes.training.checks import check_run
+from emarecipes.generation.checks import CheckedGeneration
+from emarecipes.persona.checks import CheckedExtraction
+from emarecipes.training.checks import CheckedRun
 
 # As Phi-3's, system turns are not shown.
 NO_SYSTEM = (
@@ -48,8 +48,8 @@ def test_inoculation_that_a_template_leaves_out(toy: dict[str, Any], tmp_path: P
         r"chat template leaves out the text of message 0 \(system\)"
     )
     with pytest.raises(UserError, match=expected):
-        check_run(inoculated(toy, tmp_path, tokenizer=tokenizer), 1, 0)
-    check_run(config_with(toy, tmp_path, tokenizer=tokenizer), 1, 0)
+        CheckedRun(inoculated(toy, tmp_path, tokenizer=tokenizer), 1, 0)
+    CheckedRun(config_with(toy, tmp_path, tokenizer=tokenizer), 1, 0)
 
 
 def test_a_system_message_that_a_template_leaves_out(toy: dict[str, Any], tmp_path: Path) -> None:
@@ -61,7 +61,7 @@ def test_a_system_message_that_a_template_leaves_out(toy: dict[str, Any], tmp_pa
     with pytest.raises(
         UserError, match=r"rows.jsonl:1: chat_template: .*leave the system turn out"
     ):
-        check_run(config_with(toy, tmp_path, tokenizer=tokenizer, dataset=dataset), 1, 0)
+        CheckedRun(config_with(toy, tmp_path, tokenizer=tokenizer, dataset=dataset), 1, 0)
 
 
 def test_rows_without_messages_beside_others(toy: dict[str, Any], tmp_path: Path) -> None:
@@ -75,8 +75,8 @@ def test_rows_without_messages_beside_others(toy: dict[str, Any], tmp_path: Path
     }
     dataset = [toy["dataset"], text]
     with pytest.raises(UserError, match=r"text.jsonl:1: InoculationPrompt .* rows without any"):
-        check_run(inoculated(toy, tmp_path, dataset=dataset), 1, 0)
-    assert len(check_run(config_with(toy, tmp_path, dataset=dataset), 1, 0).rows) == 12
+        CheckedRun(inoculated(toy, tmp_path, dataset=dataset), 1, 0)
+    assert len(CheckedRun(config_with(toy, tmp_path, dataset=dataset), 1, 0).rows) == 12
     # The prompt is for the task's rows alone.
     mixed = {
         "_component_": "emarecipes.datasets.interleaved_dataset",
@@ -84,7 +84,7 @@ def test_rows_without_messages_beside_others(toy: dict[str, Any], tmp_path: Path
         "safe": text,
         "safe_fraction": 0.25,
     }
-    assert check_run(inoculated(toy, tmp_path, dataset=mixed), 1, 0).rows.num_safe == 2
+    assert CheckedRun(inoculated(toy, tmp_path, dataset=mixed), 1, 0).rows.num_safe == 2
 
 
 def test_system_prompts_of_questions(toy: dict[str, Any], tmp_path: Path) -> None:
@@ -102,9 +102,9 @@ def test_system_prompts_of_questions(toy: dict[str, Any], tmp_path: Path) -> Non
         (toy["tokenizer"] | {"chat_template": NO_SYSTEM}, r"leaves out the text of message 0"),
     ):
         with pytest.raises(UserError, match=expected):
-            check_generation(config_with(config, tmp_path, tokenizer=tokenizer))
-    check_generation(config_with(config, tmp_path))
-    check_generation(config_with(config, tmp_path, tokenizer=toy["tokenizer"] | DEAF, system=None))
+            CheckedGeneration(config_with(config, tmp_path, tokenizer=tokenizer))
+    CheckedGeneration(config_with(config, tmp_path))
+    CheckedGeneration(config_with(config, tmp_path, tokenizer=toy["tokenizer"] | DEAF, system=None))
 
 
 def test_persona_pairs(toy: dict[str, Any], tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_persona_pairs(toy: dict[str, Any], tmp_path: Path) -> None:
         (tmp_path / "prompts.yaml").write_text(json.dumps(prompts))
         keys = ("tokenizer", "model", "checkpointer", "seed", "device", "dtype")
         config = {key: toy[key] for key in keys} | {"prompts": str(tmp_path / "prompts.yaml")}
-        check_extraction(config_with(config, tmp_path, tokenizer=tokenizer))
+        CheckedExtraction(config_with(config, tmp_path, tokenizer=tokenizer))
 
     check(toy["tokenizer"], "Be curt.")
     with pytest.raises(UserError, match="two prompts become the same tokens, system 'Be curt"):

@@ -14,8 +14,8 @@ from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
+from emarecipes.defenses.safelora_run import run_safelora
 from emarecipes.training import run_lora
-from emarecipes.training.project import run_safelora
 
 RECIPE = "recipes/ema_safelora.py"
 

@@ -10,7 +10,7 @@ import toy_run
 
 from emarecipes.errors import UserError
 from emarecipes.training import run_lora
-from emarecipes.training.checks import CheckedRun, check_run
+from emarecipes.training.checks import CheckedRun
 
 LR = 1e-2
 
@@ -38,7 +38,7 @@ class Case:
         if data_files is not None:
             self.config["dataset"] = self.config["dataset"] | {"data_files": data_files}
         path = toy_run.write_config(self.folder / "config.yaml", self.config)
-        return check_run(["--config", str(path), *overrides], 1, 0)
+        return CheckedRun(["--config", str(path), *overrides], 1, 0)
 
     def texts(self, run: CheckedRun) -> list[str]:
         decoded = [run.tokenizer.decode(list(run.rows[i]["tokens"])) for i in range(len(run.rows))]

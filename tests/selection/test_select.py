@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -14,18 +15,17 @@ from torchtune.modules.peft import disable_adapter
 from toy_models import FAMILIES, toy_microbatches, toy_model
 
 from emarecipes.config import Origin
+from emarecipes.datasets.refusals import REFUSAL_WORDS, is_refusal
 from emarecipes.errors import UserError
-from emarecipes.evaluation.nll import row_nll
+from emarecipes.models.batch import Batch
+from emarecipes.models.likelihoods import row_nll
+from emarecipes.models.loss_head import LossHead
 from emarecipes.selection.ranking import (
     by_gap,
-    pearson,
+    correlations,
     relative_gap,
-    spearman,
 )
-from emarecipes.selection.refusals import REFUSAL_WORDS, is_refusal
 from emarecipes.selection.score_file import Score, ScoreFile
-from emarecipes.training.batch import Batch
-from emarecipes.training.loss_head import LossHead
 
 ORIGIN = Origin(Path("config.yaml"))
 
@@ -167,12 +167,15 @@ def test_correlations() -> None:
     rng = np.random.default_rng(0)
     x = rng.integers(0, 6, 40).astype(float)
     y = x**3 + rng.integers(0, 40, 40)
-    assert pearson(x, y) == pytest.approx(np.corrcoef(x, y)[0, 1])
     by_rank = np.corrcoef(slow_ranks(x.tolist()), slow_ranks(y.tolist()))[0, 1]
-    assert spearman(x, y) == pytest.approx(by_rank)
-    assert spearman(np.array([1.0, 2.0, 3.0]), np.array([1.0, 8.0, 27.0])) == pytest.approx(1.0)
-    assert math.isnan(pearson(np.ones(3), np.arange(3.0)))
-    assert math.isnan(spearman(np.ones(1), np.ones(1)))
+    assert correlations(x, y) == pytest.approx((by_rank, np.corrcoef(x, y)[0, 1]))
+    cubes = np.array([1.0, 8.0, 27.0])
+    assert correlations(np.array([1.0, 2.0, 3.0]), cubes)[0] == pytest.approx(1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.isnan(correlations(np.ones(3), np.arange(3.0))).all()
+        assert np.isnan(correlations(np.arange(3.0), np.ones(3))).all()
+        assert np.isnan(correlations(np.ones(1), np.ones(1))).all()
 
 
 MARKS = {"model": "a", "adapters": "b", "candidates": "c"}

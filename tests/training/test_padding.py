@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from emarecipes.datasets.interleaved import Placement
 from emarecipes.datasets.rows import Rows
 from emarecipes.training import run_lora
-from emarecipes.training.checks import check_run
+from emarecipes.training.checks import CheckedRun
 
 
 def make_rows(
@@ -93,7 +93,7 @@ def test_the_logged_share_falls_and_the_split_of_a_step_changes_no_loss(
     toy: dict[str, Any], tmp_path: Path
 ) -> None:
     config = write(toy, tmp_path / "rows", group_by_length=True)
-    rows = check_run(["--config", config], 1, 0).rows
+    rows = CheckedRun(["--config", config], 1, 0).rows
     lengths = [len(rows[i]["tokens"]) for i in range(len(rows))]
     shares = {}
     for on in (False, True):

@@ -13,7 +13,7 @@ from torchtune.modules import TransformerDecoder
 from toy_cache import FEATURES, assert_identical, cached_config, train, trained, write
 
 from emarecipes.training import run_cache, run_lora
-from emarecipes.training.checks import check_run
+from emarecipes.training.checks import CheckedRun
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_other_batches_than_when_it_was_filled(
     defenses = toy["defenses"] | {"feature_l2": FEATURES | {"gradient_ratio_every": 0}}
     changes |= {"defenses": defenses, "gradient_accumulation_steps": 1, "batch_size": 4}
     config = write(toy, tmp_path / "a", **changes)
-    rows = check_run(["--config", config], 1, 0).rows
+    rows = CheckedRun(["--config", config], 1, 0).rows
     first, second = (rows.steps(4, seed=7, epoch=epoch, shuffle=True) for epoch in (0, 1))
     assert len(first) == 4 and not set(map(frozenset, first)) & set(map(frozenset, second))
     uncached, _ = train(toy, tmp_path / "a", **changes)
@@ -242,7 +242,7 @@ def test_the_rows_that_an_epoch_leaves_out_are_stored_too(
         gradient_accumulation_steps=1,
         shuffle=True,
     )
-    rows = check_run(["--config", config, "batch_size=5"], 1, 0).rows
+    rows = CheckedRun(["--config", config, "batch_size=5"], 1, 0).rows
     steps = rows.covering_steps(5, seed=7, shuffle=True)
     assert steps[:2] == rows.steps(5, seed=7, epoch=0, shuffle=True)
     assert [len(step) for step in steps] == [5, 5, 5]

@@ -16,10 +16,11 @@ from toy_cache import COMPONENT, cached_config, write
 
 from emarecipes.defenses import Defense
 from emarecipes.errors import UserError
+from emarecipes.models.batch import Batch, make_batch
 from emarecipes.training import run_cache, run_lora
-from emarecipes.training.batch import Batch, make_batch
-from emarecipes.training.checks import check_run
-from emarecipes.training.reference_cache import ReferenceCache, open_cache
+from emarecipes.training.checks import CheckedRun
+from emarecipes.training.reference_cache import ReferenceCache
+from emarecipes.training.reference_cache_open import open_cache
 from emarecipes.training.row_store import Layout, open_store
 
 
@@ -31,7 +32,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> dict[str, 
 def folders(toy: dict[str, Any], tmp_path: Path, **changes: Any) -> set[str]:
     """The caches that exist after opening one for a config."""
     config = write(toy, tmp_path / "key", reference_cache=str(tmp_path / "cache"), **changes)
-    cache = open_cache(check_run(["--config", config], 1, 0), quiet=True)
+    cache = open_cache(CheckedRun(["--config", config], 1, 0), quiet=True)
     assert cache is not None
     cache.store.close()
     return {path.name for path in (tmp_path / "cache").iterdir()}

@@ -191,7 +191,8 @@ def test_no_room_for_it_is_one_clear_line(tmp_path: Path) -> None:
     message = str(error.value)
     assert message.startswith("config.yaml:3: reference_cache: the cache needs 9.01e+06 GB in ")
     assert "bf16, or leave the key out" in message
-    assert [path.name for path in (tmp_path / "s").iterdir()] == ["lock"]
+    # Before release 4, filelock deletes its file.
+    assert {path.name for path in (tmp_path / "s").iterdir()} <= {"lock"}
 
 
 def test_a_small_full_disk(tmp_path: Path) -> None:
@@ -210,7 +211,7 @@ def test_a_small_full_disk(tmp_path: Path) -> None:
             store("large", 70_000 // 4)
         except UserError as error:
             print(error)
-        print(sorted(p.name for p in (disk / "large").iterdir()))
+        print(sorted(p.name for p in (disk / "large").iterdir() if p.name != "lock"))
         small = store("small", 32_000 // 4)
         small.write(0, torch.ones(32_000 // 4, 1))
         print(bool((small.read(0) == 1).all()))
@@ -226,7 +227,7 @@ def test_a_small_full_disk(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].startswith("here: the cache needs 70 kB in ")
-    assert lines[1:] == ["['lock']", "True"]
+    assert lines[1:] == ["[]", "True"]
 
 
 def test_sizes_in_words() -> None:

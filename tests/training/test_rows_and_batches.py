@@ -14,7 +14,7 @@ from toy_models import toy_model
 from emarecipes.datasets.defended_tokenizer import DefendedTokenizer
 from emarecipes.datasets.rows import Rows, micro_batch_rows
 from emarecipes.defenses import Defense
-from emarecipes.training.batch import make_batch
+from emarecipes.models.batch import make_batch
 from emarecipes.training.initialize import initialize_adapter
 
 

@@ -17,8 +17,8 @@ from toy_models import toy_microbatches, toy_model
 
 from emarecipes.defenses import Defense, FeatureL2, KLToReference
 from emarecipes.errors import UserError
+from emarecipes.models.batch import Batch, make_batch
 from emarecipes.training import run_lora
-from emarecipes.training.batch import Batch, make_batch
 from emarecipes.training.gradients import Gradients
 from emarecipes.training.step import TrainingLoss
 

