@@ -39,6 +39,8 @@ INPUT_PATH_KEYS = frozenset(
     }
 )
 
+_LORA_MODEL = "emarecipes.models.lora_model"
+
 _VARIABLE = re.compile(r"\$\{\s*([A-Za-z_]\w*)")
 
 
@@ -113,6 +115,7 @@ def load_config(argv: Sequence[str]) -> tuple[DictConfig, Origin]:
         if "\0" in value:
             raise UserError(f"{origin.at(key)}: must not contain the character NUL")
     _find_inputs(cfg, origin)
+    _fill_checkpointer(cfg, origin)
     return cfg, origin
 
 
@@ -127,6 +130,33 @@ def home() -> Path:
     package = Path(__file__).resolve().parent
     clone = package.parent
     return clone if (clone / "recipes" / "ema_lora.py").is_file() else package / "_shipped"
+
+
+def _fill_checkpointer(cfg: DictConfig, origin: Origin) -> None:
+    """With `lora_model`, what reads the weights follows from the model's folder.
+
+    Raises:
+        UserError: The config names another checkpointer, or no folder.
+    """
+    model = cfg.get("model")
+    if not isinstance(model, DictConfig) or model.get("_component_") != _LORA_MODEL:
+        return
+    folder = model.get("path")
+    if not isinstance(folder, str) or not folder:
+        raise UserError(f"{origin.at('model')}: lora_model needs the key path, a model's folder")
+    filled = {
+        "_component_": "emarecipes.models.families.checkpoint.FolderCheckpointer",
+        "checkpoint_dir": folder,
+        "model_type": "CONFIG_JSON",
+    }
+    given = cfg.get("checkpointer")
+    # A written config has it.
+    if given is not None and {k: v for k, v in given.items() if k != "output_dir"} != filled:
+        raise UserError(
+            f"{origin.at('checkpointer')}: leave it out: lora_model's weights are those of "
+            "model.path"
+        )
+    cfg.checkpointer = filled
 
 
 def _read_yaml(path: Path) -> tuple[str, yaml.Node, DictConfig]:

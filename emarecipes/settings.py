@@ -33,11 +33,13 @@ class ModelSettings(Keys):
     output_dir: Annotated[str, Field(min_length=1)]
     """The run's folder."""
     model: Entry
-    """Component: torchtune's builder of a decoder with LoRA."""
+    """Component: `emarecipes.models.lora_model` for any folder of a known family (docs/models.md),
+    or torchtune's builder of a decoder with LoRA."""
     tokenizer: Entry
     """Component: text to tokens, by the chat template of the model."""
     checkpointer: Entry
-    """Component, which only loads. The saved adapter refers to its Hugging Face folder."""
+    """Component, which only loads. The saved adapter refers to its Hugging Face folder. Left out
+    with `lora_model`, which knows the folder."""
     seed: Seed | None = None
     """Fixes what is drawn at random; null draws one and writes it down."""
     device: str | None = None

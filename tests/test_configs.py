@@ -50,10 +50,43 @@ def write_text(path: Path, text: str) -> Path:
 
 
 def load(path: Path) -> tuple[DictConfig, Origin]:
-    raw, origin = load_config(["--config", str(path)])
+    raw, origin = load_config(["--config", str(path), *published(path)])
     cfg = check_settings(raw, origin)
     settle_dtype(cfg, origin)
     return cfg, origin
+
+
+def published(path: Path) -> list[str]:
+    """A folder with the model's own config.json, where `lora_model` reads it."""
+    model_dir = yaml.safe_load(path.read_text()).get("model_dir", "")
+    folder = toy_run.REPO / "tests/model_configs" / Path(model_dir).name
+    return [f"model_dir={folder}"] if (folder / "config.json").is_file() else []
+
+
+# Numbers of weights as published; Gemma's are of the text: the embedding, 34 layers, the last norm.
+GEMMA3_LAYER = 2560 * (2 * 8 * 256 + 2 * 4 * 256 + 3 * 10240) + 4 * 2560 + 2 * 256
+SIZES = {
+    "qwen3_0_6b_kl": 596_049_920,
+    "qwen3_8b_kl": 8_190_735_360,
+    "llama3_2_1b_kl": 1_235_814_400,
+    "gemma3_4b_kl": 262_208 * 2560 + 34 * GEMMA3_LAYER + 2560,
+}
+
+
+@pytest.mark.parametrize("stem", SIZES)
+def test_a_folder_is_a_model(stem: str) -> None:
+    """Of the right size, by configs that differ in the model's folder alone."""
+    cfg, origin = load(toy_run.REPO / f"configs/{stem}.yaml")
+    model = model_on_meta(cfg, origin)
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    assert sum(p.numel() for p in frozen) == SIZES[stem]
+    text, first = (
+        (toy_run.REPO / f"configs/{name}.yaml").read_text().split("\n\n", 1)[1]
+        for name in (stem, "qwen3_0_6b_kl")
+    )
+    lines = zip(text.splitlines(), first.splitlines(), strict=True)
+    keys = {one.split(":")[0] for one, other in lines if one != other}
+    assert keys <= {"output_dir", "model_dir"}
 
 
 def test_the_promised_configs_are_there() -> None:

@@ -39,11 +39,12 @@ class GenerateSettings(Keys):
     served: Annotated[str, Field(min_length=1)] | None = None
     """An Inspect provider string, in place of `model`, `tokenizer` and `checkpointer`."""
     model: Entry | None = None
-    """Component: torchtune's builder of a decoder with LoRA."""
+    """Component: `emarecipes.models.lora_model` (docs/models.md), or torchtune's builder of a
+    decoder with LoRA."""
     tokenizer: Entry | None = None
     """Component."""
     checkpointer: Entry | None = None
-    """Component: where the weights are."""
+    """Component: where the weights are; left out with `lora_model`."""
     adapter: Annotated[str, Field(min_length=1)] | None = None
     """The `adapter/` of a run, never merged; null: the base alone."""
 
@@ -199,7 +200,8 @@ def _fingerprint(cfg: DictConfig) -> dict[str, str]:
     base = Path(cfg.checkpointer.checkpoint_dir)
     weights = sorted([*base.glob("*.safetensors"), *base.glob("*.bin"), base / "config.json"])
     entry: Any = OmegaConf.to_container(cfg.model)
-    model = {k: v for k, v in entry.items() if "lora" not in k}  # Only room for adapters.
+    # Without what is only room for adapters, and where the files lie that are compared below.
+    model = {k: v for k, v in entry.items() if "lora" not in k and k != "path"}
     tokenizer: Any = OmegaConf.to_container(cfg.tokenizer)
     date = tokenizer.pop("date", None)
     paths = {k: Path(v) for k, v in tokenizer.items() if isinstance(v, str) and Path(v).exists()}

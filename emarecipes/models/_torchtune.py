@@ -33,6 +33,8 @@ from emarecipes.config import Origin
 from emarecipes.errors import UserError, reason
 from emarecipes.machine import DTYPES
 from emarecipes.models._adapter_dtype import hold_adapter_in
+from emarecipes.models.families.checkpoint import FolderCheckpointer
+from emarecipes.models.families.names import CONFIG_JSON
 from emarecipes.models.weights_folder import check_stored_dtype
 
 # Nothing that a user could do about: torchtune's norm computes in float32 with scales in bf16, as
@@ -52,7 +54,7 @@ def final_norm_and_cap(model: Any) -> tuple[nn.Module, float | None]:
     """
     if isinstance(model.norm, Gemma2FinalNorm):
         return model.norm.rms_norm, float(model.norm.capping_value)
-    return model.norm, None
+    return model.norm, getattr(model, "logit_cap", None)
 
 
 @contextmanager
@@ -118,6 +120,11 @@ def checkpoint_shapes(cfg: DictConfig, where: str) -> dict[str, tuple[int, ...]]
     Raises:
         UserError: Files cannot be read, or are not of the family that `model_type` names.
     """
+    if str(cfg.checkpointer.get("model_type")) == CONFIG_JSON:
+        try:
+            return FolderCheckpointer(str(cfg.checkpointer.checkpoint_dir)).shapes()
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
     stock_load = _checkpointer.safe_torch_load
     _checkpointer.safe_torch_load = _load_on_meta
     try:

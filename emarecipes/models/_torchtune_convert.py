@@ -4,6 +4,7 @@ The converters change names, reorder the rows of query and key projections, and 
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,13 @@ from torchtune.models.qwen2._convert_weights import qwen2_tune_to_hf
 from torchtune.modules.peft import DoRALinear
 
 from emarecipes.errors import UserError
+from emarecipes.models.families import names
+from emarecipes.models.families.blocks import Decoder
+from emarecipes.models.families.known import shape_of
 
 _LLAMA_LIKE = ("GEMMA", "LLAMA2", "LLAMA3", "LLAMA3_2", "MISTRAL")
 _PHI = ("PHI3_MINI", "PHI4")
-MODEL_TYPES = tuple(sorted((*_LLAMA_LIKE, *_PHI, "GEMMA2", "QWEN2")))
+MODEL_TYPES = tuple(sorted((*_LLAMA_LIKE, *_PHI, "GEMMA2", "QWEN2", names.CONFIG_JSON)))
 
 
 def read_config(base_dir: Path, model: nn.Module) -> dict[str, Any]:
@@ -41,6 +45,11 @@ def read_config(base_dir: Path, model: nn.Module) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{base_dir}: no config.json; give the folder the base model was read from")
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if isinstance(model, Decoder):
+        stated_shape = replace(shape_of(config, str(path)), max_seq_len=model.shape.max_seq_len)
+        if stated_shape != model.shape:
+            raise UserError(f"{path}: the model was built of another config.json")
+        return config
     for attention in (m for m in model.modules() if hasattr(m, "num_kv_heads")):
         built = (attention.num_heads, attention.num_kv_heads)
         stated = (config["num_attention_heads"], config["num_key_value_heads"])
@@ -92,6 +101,8 @@ def to_hf(
     """
     if model_type not in MODEL_TYPES:
         raise UserError(f"model_type {model_type}: cannot be exported; known: {MODEL_TYPES}")
+    if model_type == names.CONFIG_JSON:
+        return names.to_hf(state, config)
     if model_type in _PHI:
         return dict(phi3_tune_to_hf(state))
     heads = config["num_attention_heads"]

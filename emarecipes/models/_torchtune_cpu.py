@@ -19,6 +19,8 @@ from torchtune.models.llama3_1 import Llama3ScaledRoPE
 from torchtune.modules import RMSNorm, RotaryPositionalEmbeddings
 from torchtune.modules.peft import LoRALinear
 
+from emarecipes.models.families.blocks import HalfRotation
+
 
 def with_fewer_passes(model: nn.Module) -> None:
     """Exchange the forward of a float32 model's plain layers, in place; the model may be sharded.
@@ -130,9 +132,48 @@ class _ScaledRotation(_ComplexRotation, Llama3ScaledRoPE):
     pass
 
 
+class _HalfRotation(HalfRotation):
+    """Turns in two passes and no copies of halves, in the backward likewise; a quarter the time."""
+
+    @staticmethod
+    def fits(module: Any) -> bool:
+        return True
+
+    def forward(self, x: Tensor, *, input_pos: Tensor | None = None) -> Tensor:
+        table = self.cache[: x.shape[1]] if input_pos is None else self.cache[input_pos]
+        turned: Tensor = _Turn.apply(x, *table.unsqueeze(-2).chunk(2, dim=-1))
+        return turned
+
+
+class _Turn(torch.autograd.Function):
+    """(x, y) to (x cos - y sin, y cos + x sin), whose transpose turns back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turned(x, cos, sin, 1.0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        cos, sin = ctx.saved_tensors
+        return _turned(gradients[0], cos, sin, -1.0), None, None
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
+    pairs = cos.shape[-1]
+    still = cos.new_ones(*cos.shape[:-1], x.shape[-1] - 2 * pairs)
+    result = x * torch.cat([cos, cos, still], dim=-1)
+    one, other = slice(pairs), slice(pairs, 2 * pairs)
+    result[..., one].addcmul_(x[..., other], sin, value=-sign)
+    result[..., other].addcmul_(x[..., one], sin, value=sign)
+    return result
+
+
 _FASTER: dict[type, Any] = {
     LoRALinear: _FusedLoRALinear,
     RMSNorm: _FusedRMSNorm,
     RotaryPositionalEmbeddings: _PlainRotation,
     Llama3ScaledRoPE: _ScaledRotation,
+    HalfRotation: _HalfRotation,
 }

@@ -16,6 +16,9 @@ from torch import nn
 from emarecipes.errors import UserError
 from emarecipes.models._torchtune import final_norm_and_cap
 from emarecipes.models._torchtune_convert import read_config
+from emarecipes.models.families.blocks import Decoder
+from emarecipes.models.families.config_json import NO_FUNCTION
+from emarecipes.models.families.names import CONFIG_JSON
 
 # Families by config.json's model_type.
 _FAMILIES = {
@@ -34,19 +37,6 @@ _COMPARED = {
     *("tie_word_embeddings", "sliding_window", "use_sliding_window", "max_window_layers"),
     *("layer_types", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"),
     *("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size"),
-}
-# Of training elsewhere, of generation, of where the file comes from.
-_NO_FUNCTION = {
-    *("architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "_name_or_path"),
-    *("return_dict", "use_cache", "chunk_size_feed_forward", "id2label", "label2id"),
-    *("problem_type", "initializer_range", "attention_dropout", "resid_pdrop", "embd_pdrop"),
-    *("max_position_embeddings", "original_max_position_embeddings", "pretraining_tp"),
-    *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id"),
-    *("tokenizer_class", "cache_implementation", "attn_implementation", "_attn_implementation"),
-    *("_attn_implementation_autoset", "is_llama_config", "transformers.js_config"),
-    *("unsloth_fixed", "unsloth_version", "task_specific_params", "finetuning_task"),
-    *("temperature", "top_k", "top_p", "typical_p", "do_sample", "repetition_penalty"),
-    *("length_penalty", "num_beams", "num_beam_groups", "num_return_sequences", "max_length"),
 }
 # Fields of other architectures, and the value with which they do nothing.
 _NEUTRAL = {
@@ -75,6 +65,13 @@ def check_agreement(base_dir: Path, model: Any, model_type: str) -> None:
     """
     config = read_config(base_dir, model)
     where = base_dir / "config.json"
+    if (model_type == CONFIG_JSON) != isinstance(model, Decoder):
+        raise UserError(
+            f"checkpointer.model_type {CONFIG_JSON} and model emarecipes.models.lora_model belong "
+            "together; with lora_model leave `checkpointer` out"
+        )
+    if model_type == CONFIG_JSON:
+        return  # Built of this file, every field of which was read or refused then.
     stated_type = str(config.get("model_type"))
     families = _FAMILIES.get(stated_type)
     if families is None:
@@ -88,7 +85,7 @@ def check_agreement(base_dir: Path, model: Any, model_type: str) -> None:
             f"{' or '.join(families)}, not {model_type}"
         )
     for key, value in config.items():
-        if not value or key in _COMPARED or key in _NO_FUNCTION or value == _NEUTRAL.get(key):
+        if not value or key in _COMPARED or key in NO_FUNCTION or value == _NEUTRAL.get(key):
             continue  # False, 0, null and empty: what the field is about is switched off.
         raise UserError(
             f"{where}: {key} is {value!r:.60}, and it is not known that the model computes the same"
@@ -105,6 +102,8 @@ def sliding_window(base_dir: Path, model: Any) -> int | None:
     Rows up to so many tokens are computed the same. None where there is none, or the model has it.
     """
     config = read_config(base_dir, model)
+    if isinstance(model, Decoder):
+        return None
     off = config.get("use_sliding_window") is False
     window = None if off else config.get("sliding_window")
     return window if window and not any(_windows(model)) else None

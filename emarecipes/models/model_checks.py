@@ -19,6 +19,7 @@ from emarecipes.machine import settle_dtype
 from emarecipes.models._torchtune import checkpoint_shapes, model_on_meta
 from emarecipes.models._torchtune_convert import MODEL_TYPES
 from emarecipes.models.config_agreement import check_agreement
+from emarecipes.models.families.names import CONFIG_JSON
 from emarecipes.models.source import ModelSource
 
 TOKENIZER = "tokenizer.json"
@@ -123,7 +124,7 @@ def check_checkpoint_files(cfg: DictConfig, origin: Origin) -> None:
         UserError: They do not, or the checkpointer is asked for what is not supported.
     """
     entry = cfg.checkpointer
-    key = "checkpointer.checkpoint_dir"
+    key = _folder_key(cfg)
     folder = Path(str(entry.get("checkpoint_dir")))
     if not folder.is_dir():
         raise UserError(
@@ -146,6 +147,12 @@ def check_checkpoint_files(cfg: DictConfig, origin: Origin) -> None:
         raise UserError(f"{origin.at('tokenizer.path')}: no such file or folder: {path}")
     if path is not None:
         _check_same_vocabulary(Path(str(path)), folder, origin)
+
+
+def _folder_key(cfg: DictConfig) -> str:
+    """The key that names the model's folder in the user's config."""
+    from_json = str(cfg.checkpointer.get("model_type")) == CONFIG_JSON
+    return "model.path" if from_json else "checkpointer.checkpoint_dir"
 
 
 def _check_same_vocabulary(path: Path, base: Path, origin: Origin) -> None:
@@ -206,7 +213,7 @@ def _check_lora(cfg: DictConfig, origin: Origin) -> None:
 
 
 def _check_checkpoint_fits(cfg: DictConfig, origin: Origin, model: nn.Module) -> None:
-    where = origin.at("checkpointer")
+    where = origin.at(_folder_key(cfg).removesuffix(".checkpoint_dir"))
     model_type = str(cfg.checkpointer.get("model_type"))
     if model_type not in MODEL_TYPES:
         raise UserError(

@@ -15,6 +15,13 @@ from emarecipes.errors import UserError
 _MAPPED_BYTES = 2**25
 # As safetensors names them. Others are of quantized weights, whose scales stand elsewhere.
 _PLAIN_DTYPES = ("F64", "F32", "F16", "BF16")
+# Models of text and images were stored under other names than transformers gives them since 4.52.
+_RENAMED = {
+    "language_model.model.": "model.language_model.",
+    "language_model.lm_head.": "lm_head.",
+    "vision_tower.": "model.vision_tower.",
+    "multi_modal_projector.": "model.multi_modal_projector.",
+}
 
 
 def check_stored_dtype(file: Path, name: str, dtype: str) -> None:
@@ -64,21 +71,26 @@ class WeightsFolder:
                 files |= dict.fromkeys(names, file.name)
         if not files:
             raise UserError(f"{path}: holds no .safetensors weights")
-        self._files = files
+        self._stored = {_today(name): name for name in files}
+        self._files = {_today(name): file for name, file in files.items()}
         self._opened: dict[str, Any] = {}
         self._bytes_read = 0
+
+    def names(self) -> list[str]:
+        """Of all tensors."""
+        return list(self._files)
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """A tensor's shape, from the file's header; None if the folder does not have it."""
         if name not in self._files:
             return None
-        part = self._open(name).get_slice(name)
+        part = self._open(name).get_slice(self._stored[name])
         check_stored_dtype(self.path / self._files[name], name, part.get_dtype())
         return tuple(part.get_shape())
 
     def read(self, name: str) -> Tensor:
         """A tensor as it is stored, on the CPU."""
-        tensor: Tensor = self._open(name).get_tensor(name)
+        tensor: Tensor = self._open(name).get_tensor(self._stored[name])
         # Pages that were read stay mapped, and count as memory, until the file is closed.
         self._bytes_read += tensor.nbytes
         if self._bytes_read > _MAPPED_BYTES:
@@ -95,6 +107,14 @@ class WeightsFolder:
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{self.path / file}: cannot be read: {error}") from None
         return self._opened[file]
+
+
+def _today(name: str) -> str:
+    """A tensor's name as transformers has it in memory."""
+    for prefix, today in _RENAMED.items():
+        if name.startswith(prefix):
+            return today + name.removeprefix(prefix)
+    return name
 
 
 class Difference:

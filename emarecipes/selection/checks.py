@@ -102,7 +102,8 @@ def _fingerprint(cfg: DictConfig, rows: Rows) -> dict[str, str]:
     assert isinstance(entry, dict)
     base = Path(cfg.checkpointer.checkpoint_dir)
     checkpointer = {k: v for k, v in entry.items() if k not in ("checkpoint_dir", "output_dir")}
-    model = OmegaConf.to_container(cfg.model)
+    model: Any = OmegaConf.to_container(cfg.model)
+    model.pop("path", None)  # `lora_model`'s folder, whose files are compared.
     weights = sorted([*base.glob("*.safetensors"), *base.glob("*.bin"), base / "config.json"])
     adapters = {
         adapter: digest(*sorted(Path(adapter).glob("adapter_*"))) for adapter in cfg.adapters

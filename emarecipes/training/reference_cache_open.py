@@ -123,6 +123,7 @@ def _weights_fingerprint(cfg: Any, quiet: bool) -> dict[str, str]:
 def _base_model(cfg: Any, meta_model: Any) -> dict[str, Any]:
     """`cfg.model` without what the adapter alone depends on."""
     entry: Any = OmegaConf.to_container(cfg.model)
+    entry.pop("path", None)  # `lora_model`'s folder, whose files are compared.
     # A quantized base is so in the adapted layers only.
     if any(is_nf4(parameter) for parameter in meta_model.parameters()):
         plain: dict[str, Any] = entry

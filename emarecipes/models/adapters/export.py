@@ -9,6 +9,7 @@ import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,14 @@ from tqdm import tqdm
 from emarecipes.errors import UserError, disk_errors
 from emarecipes.files import sync, write_json
 from emarecipes.models._torchtune_convert import read_config, to_hf
-from emarecipes.models.adapters.layout import adapter_layers, adapter_to_hf, exported_scale
+from emarecipes.models.adapters.layout import (
+    adapter_layers,
+    adapter_to_hf,
+    exported_scale,
+    target_modules,
+)
+from emarecipes.models.families.blocks import Decoder
+from emarecipes.models.families.checkpoint import image_tensors
 
 _COPIED_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
 _COPIED_STEMS = ("LICENSE", "NOTICE", "USE_POLICY")
@@ -80,7 +88,7 @@ def save_adapter(
         "use_rslora": use_rslora,
         "use_dora": use_dora,
         "lora_dropout": dropout,
-        "target_modules": sorted({name.rpartition(".")[2] for name in adapted}),
+        "target_modules": target_modules(adapted),
         "rank_pattern": {name: ranks[name] for name in fused},
         "alpha_pattern": {} if plain_scale else alphas,
         "bias": "none",
@@ -193,7 +201,10 @@ def save_merged(
             (folder / name).unlink(missing_ok=True)
             if content is not None:
                 (folder / name).write_bytes(content)
-        _write_shards(_hf_tensors(merged_state, model_type, config, dtype), folder, shard_bytes)
+        tensors = _hf_tensors(merged_state, model_type, config, dtype)
+        if isinstance(model, Decoder):
+            tensors = chain(tensors, image_tensors(base_dir, dtype))
+        _write_shards(tensors, folder, shard_bytes)
 
 
 def _hf_tensors(

@@ -7,7 +7,9 @@ put the base's.
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -232,3 +234,15 @@ def exported_scale(alpha: float, rank: int, *, plain: bool = False) -> tuple[int
         return nearest, True, stabilised / nearest
     rounded = max(1, round(alpha))
     return rounded, False, alpha / rounded
+
+
+def target_modules(adapted: Iterable[str]) -> list[str] | str:
+    """The last parts of the names, which PEFT looks for everywhere; a pattern for text alone.
+
+    The vision tower of a model of text and images has modules of the same last names.
+    """
+    prefix = "model.language_model."
+    last = sorted({name.rpartition(".")[2] for name in adapted})
+    if not all(name.startswith(prefix) for name in adapted):
+        return last
+    return rf"{re.escape(prefix)}.*\.({'|'.join(last)})"

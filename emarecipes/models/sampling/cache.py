@@ -17,12 +17,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from emarecipes.models.families.blocks import Attention
+
 
 class KeyValueCache:
     """Keys and values of one attention layer; its `attend` is the layer's forward meanwhile.
 
     Args:
-        attention: torchtune's MultiHeadAttention, or Gemma 2's own with window and soft cap.
+        attention: torchtune's MultiHeadAttention, Gemma 2's own with window and soft cap, or
+            `lora_model`'s.
         length: The largest number of positions.
     """
 
@@ -48,6 +51,9 @@ class KeyValueCache:
             input_pos: Positions in their own rows, (B, S).
         """
         a = self._attention
+        if isinstance(a, Attention):
+            query, key, value_BGSD = a.project(x, input_pos)
+            return self._output(query, key, value_BGSD, mask, x)
         query_BSHD = a.q_proj(x).unflatten(-1, (a.num_heads, a.head_dim))
         key_BSGD = a.k_proj(x).unflatten(-1, (a.num_kv_heads, a.head_dim))
         value_BSGD = a.v_proj(x).unflatten(-1, (a.num_kv_heads, a.head_dim))
@@ -57,9 +63,14 @@ class KeyValueCache:
         query, key = query_BSHD.transpose(1, 2), key_BSGD.transpose(1, 2)
         if a.q_norm is not None:
             query, key = a.q_norm(query), a.k_norm(key)
-        key, value = self._append(key, value_BSGD.transpose(1, 2))
-        output_BHSD = self._weighted(query, key, value, self._in_window(mask, x))
-        attended_BSD: Tensor = a.output_proj(output_BHSD.transpose(1, 2).flatten(2))
+        return self._output(query, key, value_BSGD.transpose(1, 2), mask, x)
+
+    def _output(
+        self, query_BHSD: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, x: Tensor
+    ) -> Tensor:
+        key, value = self._append(key, value)
+        output_BHSD = self._weighted(query_BHSD, key, value, self._in_window(mask, x))
+        attended_BSD: Tensor = self._attention.output_proj(output_BHSD.transpose(1, 2).flatten(2))
         return attended_BSD
 
     def select(self, rows: Tensor) -> None:
