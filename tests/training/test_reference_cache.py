@@ -200,7 +200,7 @@ def test_filled_ahead_over_two_processes(
 HASHING = """
 import sys
 import torch.distributed as dist
-from emarecipes.training import reference_cache, run_cache
+from emarecipes.training import reference_cache_open, run_cache
 
 def fingerprint(cfg, quiet):
     print("hashed by", dist.get_rank())
@@ -208,7 +208,7 @@ def fingerprint(cfg, quiet):
         raise OSError("a file that cannot be read")
     return {}
 
-reference_cache._weights_fingerprint = fingerprint
+reference_cache_open._weights_fingerprint = fingerprint
 sys.exit(run_cache(sys.argv[1:]))
 """
 
