@@ -19,7 +19,7 @@ PACKAGE = "emarecipes"
 # From the ground up. Rooms of one line do not import each other.
 ROOMS: Sequence[Sequence[str]] = (
     (".",),
-    ("models.chat",),
+    ("models.chat", "models.families"),
     ("models",),
     ("models.adapters", "models.prepare", "models.sampling"),
     ("checked",),

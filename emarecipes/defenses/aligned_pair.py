@@ -10,7 +10,7 @@ import torch
 from emarecipes.errors import UserError
 from emarecipes.models.adapters.layout import ModuleRows, adapter_modules
 from emarecipes.models.source import ModelSource
-from emarecipes.models.weights_folder import Difference, WeightsFolder
+from emarecipes.weights_folder import Difference, WeightsFolder
 
 
 class AlignedPair:

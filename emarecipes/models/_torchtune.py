@@ -35,7 +35,7 @@ from emarecipes.machine import DTYPES
 from emarecipes.models._adapter_dtype import hold_adapter_in
 from emarecipes.models.families.checkpoint import FolderCheckpointer
 from emarecipes.models.families.names import CONFIG_JSON
-from emarecipes.models.weights_folder import check_stored_dtype
+from emarecipes.weights_folder import check_stored_dtype
 
 # Nothing that a user could do about: torchtune's norm computes in float32 with scales in bf16, as
 # meant; and FSDP2's random start of an adapter, which is replaced by one that the seed alone sets.

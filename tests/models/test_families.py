@@ -30,7 +30,7 @@ from emarecipes.models.families.names import CONFIG_JSON
 from emarecipes.models.loss_head import LossHead
 from emarecipes.models.sampling.draw import Sampling
 from emarecipes.models.sampling.sampler import sample_answers
-from emarecipes.models.weights_folder import WeightsFolder
+from emarecipes.weights_folder import WeightsFolder
 
 # fp32; logits are of 1 to 10, and the adapters move them by 0.2 to 6.
 TOLERANCE = 2e-5

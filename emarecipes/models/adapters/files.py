@@ -17,7 +17,7 @@ from torch import Tensor
 from torchtune import utils
 
 from emarecipes.errors import UserError, first_line
-from emarecipes.models.weights_folder import check_stored_dtype
+from emarecipes.weights_folder import check_stored_dtype
 
 log = utils.get_logger("INFO")
 

@@ -38,7 +38,7 @@ from emarecipes.models.adapters.layout import (
     plain_module,
 )
 from emarecipes.models.source import ModelSource
-from emarecipes.models.weights_folder import WeightsFolder
+from emarecipes.weights_folder import WeightsFolder
 
 
 @dataclass(frozen=True)

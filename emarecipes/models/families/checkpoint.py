@@ -13,7 +13,7 @@ from torchtune import training
 from emarecipes.errors import UserError
 from emarecipes.models.families.known import VISION_PREFIXES, read_shape
 from emarecipes.models.families.names import Names
-from emarecipes.models.weights_folder import WeightsFolder
+from emarecipes.weights_folder import WeightsFolder
 
 _OUTPUT, _EMBEDDING = "output.weight", "tok_embeddings.weight"
 

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch.testing import assert_close
 
 from emarecipes.errors import UserError
-from emarecipes.models.weights_folder import Difference, WeightsFolder
+from emarecipes.weights_folder import Difference, WeightsFolder
 
 
 def write(folder: Path, dtype: torch.dtype, seed: int) -> dict[str, torch.Tensor]:
