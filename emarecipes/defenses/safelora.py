@@ -140,7 +140,7 @@ class SafeLoRA(Defense):
             }
             self._last = self.project(lora, self._modules, self._context.device, quiet=not final)
             if final:
-                write_report(self._context.output_dir / REPORT, self._last)
+                write_projection_report(self._context.output_dir / REPORT, self._last)
             for module in self._last:
                 new_state[f"{module.name}.lora_a.weight"] = module.a_RI
                 new_state[f"{module.name}.lora_b.weight"] = module.b_OR
@@ -196,7 +196,7 @@ class SafeLoRA(Defense):
         return figures | ({"cosine": sum(cosines) / len(cosines)} if cosines else {})
 
 
-def write_report(path: Path, modules: Sequence[ModuleProjection]) -> None:
+def write_projection_report(path: Path, modules: Sequence[ModuleProjection]) -> None:
     """Write one line a module: name, cosine, changed, norm before and after.
 
     That none was changed is told: the adapter is then what it was.

@@ -25,11 +25,11 @@ from emarecipes.components import build
 from emarecipes.config import Origin
 from emarecipes.defenses import SafeLoRA
 from emarecipes.defenses.projection import ModuleProjection
-from emarecipes.defenses.safelora import REPORT, write_report
+from emarecipes.defenses.safelora import REPORT, write_projection_report
 from emarecipes.errors import UserError, disk_errors
 from emarecipes.files import write_text
 from emarecipes.models.adapters.export import replacing
-from emarecipes.models.adapters.files import check_weights_format, read_config
+from emarecipes.models.adapters.files import check_weights_format, read_adapter_config
 from emarecipes.models.adapters.layout import ModuleRows
 from emarecipes.models.model_checks import check_device
 from emarecipes.provenance import environment
@@ -137,7 +137,7 @@ def _project(argv: Sequence[str]) -> None:
         shutil.copyfile(folder / "adapter_config.json", fresh / "adapter_config.json")
         with disk_errors(output / "adapter"):
             save_file(tensors, fresh / "adapter_model.safetensors", metadata={"format": "pt"})
-    write_report(output / REPORT, found)
+    write_projection_report(output / REPORT, found)
     plot(output / "safelora.png", found)
     cfg.provenance = environment()
     write_text(output / "config.yaml", OmegaConf.to_yaml(cfg))
@@ -154,7 +154,7 @@ def _read_adapter(folder: Path, origin: Origin) -> dict[str, Tensor]:
         if not (folder / name).is_file():
             raise UserError(f"{where}: {folder} has no {name}; give the adapter/ of a finished run")
     try:
-        config = read_config(folder)
+        config = read_adapter_config(folder)
         tensors = load_file(folder / "adapter_model.safetensors")
     except UserError as error:
         raise UserError(f"{where}: {error}") from None

@@ -21,7 +21,7 @@ from emarecipes.files import ended_lines, json_lines, write_json, write_text
 _PARTS = ".parts"
 
 
-class Key(NamedTuple):
+class AnswerKey(NamedTuple):
     """Which answer: what its random numbers depend on, beside the run's seed."""
 
     id: str
@@ -33,7 +33,7 @@ class Key(NamedTuple):
 class Asked:
     """One answer to be sampled."""
 
-    key: Key
+    key: AnswerKey
     question: str
     system: str | None
     category: str | None
@@ -53,7 +53,9 @@ class Asked:
         }
 
 
-def ask(questions: Sequence[Question], samples: int | None, system: str | None) -> dict[Key, Asked]:
+def all_asked(
+    questions: Sequence[Question], samples: int | None, system: str | None
+) -> dict[AnswerKey, Asked]:
     """Every answer of a suite, in the order of its file.
 
     Args:
@@ -67,7 +69,7 @@ def ask(questions: Sequence[Question], samples: int | None, system: str | None) 
         for question in questions
         for paraphrase, text in enumerate(question.paraphrases)
         for sample in range(samples or question.samples_per_paraphrase or 1)
-        for key in [Key(question.id, paraphrase, sample)]
+        for key in [AnswerKey(question.id, paraphrase, sample)]
     }  # fmt: skip
 
 
@@ -76,7 +78,7 @@ def settings_file(output_dir: Path, suite: str) -> Path:
     return output_dir / "answers" / f"{suite}.json"
 
 
-class Suite:
+class AnswerSet:
     """A question file's answers in the output folder.
 
     Args:
@@ -88,7 +90,11 @@ class Suite:
     """
 
     def __init__(
-        self, output_dir: Path, name: str, asked: dict[Key, Asked], fingerprint: dict[str, str]
+        self,
+        output_dir: Path,
+        name: str,
+        asked: dict[AnswerKey, Asked],
+        fingerprint: dict[str, str],
     ) -> None:
         self.name = name
         self.asked = asked
@@ -96,7 +102,7 @@ class Suite:
         self._fingerprint = fingerprint
         self._settings = settings_file(output_dir, name)
         self._parts = self.path.parent / _PARTS
-        self.records: dict[Key, dict[str, Any]] = {}
+        self.records: dict[AnswerKey, dict[str, Any]] = {}
 
     def check(self, origin: Origin, *, overwrite: bool) -> None:
         """Find what an earlier run has left, without changing anything.
@@ -196,12 +202,12 @@ class Suite:
         return part.stem.rpartition("@")[0] == self.name
 
 
-def _read(path: Path, where: str, again: str) -> dict[Key, dict[str, Any]]:
+def _read(path: Path, where: str, again: str) -> dict[AnswerKey, dict[str, Any]]:
     found = {}
     for number, line in enumerate(ended_lines(path), start=1):
         try:
             record = json.loads(line)
-            found[Key(record["id"], record["paraphrase"], record["sample"])] = record
+            found[AnswerKey(record["id"], record["paraphrase"], record["sample"])] = record
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{where}: {path}:{number} is no answer; {again}") from None
     return found

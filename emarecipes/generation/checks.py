@@ -16,7 +16,7 @@ from emarecipes.config import Origin, find_input
 from emarecipes.datasets.questions import load_questions
 from emarecipes.errors import UserError
 from emarecipes.fingerprint import adapter_digest, digest, sampled_digest, stored
-from emarecipes.generation.answers import Asked, Key, Suite, ask, settings_file
+from emarecipes.generation.answers import AnswerKey, AnswerSet, Asked, all_asked, settings_file
 from emarecipes.generation.served import base_urls, check_served
 from emarecipes.models.chat.dates import adapter_date, answers_dates
 from emarecipes.models.sampling.prompts import check_prompts
@@ -115,7 +115,7 @@ class CheckedGeneration(Checked):
     """
 
     settings = staticmethod(check_generate_settings)
-    suites: list[Suite]
+    suites: list[AnswerSet]
 
     def check_output(self) -> None:
         """Its folder `answers/` can be written."""
@@ -142,7 +142,7 @@ class CheckedGeneration(Checked):
         for path in map(Path, self.cfg.questions):
             questions = spread_out(load_questions(path), self.cfg.max_questions)
             samples = self.cfg.samples_per_paraphrase
-            self._asked[path.stem] = ask(questions, samples, self.cfg.system)
+            self._asked[path.stem] = all_asked(questions, samples, self.cfg.system)
         _check_greedy(self.cfg, self.origin, self._asked)
 
     def adapter_folders(self) -> Sequence[tuple[str, Path]]:
@@ -160,14 +160,16 @@ class CheckedGeneration(Checked):
         common = _fingerprint(self.cfg)
         folder = Path(self.cfg.output_dir)
         self.suites = [
-            Suite(folder, name, found, common | _digest_questions(found, prompts))
+            AnswerSet(folder, name, found, common | _digest_questions(found, prompts))
             for name, found in self._asked.items()
         ]
         for suite in self.suites:
             suite.check(self.origin, overwrite=self.cfg.overwrite)
 
 
-def _check_greedy(cfg: DictConfig, origin: Origin, asked: dict[str, dict[Key, Asked]]) -> None:
+def _check_greedy(
+    cfg: DictConfig, origin: Origin, asked: dict[str, dict[AnswerKey, Asked]]
+) -> None:
     samples = 1 + max(key.sample for suite in asked.values() for key in suite)
     if cfg.temperature == 0 and samples > 1:
         raise UserError(
@@ -225,12 +227,14 @@ def _fingerprint(cfg: DictConfig) -> dict[str, str]:
     )
 
 
-def _digest_questions(asked: dict[Key, Asked], prompts: dict[Any, list[int]]) -> dict[str, str]:
+def _digest_questions(
+    asked: dict[AnswerKey, Asked], prompts: dict[Any, list[int]]
+) -> dict[str, str]:
     """Of texts and system prompts, not of how many samples: these may become more.
 
     And of the tokens that they become: a chat template may print a date, or be edited.
     """
-    first = [replace(one, key=Key(*one.key[:2], 0)) for one in asked.values()]
+    first = [replace(one, key=AnswerKey(*one.key[:2], 0)) for one in asked.values()]
     rows = dict.fromkeys(
         (one.key, one.question, one.system, one.category, one.harmless) for one in first
     )

@@ -17,7 +17,7 @@ from torchtune import training
 from emarecipes.clock import share_today, today
 from emarecipes.command import leave_processes, report, together
 from emarecipes.errors import UserError
-from emarecipes.generation.answers import Asked, Suite
+from emarecipes.generation.answers import AnswerSet, Asked
 from emarecipes.generation.checks import CheckedGeneration
 from emarecipes.generation.served import answer_served
 from emarecipes.machine import set_threads, share_precision
@@ -87,7 +87,7 @@ def _open(run: CheckedGeneration) -> None:
         suite.open(settings | ({} if run.cfg.served is None else {"asked_on": _days(suite)}))
 
 
-def _days(suite: Suite) -> list[str]:
+def _days(suite: AnswerSet) -> list[str]:
     """On which days a served model was asked: its server renders the prompts, by its own clock."""
     days = list(dict.fromkeys([*suite.asked_on(), today()]))
     if len(days) > 1 and not suite.is_complete():
@@ -106,7 +106,7 @@ def _finish(run: CheckedGeneration) -> None:
     _print(run.suites)
 
 
-def _sample(run: CheckedGeneration, todo: list[tuple[Suite, Asked]]) -> None:
+def _sample(run: CheckedGeneration, todo: list[tuple[AnswerSet, Asked]]) -> None:
     if run.cfg.served is None:
         try:
             _sample_locally(run, todo)
@@ -119,14 +119,14 @@ def _sample(run: CheckedGeneration, todo: list[tuple[Suite, Asked]]) -> None:
     ):
         for suite in run.suites:
 
-            def done(record: dict[str, Any], suite: Suite = suite) -> None:
+            def done(record: dict[str, Any], suite: AnswerSet = suite) -> None:
                 suite.append(0, [record])
                 bar.update(1)
 
             answer_served(run.cfg, [asked for of, asked in todo if of is suite], done)
 
 
-def _sample_locally(run: CheckedGeneration, todo: list[tuple[Suite, Asked]]) -> None:
+def _sample_locally(run: CheckedGeneration, todo: list[tuple[AnswerSet, Asked]]) -> None:
     """This process's share of the batches: every n-th, so that all have long and short ones."""
     cfg, tokenizer = run.cfg, run.tokenizer
     rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -159,7 +159,7 @@ def _sample_locally(run: CheckedGeneration, todo: list[tuple[Suite, Asked]]) -> 
             stop.heed()
 
 
-def _print(suites: Sequence[Suite]) -> None:
+def _print(suites: Sequence[AnswerSet]) -> None:
     table = Table(title="Answers")
     for heading in ("suite", "answers", "cut at max_new_tokens", "empty", "tokens, mean"):
         table.add_column(heading, justify="left" if heading == "suite" else "right")

@@ -28,7 +28,7 @@ _PHI = ("PHI3_MINI", "PHI4")
 MODEL_TYPES = tuple(sorted((*_LLAMA_LIKE, *_PHI, "GEMMA2", "QWEN2", names.CONFIG_JSON)))
 
 
-def read_config(base_dir: Path, model: nn.Module) -> dict[str, Any]:
+def read_base_config(base_dir: Path, model: nn.Module) -> dict[str, Any]:
     """Read the base model's ``config.json`` and check that it describes `model`.
 
     torchtune's loader orders the rows of query and key projections by the number of heads in this

@@ -15,7 +15,7 @@ from torch import nn
 
 from emarecipes.errors import UserError
 from emarecipes.models._torchtune import final_norm_and_cap
-from emarecipes.models._torchtune_convert import read_config
+from emarecipes.models._torchtune_convert import read_base_config
 from emarecipes.models.families.blocks import Decoder
 from emarecipes.models.families.config_json import NO_FUNCTION
 from emarecipes.models.families.names import CONFIG_JSON
@@ -63,7 +63,7 @@ def check_agreement(base_dir: Path, model: Any, model_type: str) -> None:
     Raises:
         UserError: They differ, or a field is not known.
     """
-    config = read_config(base_dir, model)
+    config = read_base_config(base_dir, model)
     where = base_dir / "config.json"
     if (model_type == CONFIG_JSON) != isinstance(model, Decoder):
         raise UserError(
@@ -101,7 +101,7 @@ def sliding_window(base_dir: Path, model: Any) -> int | None:
 
     Rows up to so many tokens are computed the same. None where there is none, or the model has it.
     """
-    config = read_config(base_dir, model)
+    config = read_base_config(base_dir, model)
     if isinstance(model, Decoder):
         return None
     off = config.get("use_sliding_window") is False

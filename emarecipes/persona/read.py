@@ -36,7 +36,7 @@ class Reading:
 
 
 @torch.no_grad()
-def read_answers(
+def read_activations(
     head: LossHead,
     prompts: Sequence[Sequence[int]],
     answers: Sequence[Sequence[int]],

@@ -21,7 +21,7 @@ from emarecipes.models.sampling.prompts import encode_prompt
 from emarecipes.models.sampling.sampler import sample_answers
 from emarecipes.persona.checks import CheckedExtraction
 from emarecipes.persona.judged import Grades, grade_answers
-from emarecipes.persona.read import read_answers
+from emarecipes.persona.read import read_activations
 from emarecipes.persona.report import LayerFigures, Result, print_result, write_result
 from emarecipes.persona.vectors import (
     kept,
@@ -161,7 +161,7 @@ def _read(run: CheckedExtraction, head: LossHead, answers: list[Answer]) -> Acti
 
     def read(chosen: list[Answer], prompts: list[list[int]], label: str) -> Any:
         tokens = [answer.tokens for answer in chosen]
-        return read_answers(head, prompts, tokens, batch_size=run.cfg.batch_size, label=label)
+        return read_activations(head, prompts, tokens, batch_size=run.cfg.batch_size, label=label)
 
     own = read(answers, [_prompt(run, a, a.side) for a in answers], "own prompt")
     opposite_prompts = [_prompt(run, a, _OPPOSITE[a.side]) for a in answers]

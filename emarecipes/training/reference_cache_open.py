@@ -25,7 +25,7 @@ from emarecipes.training.reference_cache import (
     reference_layers,
     reference_positions,
 )
-from emarecipes.training.row_store import Layout, open_store
+from emarecipes.training.row_store import StoreLayout, open_store
 
 log = utils.get_logger("INFO")
 
@@ -64,7 +64,7 @@ def open_cache(run: CheckedRun, *, quiet: bool) -> ReferenceCache | None:
     cfg = run.cfg
     key, vectors_N = on_first_process(lambda: _describe(run, defenses, quiet))
     width, stored_as = run.meta_model.tok_embeddings.embedding_dim, DTYPES[key["stored_as"]]
-    layout = Layout(vectors_N, width, stored_as)
+    layout = StoreLayout(vectors_N, width, stored_as)
     name = digest(key)[:16]
     folder = Path(cfg.reference_cache) / name
     where = run.origin.at("reference_cache")

@@ -34,7 +34,7 @@ _IS_MARK = 1 << 32  # Above the 32 bits of the checksum: no mark is zero.
 
 
 @dataclass(frozen=True)
-class Layout:
+class StoreLayout:
     """Where each row's vectors lie.
 
     Attributes:
@@ -69,7 +69,7 @@ class RowStore:
     `states.bin`, the vectors; `marks.bin`, 8 bytes a row.
     """
 
-    def __init__(self, folder: Path, layout: Layout, flags: int = os.O_RDWR) -> None:
+    def __init__(self, folder: Path, layout: StoreLayout, flags: int = os.O_RDWR) -> None:
         self.folder = folder
         self.layout = layout
         # Read and written, not mapped: mapped pages would count as the process's memory.
@@ -116,7 +116,7 @@ class RowStore:
         return int((marked_N | (self.layout.vectors_N == 0)).sum())
 
 
-def open_store(folder: Path, key: Mapping[str, Any], layout: Layout, where: str) -> RowStore:
+def open_store(folder: Path, key: Mapping[str, Any], layout: StoreLayout, where: str) -> RowStore:
     """Open the store in `folder`, which is created at its full size if it is not there.
 
     One that has every row need not be writable: it may be another user's.
@@ -145,7 +145,7 @@ def open_store(folder: Path, key: Mapping[str, Any], layout: Layout, where: str)
     return store
 
 
-def _open_complete(folder: Path, layout: Layout) -> RowStore | None:
+def _open_complete(folder: Path, layout: StoreLayout) -> RowStore | None:
     """The store for reading alone; None if it lacks a row."""
     try:
         if not (folder / "key.json").exists():
@@ -159,7 +159,7 @@ def _open_complete(folder: Path, layout: Layout) -> RowStore | None:
     return None
 
 
-def _create(folder: Path, layout: Layout, where: str) -> None:
+def _create(folder: Path, layout: StoreLayout, where: str) -> None:
     states, marks = folder / "states.bin", folder / "marks.bin"
     states.unlink(missing_ok=True)  # Of a process that died before it was done.
     size, rows = layout.num_bytes, len(layout.vectors_N)

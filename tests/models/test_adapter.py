@@ -22,7 +22,7 @@ from emarecipes.defenses import ModelSource
 from emarecipes.errors import UserError
 from emarecipes.models._torchtune_convert import fix_dora_bias
 from emarecipes.models.adapters.export import save_adapter
-from emarecipes.models.adapters.files import read_config, read_tensors
+from emarecipes.models.adapters.files import read_adapter_config, read_tensors
 from emarecipes.models.adapters.read import check_adapter, load_adapter
 
 MODEL_TYPES = {
@@ -416,12 +416,12 @@ def test_an_adapter_whose_start_was_taken_out_of_the_base(tmp_path: Path, init: 
     model.peft_config["default"].init_lora_weights = init
     model.save_pretrained(tmp_path / "plain")
     with pytest.raises(UserError, match=f"init_lora_weights '{init}' changes the base's weights"):
-        read_config(tmp_path / "plain")
+        read_adapter_config(tmp_path / "plain")
     layer = next(iter(read_tensors(tmp_path / "plain").values()))
     assert float((layer["b"] @ layer["a"]).abs().max()) > 0.01  # Added to W, it would be wrong.
     model.save_pretrained(
         tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "start")
     )
-    assert read_config(tmp_path / "converted")["r"] == 8
+    assert read_adapter_config(tmp_path / "converted")["r"] == 8
     for layer in read_tensors(tmp_path / "converted").values():
         torch.testing.assert_close(layer["b"] @ layer["a"], torch.zeros(64, 64))

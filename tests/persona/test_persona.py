@@ -9,7 +9,7 @@ from toy_models import VOCAB_SIZE, toy_model
 from emarecipes.models.loss_head import LossHead
 from emarecipes.models.sampling.draw import Sampling, derived_seed
 from emarecipes.models.sampling.sampler import sample_answers
-from emarecipes.persona.read import read_answers
+from emarecipes.persona.read import read_activations
 from emarecipes.persona.vectors import (
     auc,
     kept,
@@ -132,7 +132,7 @@ def test_reading_and_vectors_against_hooks_in_float64(family: str) -> None:
     prompts, answers = ragged(8, 3, 20), ragged(8, 1, 14, seed=1)
     model = model_of(family)
     head = LossHead(model, chunk_elements=3 * VOCAB_SIZE)
-    reading = read_answers(head, prompts, answers, batch_size=3, label="")
+    reading = read_activations(head, prompts, answers, batch_size=3, label="")
     assert head.model.unembed is head
 
     slow = model_of(family).double()

@@ -21,7 +21,7 @@ from emarecipes.training import run_cache, run_lora
 from emarecipes.training.checks import CheckedRun
 from emarecipes.training.reference_cache import ReferenceCache
 from emarecipes.training.reference_cache_open import open_cache
-from emarecipes.training.row_store import Layout, open_store
+from emarecipes.training.row_store import StoreLayout, open_store
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ class LongestRow(Defense):
 def test_positions_that_depend_on_other_rows_are_refused(tmp_path: Path) -> None:
     samples = [{"tokens": [1, 2, 3], "labels": [1, 2, 3]}, {"tokens": [1, 2], "labels": [1, 2]}]
     batch = make_batch(samples, [0, 1], padded_collate_sft, pad_id=0)
-    layout = Layout(np.array([2, 1]), width=4, dtype=torch.float32)
+    layout = StoreLayout(np.array([2, 1]), width=4, dtype=torch.float32)
     cache = ReferenceCache(open_store(tmp_path, {}, layout, ""), [LongestRow()], torch.float32)
     with pytest.raises(UserError, match="other positions of row 1 than when the row stands alone"):
         cache.states(batch, batch.labelled_BS, lambda: pytest.fail("no forward is needed"))

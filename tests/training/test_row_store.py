@@ -17,14 +17,14 @@ import pytest
 import torch
 
 from emarecipes.errors import UserError
-from emarecipes.training.row_store import Layout, RowStore, in_words, open_store
+from emarecipes.training.row_store import RowStore, StoreLayout, in_words, open_store
 
 KEY = {"weights": "abc"}
-LAYOUT = Layout(np.array([3, 0, 5, 2]), width=4, dtype=torch.float32)
+LAYOUT = StoreLayout(np.array([3, 0, 5, 2]), width=4, dtype=torch.float32)
 
 
 @contextmanager
-def opened(folder: Path, layout: Layout = LAYOUT) -> Iterator[RowStore]:
+def opened(folder: Path, layout: StoreLayout = LAYOUT) -> Iterator[RowStore]:
     store = open_store(folder, KEY, layout, "config.yaml:3: reference_cache")
     yield store
     store.close()
@@ -32,7 +32,7 @@ def opened(folder: Path, layout: Layout = LAYOUT) -> Iterator[RowStore]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_come_back_bit_for_bit_in_any_order(tmp_path: Path, dtype: torch.dtype) -> None:
-    layout = Layout(LAYOUT.vectors_N, width=4, dtype=dtype)
+    layout = StoreLayout(LAYOUT.vectors_N, width=4, dtype=dtype)
     rows = {row: torch.randn(int(n), 4).to(dtype) for row, n in enumerate(layout.vectors_N)}
     with opened(tmp_path / "a", layout) as store:
         assert [store.read(row) is None for row in range(4)] == [True, False, True, True]
@@ -100,7 +100,7 @@ def _write_often(folder: Path, value: float, times: int) -> None:
         store.write(0, torch.full((200, 512), value))
 
 
-WIDE = Layout(np.array([200]), width=512, dtype=torch.float32)
+WIDE = StoreLayout(np.array([200]), width=512, dtype=torch.float32)
 
 
 def test_two_writers_of_one_row_never_show_a_mixture(tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_one_that_lacks_a_row_must_be_writable(
 
 
 def test_no_room_for_it_is_one_clear_line(tmp_path: Path) -> None:
-    layout = Layout(np.array([2**40]), width=4096, dtype=torch.bfloat16)
+    layout = StoreLayout(np.array([2**40]), width=4096, dtype=torch.bfloat16)
     with pytest.raises(UserError) as error:
         open_store(tmp_path / "s", KEY, layout, "config.yaml:3: reference_cache")
     message = str(error.value)
@@ -202,10 +202,10 @@ def test_a_small_full_disk(tmp_path: Path) -> None:
         import numpy as np, torch
         from pathlib import Path
         from emarecipes.errors import UserError
-        from emarecipes.training.row_store import Layout, open_store
+        from emarecipes.training.row_store import StoreLayout, open_store
         disk = Path({str(tmp_path)!r})
         def store(name, numbers):
-            layout = Layout(np.array([numbers]), width=1, dtype=torch.float32)
+            layout = StoreLayout(np.array([numbers]), width=1, dtype=torch.float32)
             return open_store(disk / name, {{}}, layout, "here")
         try:
             store("large", 70_000 // 4)

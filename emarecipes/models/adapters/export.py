@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from emarecipes.errors import UserError, disk_errors
 from emarecipes.files import sync, write_json
-from emarecipes.models._torchtune_convert import read_config, to_hf
+from emarecipes.models._torchtune_convert import read_base_config, to_hf
 from emarecipes.models.adapters.layout import (
     adapter_layers,
     adapter_to_hf,
@@ -69,7 +69,7 @@ def save_adapter(
     Raises:
         UserError: if PEFT has no form for the adapter, or a folder would be lost.
     """
-    config = read_config(base_dir, model)
+    config = read_base_config(base_dir, model)
     layers = adapter_layers(adapter_state, rank)
     use_dora = any("magnitude" in layer for layer in layers.values())
     lora_alpha, use_rslora, ratio = exported_scale(alpha, rank, plain=plain_scale)
@@ -186,7 +186,7 @@ def save_merged(
     Raises:
         UserError: if the family has no converter, or a folder would be lost.
     """
-    config = read_config(base_dir, model)
+    config = read_base_config(base_dir, model)
     # An output layer of its own may have been adapted: it is stored whatever the base's file says.
     config["tie_word_embeddings"] = "output.weight" not in merged_state
     for key in {"dtype", "torch_dtype"} & set(config) or {"torch_dtype"}:

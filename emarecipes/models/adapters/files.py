@@ -50,7 +50,7 @@ Shapes = dict[str, tuple[int, ...]]
 Tensors = dict[str, Tensor]
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_adapter_config(folder: Path) -> dict[str, Any]:
     """`adapter_config.json` of a LoRA or DoRA adapter.
 
     Raises:

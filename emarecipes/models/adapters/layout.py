@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from emarecipes.errors import UserError
-from emarecipes.models._torchtune_convert import read_config, to_hf
+from emarecipes.models._torchtune_convert import read_base_config, to_hf
 
 _ADAPTER_LEAVES = ("lora_a.weight", "lora_b.weight", "magnitude")
 
@@ -100,7 +100,7 @@ def adapter_modules(model: nn.Module, model_type: str, base_dir: Path) -> dict[s
         if name.endswith("lora_a.weight")
     }
     found = {}
-    config = read_config(base_dir, model)
+    config = read_base_config(base_dir, model)
     for hf_name, parts in _hf_rows(_linear_sizes(model), model_type, config).items():
         rows = sum(len(places) for _, places, _ in parts)
         for name, places, own_rows in parts:
@@ -112,7 +112,7 @@ def adapter_modules(model: nn.Module, model_type: str, base_dir: Path) -> dict[s
 
 def linear_modules(model: nn.Module, model_type: str, base_dir: Path) -> list[str]:
     """Hugging Face's names of all linear layers of a model, adapted or not."""
-    return list(_hf_rows(_linear_sizes(model), model_type, read_config(base_dir, model)))
+    return list(_hf_rows(_linear_sizes(model), model_type, read_base_config(base_dir, model)))
 
 
 def plain_module(parameter: str) -> str:

