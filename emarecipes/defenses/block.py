@@ -45,7 +45,9 @@ class DirectionBlock(Defense):
         tensor: Its name in the file: (L + 1, D), of which row l is the direction after l layers,
             or (L + 1, K, D). Rows of 0 are left out.
         side: What is held: a rise along the directions, a fall, or both.
-        weight, samples, every_n_batches: See `Defense`.
+        weight: Factor in the loss; 0 only measures.
+        samples: Rows the term acts on, see `Defense`.
+        every_n_batches: k: compute the term in one step of every k, see `Defense`.
 
     Raises:
         UserError: An unknown option; in `check` a file, layer or width that does not fit, or no
