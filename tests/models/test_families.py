@@ -26,7 +26,7 @@ from emarecipes.models.families.blocks import attend, score_mod
 from emarecipes.models.families.build import Adapter, build_decoder
 from emarecipes.models.families.checkpoint import FolderCheckpointer
 from emarecipes.models.families.known import FAMILIES, read_shape, shape_of
-from emarecipes.models.families.names import CONFIG_JSON
+from emarecipes.models.families.names import CONFIG_JSON, Names
 from emarecipes.models.loss_head import LossHead
 from emarecipes.models.sampling.draw import Sampling
 from emarecipes.models.sampling.sampler import sample_answers
@@ -284,6 +284,23 @@ def test_weights_that_do_not_belong_are_refused(tmp_path: Path) -> None:
         shapes(**{"score.weight": torch.ones(2, 32)})
     with pytest.raises(UserError, match=r"is stored as I8, which is of quantized weights"):
         shapes(**{"model.norm.weight": torch.ones(32, dtype=torch.int8)})
+    # The output layer alone: what is missing is for the comparison with the model to tell.
+    embedding_key = "model.embed_tokens.weight"
+    state["lm_head.weight"] = state.pop(embedding_key)
+    assert shapes() == {k: v for k, v in plain.items() if k != "tok_embeddings.weight"}
+
+
+def test_a_fused_weight_of_another_form(tmp_path: Path) -> None:
+    names = Names(read_shape(write(tmp_path, "phi-3")))
+    key = "model.layers.0.self_attn.qkv_proj.weight"
+    assert {k: v.shape[0] for k, v in (names.own(key, torch.ones(64, 32)) or {}).items()} == {
+        "layers.0.attn.q_proj.weight": 32,
+        "layers.0.attn.k_proj.weight": 16,
+        "layers.0.attn.v_proj.weight": 16,
+    }
+    for wrong in (torch.ones(()), torch.ones(32, 32)):
+        with pytest.raises(UserError, match=r"qkv_proj.weight has \d+ rows, and .* sizes give 64"):
+            names.own(key, wrong)
 
 
 def test_names_of_older_folders_with_images(tmp_path: Path) -> None:
