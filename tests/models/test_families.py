@@ -203,6 +203,7 @@ def write(folder: Path, name: str, **fields: Any) -> Path:
     return folder
 
 
+LONG = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.0] * 4}
 YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}
 
 
@@ -215,6 +216,41 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}
             "model_type 'qwen3_moe' is not known; known",
         ),
         ("qwen3", {"model_type": None}, "model_type None is not known"),
+        ("qwen3", {"model_type": ["llama"]}, "model_type .* is not known"),
+        # What these compute without, in transformers.
+        ("qwen2", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5, and it is not"),
+        (
+            "llama 3",
+            {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            "rope_parameters: partial_rotary_factor is 0.5, and it is not",
+        ),
+        ("gemma 3", {"attn_logit_softcapping": 2.0}, "attn_logit_softcapping is 2.0, which"),
+        ("gemma 3", {"rope_parameters": {"rope_theta": 10.0}}, "rope_parameters is .* one entry"),
+        ("gemma 3", {"rope_scaling": {"rope_theta": 9.0}}, "rope_parameters is .* or rope_scaling"),
+        # What is no number that can be computed with.
+        ("gemma 2", {"final_logit_softcapping": float("inf")}, "must be a number above 0, not inf"),
+        ("granite", {"logits_scaling": 10**400}, "logits_scaling must be a number above 0, not 1"),
+        ("llama 3", {"intermediate_size": 10**30}, "intermediate_size must be a whole number"),
+        ("llama 3", {"num_hidden_layers": 10**8}, "num_hidden_layers is 100000000, and no model"),
+        ("phi-4-mini", {"partial_rotary_factor": [1]}, "partial_rotary_factor"),
+        ("phi-4-mini", {"original_max_position_embeddings": "x"}, "must be a whole number above 0"),
+        (
+            "phi-4-mini",
+            {"rope_parameters": LONG | {"short_factor": ["a"] * 4}},
+            "short_factor must be a number above 0",
+        ),
+        (
+            "phi-4-mini",
+            {"rope_parameters": LONG | {"short_factor": [1.0]}},
+            "short_factor must be a list of 4 numbers",
+        ),
+        (
+            "phi-4-mini",
+            {"rope_parameters": LONG | {"factor": "x"}},
+            "rope_parameters: factor must be a number above 0",
+        ),
+        ("qwen2", {"max_window_layers": "1"}, "max_window_layers is '1', and a whole number"),
+        ("gemma", {"hidden_activation": ["gelu"]}, "hidden_activation is .*, and Gemma's is"),
         ("qwen3", {"rope_parameters": YARN}, "rope_parameters: its type 'yarn' is not known"),
         ("llama 3", {"rope_scaling": YARN}, "rope_scaling: its type 'yarn' is not known"),
         (
