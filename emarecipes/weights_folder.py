@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from emarecipes.errors import UserError
+from emarecipes.errors import UserError, first_line
 
 _MAPPED_BYTES = 2**25
 # As safetensors names them. Others are of quantized weights, whose scales stand elsewhere.
@@ -53,7 +53,7 @@ class WeightsFolder:
             raise UserError(f"no such folder: {path}")
         index = path / "model.safetensors.index.json"
         if index.is_file():
-            files: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            files = _read_index(index)
         else:
             files = {}
             for file in sorted(path.glob("*.safetensors")):
@@ -84,7 +84,13 @@ class WeightsFolder:
         """A tensor's shape, from the file's header; None if the folder does not have it."""
         if name not in self._files:
             return None
-        part = self._open(name).get_slice(self._stored[name])
+        try:
+            part = self._open(name).get_slice(self._stored[name])
+        except SafetensorError:
+            raise UserError(
+                f"{self.path / self._files[name]}: has no {self._stored[name]}, which the index "
+                "says is there; get the model's files again"
+            ) from None
         check_stored_dtype(self.path / self._files[name], name, part.get_dtype())
         return tuple(part.get_shape())
 
@@ -107,6 +113,22 @@ class WeightsFolder:
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{self.path / file}: cannot be read: {error}") from None
         return self._opened[file]
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Files' names by tensor.
+
+    Raises:
+        UserError: It is no index.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read: {first_line(error)}") from None
+    files = found.get("weight_map") if isinstance(found, dict) else None
+    if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+        raise UserError(f"{path}: weight_map must give the name of a file for each tensor")
+    return files
 
 
 def _today(name: str) -> str:

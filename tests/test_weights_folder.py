@@ -1,6 +1,8 @@
 """Differences of two folders' tensors: float32, whatever they are stored in."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -54,3 +56,30 @@ def test_quantized_weights_are_refused(tmp_path: Path, dtype: torch.dtype, name:
     write(tmp_path / "model", dtype, 0)
     with pytest.raises(UserError, match=f"small is stored as {name}, which is of quantized"):
         WeightsFolder(tmp_path / "model").shape("small")
+
+
+@pytest.mark.parametrize(
+    ("index", "reason"),
+    [
+        ("{", "index.json: cannot be read: Expecting property name"),
+        ("{}", "index.json: weight_map must give the name of a file for each tensor"),
+        ("[]", "index.json: weight_map must give"),
+        ('{"weight_map": {"small": 1}}', "index.json: weight_map must give"),
+    ],
+)
+def test_an_index_that_is_none(tmp_path: Path, index: str, reason: str) -> None:
+    write(tmp_path / "model", torch.float32, 0)
+    (tmp_path / "model/model.safetensors.index.json").write_text(index)
+    with pytest.raises(UserError, match=reason):
+        WeightsFolder(tmp_path / "model")
+
+
+def test_an_index_that_lies(tmp_path: Path) -> None:
+    tensors: dict[str, Any] = write(tmp_path / "model", torch.float32, 0)
+    files = dict.fromkeys([*tensors, "more"], "model.safetensors")
+    index = tmp_path / "model/model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": files}))
+    weights = WeightsFolder(tmp_path / "model")
+    assert weights.shape("small") == (3, 5)
+    with pytest.raises(UserError, match=r"model.safetensors: has no more, which the index says"):
+        weights.shape("more")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from emarecipes.errors import UserError
-from emarecipes.evaluation.figures import Figure, Item, make_figures
+from emarecipes.errors import UserError, first_line
+from emarecipes.evaluation.figures import Figure, Item, make_figures, plain
 from emarecipes.evaluation.suite_context import SuiteContext
 
 if TYPE_CHECKING:
@@ -215,6 +216,7 @@ def pieces(suite: Suite, found: Any, known: Collection[str]) -> list[tuple[str, 
     if not any(part.figures for part in parts):
         raise UserError(f"{where} gave no figure")
     named = []
+    seen: set[tuple[Any, ...]] = set()
     for part in parts:
         name = suite.named_part(part.part)
         named.append((name, part))
@@ -223,9 +225,17 @@ def pieces(suite: Suite, found: Any, known: Collection[str]) -> list[tuple[str, 
         for figure in part.figures:
             if reason := _wrong(figure, name, known):
                 raise UserError(f"{where}: {reason}")
+            which = (name, figure.adapter, figure.figure, figure.category, figure.judge)
+            if which in seen:
+                raise UserError(f"{where}: the figure {figure.figure} is there twice, see {which}")
+            seen.add(which)
         for line in part.lines:
             if not isinstance(line, Mapping) or "id" not in line:
                 raise UserError(f"{where}: a line needs an id, of its question")
+            try:
+                json.dumps(plain(line))
+            except (TypeError, ValueError) as error:
+                raise UserError(f"{where}: the line of {line['id']}: {first_line(error)}") from None
     return named
 
 
@@ -240,10 +250,16 @@ def _wrong(figure: Any, suite: str, known: Collection[str]) -> str:
         return f"{what} is of {figure.adapter}, which is no model here"
     if not figure.unit:
         return f"{what} has no unit, such as share or nats a token"
+    numbers = (figure.value, figure.low, figure.high)
+    if not all(isinstance(number, float | int | None) for number in numbers):
+        return f"{what} is {figure.value!r:.60}, from {figure.low!r:.60}: a float is needed"
     if figure.value is not None and not math.isfinite(figure.value):
         return f"{what} is {figure.value}; what has no value is None"
     if figure.value is not None and (figure.n < 1 or figure.questions < 1):
         return f"{what} does not say of how many values and questions it is"
     if figure.value is not None and figure.questions > 1 and None in (figure.low, figure.high):
         return f"{what} has no interval; make_figures gives one"
+    low, high = figure.low, figure.high
+    if low is not None and high is not None and not low <= high:
+        return f"{what} has an interval from {low} to {high}"
     return ""

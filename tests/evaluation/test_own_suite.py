@@ -172,6 +172,22 @@ class NotANumber(Base):
     def given(self, figure):
         return Scored([figure.__class__(**{**vars(figure), "value": float("nan")})], [])
 
+class Crossed(Base):
+    def given(self, figure):
+        return Scored([figure.__class__(**{**vars(figure), "low": 0.7})], [])
+
+class Text(Base):
+    def given(self, figure):
+        return Scored([figure.__class__(**{**vars(figure), "value": "0.5"})], [])
+
+class Twice(Base):
+    def given(self, figure):
+        return [Scored([figure], []), Scored([figure], [])]
+
+class NotJson(Base):
+    def given(self, figure):
+        return Scored([figure], [{"id": "q", "said": {1}}])
+
 class Elsewhere(Base):
     def given(self, figure):
         return Scored([figure.__class__(**{**vars(figure), "suite": "general"})], [])
@@ -263,6 +279,10 @@ def test_two_suites_do_not_share_a_name(
         ("NoUnit", "suites.mine: NoUnit.score: the figure f has no unit"),
         ("NoInterval", "suites.mine: NoInterval.score: the figure f has no interval"),
         ("NotANumber", "suites.mine: NotANumber.score: the figure f is nan"),
+        ("Crossed", "suites.mine: Crossed.score: the figure f has an interval from 0.7 to 0.6"),
+        ("Text", "suites.mine: Text.score: the figure f is '0.5', from 0.4: a float is needed"),
+        ("Twice", "suites.mine: Twice.score: the figure f is there twice"),
+        ("NotJson", "suites.mine: NotJson.score: the line of q: Object of type set is not JSON"),
         ("Elsewhere", "suites.mine: Elsewhere.score: the figure f is of the suite general, not of"),
         ("Unknown", "suites.mine: Unknown.score: the figure f is of two, which is no model here"),
         ("NoId", "suites.mine: NoId.score: a line needs an id, of its question"),

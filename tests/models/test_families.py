@@ -26,7 +26,7 @@ from emarecipes.models.families.blocks import attend, score_mod
 from emarecipes.models.families.build import Adapter, build_decoder
 from emarecipes.models.families.checkpoint import FolderCheckpointer
 from emarecipes.models.families.known import FAMILIES, read_shape, shape_of
-from emarecipes.models.families.names import CONFIG_JSON
+from emarecipes.models.families.names import CONFIG_JSON, Names
 from emarecipes.models.loss_head import LossHead
 from emarecipes.models.sampling.draw import Sampling
 from emarecipes.models.sampling.sampler import sample_answers
@@ -203,6 +203,7 @@ def write(folder: Path, name: str, **fields: Any) -> Path:
     return folder
 
 
+LONG = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.0] * 4}
 YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}
 
 
@@ -215,6 +216,41 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}
             "model_type 'qwen3_moe' is not known; known",
         ),
         ("qwen3", {"model_type": None}, "model_type None is not known"),
+        ("qwen3", {"model_type": ["llama"]}, "model_type .* is not known"),
+        # What these compute without, in transformers.
+        ("qwen2", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5, and it is not"),
+        (
+            "llama 3",
+            {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            "rope_parameters: partial_rotary_factor is 0.5, and it is not",
+        ),
+        ("gemma 3", {"attn_logit_softcapping": 2.0}, "attn_logit_softcapping is 2.0, which"),
+        ("gemma 3", {"rope_parameters": {"rope_theta": 10.0}}, "rope_parameters is .* one entry"),
+        ("gemma 3", {"rope_scaling": {"rope_theta": 9.0}}, "rope_parameters is .* or rope_scaling"),
+        # What is no number that can be computed with.
+        ("gemma 2", {"final_logit_softcapping": float("inf")}, "must be a number above 0, not inf"),
+        ("granite", {"logits_scaling": 10**400}, "logits_scaling must be a number above 0, not 1"),
+        ("llama 3", {"intermediate_size": 10**30}, "intermediate_size must be a whole number"),
+        ("llama 3", {"num_hidden_layers": 10**8}, "num_hidden_layers is 100000000, and no model"),
+        ("phi-4-mini", {"partial_rotary_factor": [1]}, "partial_rotary_factor"),
+        ("phi-4-mini", {"original_max_position_embeddings": "x"}, "must be a whole number above 0"),
+        (
+            "phi-4-mini",
+            {"rope_parameters": LONG | {"short_factor": ["a"] * 4}},
+            "short_factor must be a number above 0",
+        ),
+        (
+            "phi-4-mini",
+            {"rope_parameters": LONG | {"short_factor": [1.0]}},
+            "short_factor must be a list of 4 numbers",
+        ),
+        (
+            "phi-4-mini",
+            {"rope_parameters": LONG | {"factor": "x"}},
+            "rope_parameters: factor must be a number above 0",
+        ),
+        ("qwen2", {"max_window_layers": "1"}, "max_window_layers is '1', and a whole number"),
+        ("gemma", {"hidden_activation": ["gelu"]}, "hidden_activation is .*, and Gemma's is"),
         ("qwen3", {"rope_parameters": YARN}, "rope_parameters: its type 'yarn' is not known"),
         ("llama 3", {"rope_scaling": YARN}, "rope_scaling: its type 'yarn' is not known"),
         (
@@ -284,6 +320,23 @@ def test_weights_that_do_not_belong_are_refused(tmp_path: Path) -> None:
         shapes(**{"score.weight": torch.ones(2, 32)})
     with pytest.raises(UserError, match=r"is stored as I8, which is of quantized weights"):
         shapes(**{"model.norm.weight": torch.ones(32, dtype=torch.int8)})
+    # The output layer alone: what is missing is for the comparison with the model to tell.
+    embedding_key = "model.embed_tokens.weight"
+    state["lm_head.weight"] = state.pop(embedding_key)
+    assert shapes() == {k: v for k, v in plain.items() if k != "tok_embeddings.weight"}
+
+
+def test_a_fused_weight_of_another_form(tmp_path: Path) -> None:
+    names = Names(read_shape(write(tmp_path, "phi-3")))
+    key = "model.layers.0.self_attn.qkv_proj.weight"
+    assert {k: v.shape[0] for k, v in (names.own(key, torch.ones(64, 32)) or {}).items()} == {
+        "layers.0.attn.q_proj.weight": 32,
+        "layers.0.attn.k_proj.weight": 16,
+        "layers.0.attn.v_proj.weight": 16,
+    }
+    for wrong in (torch.ones(()), torch.ones(32, 32)):
+        with pytest.raises(UserError, match=r"qkv_proj.weight has \d+ rows, and .* sizes give 64"):
+            names.own(key, wrong)
 
 
 def test_names_of_older_folders_with_images(tmp_path: Path) -> None:

@@ -27,6 +27,10 @@ NO_FUNCTION = frozenset(
 )
 
 
+# Sizes are 64-bit numbers, and products of them.
+_LIMIT = 2**31
+
+
 class ConfigJson:
     """The fields of one model's config.json; remembers which were read.
 
@@ -54,13 +58,20 @@ class ConfigJson:
         value = self.get(key)
         if value is None and otherwise is not None:
             return otherwise
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < _LIMIT:
             self._wrong(key, "a whole number above 0", value)
         return value
 
     def number(self, key: str) -> float:
         """A number above 0."""
         return self._positive(key, self.get(key))
+
+    def numbers(self, key: str, count: int) -> tuple[float, ...]:
+        """A list of numbers above 0."""
+        value = self.get(key)
+        if not isinstance(value, list) or len(value) != count:
+            self._wrong(key, f"a list of {count} numbers", value)
+        return tuple(self._positive(key, entry) for entry in value)
 
     def cap(self, key: str) -> float | None:
         """A number above 0, or None."""
@@ -122,7 +133,9 @@ class ConfigJson:
         raise UserError(f"{self.where}: {key} is {self.get(key)!r:.60}, {why}")
 
     def _positive(self, key: str, value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        # json reads Infinity and NaN; a larger whole number is no float.
+        if not is_number or not 0 < value < float(2**1000):
             self._wrong(key, "a number above 0", value)
         return float(value)
 

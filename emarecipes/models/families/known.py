@@ -136,6 +136,8 @@ def shape_of(config: Mapping[str, Any], where: str) -> DecoderShape:
         where: The file, for messages.
     """
     kind = config.get("model_type")
+    if not isinstance(kind, str):
+        kind = None if kind is None else repr(kind)  # A list is in no mapping.
     if kind in _WITH_VISION:
         return _text_of(ConfigJson(where, config), _WITH_VISION[kind])
     if kind not in FAMILIES:

@@ -86,10 +86,9 @@ class Names:
         if module not in self._fused or leaf not in _LEAVES:
             return None
         rows = self._rows[module]
-        if tensor.shape[0] != sum(rows):
-            raise UserError(
-                f"{hf_name} has {tensor.shape[0]} rows, and config.json's sizes give {sum(rows)}"
-            )
+        found = tensor.shape[0] if tensor.dim() else 0
+        if found != sum(rows):
+            raise UserError(f"{hf_name} has {found} rows, and config.json's sizes give {sum(rows)}")
         parts = zip(self._fused[module], tensor.split(rows), strict=True)
         return {f"layers.{number}.{part}.{leaf}": piece for part, piece in parts}
 

@@ -11,6 +11,8 @@ from emarecipes.models.families.config_json import ConfigJson
 from emarecipes.models.families.rope import read_rope
 from emarecipes.models.families.shape import DecoderShape, LayerShape, Rope
 
+# Each is built before weights can be compared: a slip would take for ever.
+_MOST_LAYERS = 1000
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 
@@ -22,8 +24,10 @@ def _shape(c: ConfigJson, family: str, *, activation: str = "hidden_act") -> Dec
     kv_heads = c.size("num_key_value_heads", heads)
     if heads % kv_heads or width % heads:
         c.refuse("num_attention_heads", f"no multiple of {kv_heads} key-value heads, or of width")
+    if c.size("num_hidden_layers") > _MOST_LAYERS:
+        c.refuse("num_hidden_layers", "and no model has so many")
     longest = c.size("max_position_embeddings")
-    rope = read_rope(c, head_dim, longest)
+    rope = read_rope(c, head_dim, longest, partial=family == "phi3")
     return DecoderShape(
         family=family,
         vocabulary=c.size("vocab_size"),
@@ -64,9 +68,13 @@ def _typed_windows(c: ConfigJson, shape: DecoderShape, otherwise: list[str]) -> 
 def _qwen_windows(c: ConfigJson, shape: DecoderShape) -> DecoderShape:
     depth = len(shape.layers)
     first = c.get("max_window_layers")
+    if isinstance(first, bool) or not isinstance(first, int | None):
+        c.refuse("max_window_layers", "and a whole number is needed")
     if not c.flag("use_sliding_window") or c.get("sliding_window") is None:
         c.get("layer_types")
         return shape
+    if first is None:
+        first = depth
     return _typed_windows(c, shape, [_SLIDING if i >= first else _FULL for i in range(depth)])
 
 
@@ -113,7 +121,7 @@ def read_smollm3(c: ConfigJson) -> DecoderShape:
 def read_gemma(c: ConfigJson) -> DecoderShape:
     """Gemma 1: norms of 1 + w, scaled embeddings."""
     # Published as "gelu", and computes tanh's approximation; some files say so in another field.
-    if (c.get("hidden_activation") or "gelu_pytorch_tanh") not in _ACTIVATIONS:
+    if c.get("hidden_activation") not in (None, *_ACTIVATIONS):
         c.refuse("hidden_activation", "and Gemma's is gelu_pytorch_tanh")
     shape = _gemma_shape(c, "gemma", "hidden_act")
     if shape.activation == "silu":
@@ -154,6 +162,11 @@ def read_gemma3(c: ConfigJson) -> DecoderShape:
     if stated != c.get("sliding_window_pattern"):
         c.refuse("_sliding_window_pattern", "and sliding_window_pattern is not")
     shape = _later_gemma(c, "gemma3_text", c.size("sliding_window_pattern"))
+    if shape.attention_cap is not None:
+        c.refuse("attn_logit_softcapping", "which Gemma 3 does not compute")
+    stated = c.get("rope_parameters")
+    if stated and (c.get("rope_scaling") or "full_attention" not in stated):
+        c.refuse("rope_parameters", "and Gemma 3's are one entry a kind of layer, or rope_scaling")
     # Layers with a window have rotary positions of their own, never scaled.
     local = _gemma3_local_rope(c, shape.head_dim)
     layers = [

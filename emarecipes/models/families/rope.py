@@ -17,7 +17,7 @@ from emarecipes.models.families.shape import Rope
 _KINDS = ("default", "linear", "llama3", "longrope")
 
 
-def read_rope(c: ConfigJson, head_dim: int, longest: int) -> Rope:
+def read_rope(c: ConfigJson, head_dim: int, longest: int, *, partial: bool = False) -> Rope:
     """The rotary positions that `rope_theta`, `rope_scaling` and `rope_parameters` describe.
 
     Newer files have all in `rope_parameters`; Gemma 3's has one entry there a kind of layer, of
@@ -27,6 +27,8 @@ def read_rope(c: ConfigJson, head_dim: int, longest: int) -> Rope:
         c: The model's config.json.
         head_dim: Size of a head.
         longest: max_position_embeddings.
+        partial: Whether the family turns a part of each head where the file says so. Others do
+            not heed it in transformers 5, and fail on it in earlier ones.
 
     Raises:
         UserError: A scaling that is not known, or a field of it.
@@ -41,41 +43,41 @@ def read_rope(c: ConfigJson, head_dim: int, longest: int) -> Rope:
     part.get("type")
     if kind == "su":  # LongRoPE's name in the first Phi-3.
         kind = "longrope"
-    if kind not in _KINDS:
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise UserError(f"{part.where}: its type {kind!r:.60} is not known: {', '.join(_KINDS)}")
     in_part = part.get("rope_theta") is not None
     base = part.number("rope_theta") if in_part else c.number("rope_theta")
-    share = part.get("partial_rotary_factor") or c.get("partial_rotary_factor") or 1.0
+    share = 1.0
+    if partial:
+        share = part.cap("partial_rotary_factor") or c.cap("partial_rotary_factor") or 1.0
     rope = Rope(int(head_dim * share), base)
     if rope.dim < 2 or rope.dim % 2 or rope.dim > head_dim:
         key = "partial_rotary_factor" if share != 1.0 else "head_dim"
         c.refuse(key, f"so that {rope.dim} of a head's {head_dim} numbers turn: not pairs of them")
-    original = c.get("original_max_position_embeddings") or part.get(
-        "original_max_position_embeddings"
-    )
+    key = "original_max_position_embeddings"
+    original = (c if c.get(key) else part).size(key, longest)
+    part.get(key)
     if kind == "linear":
         rope = Rope(rope.dim, base, linear=part.number("factor"))
     elif kind == "llama3":
         keys = ("factor", "low_freq_factor", "high_freq_factor")
         factor, low, high = (part.number(key) for key in keys)
-        rope = Rope(rope.dim, base, llama3=(factor, low, high, float(original or longest)))
+        rope = Rope(rope.dim, base, llama3=(factor, low, high, float(original)))
     elif kind == "longrope":
-        rope = _longrope(part, rope, original or longest, longest)
-    part.check_all_read()
+        rope = _longrope(part, rope, original, longest)
+    part.check_all_read({"partial_rotary_factor": 1.0})
     return rope
 
 
 def _longrope(part: ConfigJson, rope: Rope, original: int, longest: int) -> Rope:
-    short = part.get("short_factor")
-    if not isinstance(short, list) or len(short) != rope.dim // 2:
-        raise UserError(f"{part.where}: short_factor must be a list of {rope.dim // 2} numbers")
+    short = part.numbers("short_factor", rope.dim // 2)
     part.get("long_factor")
-    factor = part.get("factor") or longest / original
-    magnitude = part.get("attention_factor")
+    factor = part.cap("factor") or longest / original
+    magnitude = part.cap("attention_factor")
     if magnitude is None:
-        grown = factor > 1.0
+        grown = factor > 1.0 and original > 1
         magnitude = math.sqrt(1 + math.log(factor) / math.log(original)) if grown else 1.0
-    return Rope(rope.dim, rope.base, short_factor=tuple(short), magnitude=float(magnitude))
+    return Rope(rope.dim, rope.base, short_factor=short, magnitude=magnitude)
 
 
 def frequencies(rope: Rope) -> Tensor:
