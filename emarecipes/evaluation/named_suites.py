@@ -91,6 +91,11 @@ def _own_suite(cfg: DictConfig, name: str, origin: Origin) -> Suite:
             f"{origin.at(f'{key}._component_')}: {component.__name__} is not a subclass of "
             "emarecipes.evaluation.Suite"
         )
+    if component.kind:
+        raise UserError(
+            f"{origin.at(f'{key}._component_')}: {component.__name__} has a `kind`; leave it out: "
+            "it is the word of ours, and yours is found by its address"
+        )
     check_components(OmegaConf.create({"suites": {name: cfg.suites[name]}}), origin)
     suite = build(cfg, key, origin)
     suite.name, suite.key = name, key

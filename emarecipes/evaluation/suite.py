@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -209,9 +210,10 @@ def pieces(suite: Suite, found: Any, known: Collection[str]) -> list[tuple[str, 
             of another suite or model, or without its unit, number or interval; a line without id.
     """
     where = f"{suite.key}: {type(suite).__name__}.score"
-    parts = [found] if isinstance(found, Scored) else list(found or ())
+    several = found if isinstance(found, Iterable) else ()
+    parts = [found] if isinstance(found, Scored) else list(several)
     if not parts or not all(isinstance(part, Scored) for part in parts):
-        said = "nothing" if not parts else type(found).__name__
+        said = "nothing" if found is None or several is found else type(found).__name__
         raise UserError(f"{where} gave {said}; it gives Scored(figures, lines, description)")
     if not any(part.figures for part in parts):
         raise UserError(f"{where} gave no figure")
@@ -222,6 +224,8 @@ def pieces(suite: Suite, found: Any, known: Collection[str]) -> list[tuple[str, 
         named.append((name, part))
         if suite.kind:
             continue
+        if part.part is not None and not re.fullmatch(r"[\w.-]+", str(part.part)):
+            raise UserError(f"{where}: a part's name is letters, digits, _, . and -")
         for figure in part.figures:
             if reason := _wrong(figure, name, known):
                 raise UserError(f"{where}: {reason}")
@@ -255,6 +259,10 @@ def _wrong(figure: Any, suite: str, known: Collection[str]) -> str:
         return f"{what} is {figure.value!r:.60}, from {figure.low!r:.60}: a float is needed"
     if figure.value is not None and not math.isfinite(figure.value):
         return f"{what} is {figure.value}; what has no value is None"
+    if figure.unit == "share" and not all(0 <= x <= 1 for x in numbers if x is not None):
+        return f"{what} is {figure.value:g} [{figure.low}, {figure.high}]; a share is from 0 to 1"
+    if not all(isinstance(count, int) for count in (figure.n, figure.questions)):
+        return f"{what} is of {figure.n!r} values and {figure.questions!r} questions: no numbers"
     if figure.value is not None and (figure.n < 1 or figure.questions < 1):
         return f"{what} does not say of how many values and questions it is"
     if figure.value is not None and figure.questions > 1 and None in (figure.low, figure.high):

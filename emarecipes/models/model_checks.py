@@ -218,7 +218,7 @@ def _check_checkpoint_fits(cfg: DictConfig, origin: Origin, model: nn.Module) ->
     if model_type not in MODEL_TYPES:
         raise UserError(
             f"{origin.at('checkpointer.model_type')}: no adapter can be saved for {model_type}; "
-            f"known: {', '.join(MODEL_TYPES)}"
+            f"known: {', '.join(known for known in MODEL_TYPES if known != CONFIG_JSON)}"
         )
     found = checkpoint_shapes(cfg, where)
     expected = {

@@ -188,6 +188,26 @@ class NotJson(Base):
     def given(self, figure):
         return Scored([figure], [{"id": "q", "said": {1}}])
 
+class Whole(Base):
+    def given(self, figure):
+        return 7
+
+class Beyond(Base):
+    def given(self, figure):
+        return Scored([figure.__class__(**{**vars(figure), "value": 2.0, "high": 2.0})], [])
+
+class Counted(Base):
+    def given(self, figure):
+        return Scored([figure.__class__(**{**vars(figure), "n": "2"})], [])
+
+class Outside(Base):
+    def given(self, figure):
+        inside = figure.__class__(**{**vars(figure), "suite": "mine_../x"})
+        return Scored([inside], [], part="../x")
+
+class OfOurs(Base):
+    kind = "probe"
+
 class Elsewhere(Base):
     def given(self, figure):
         return Scored([figure.__class__(**{**vars(figure), "suite": "general"})], [])
@@ -229,6 +249,7 @@ class OfAnswers(Base):
             "suites.mine: Can't instantiate abstract class",
         ),
         ({"_component_": "broken.Refuses"}, "suites.mine: no such claims"),
+        ({"_component_": "broken.OfOurs"}, "OfOurs has a `kind`; leave it out"),
         (
             {"_component_": "broken.OfAnswers"},
             "suites.mine: is of sampled answers; name fold",
@@ -283,6 +304,10 @@ def test_two_suites_do_not_share_a_name(
         ("Text", "suites.mine: Text.score: the figure f is '0.5', from 0.4: a float is needed"),
         ("Twice", "suites.mine: Twice.score: the figure f is there twice"),
         ("NotJson", "suites.mine: NotJson.score: the line of q: Object of type set is not JSON"),
+        ("Whole", "suites.mine: Whole.score gave int; it gives Scored(figures, lines"),
+        ("Beyond", "suites.mine: Beyond.score: the figure f is 2 [0.4, 2.0]; a share is from 0"),
+        ("Counted", "suites.mine: Counted.score: the figure f is of '2' values and 2 questions"),
+        ("Outside", "suites.mine: Outside.score: a part's name is letters"),
         ("Elsewhere", "suites.mine: Elsewhere.score: the figure f is of the suite general, not of"),
         ("Unknown", "suites.mine: Unknown.score: the figure f is of two, which is no model here"),
         ("NoId", "suites.mine: NoId.score: a line needs an id, of its question"),
