@@ -69,7 +69,7 @@ def test_a_writer_killed_within_a_row_leaves_the_rows_before(tmp_path: Path) -> 
         import numpy as np, torch
         from pathlib import Path
         from emarecipes.training import row_store
-        layout = row_store.Layout(np.array([3, 0, 5, 2]), width=4, dtype=torch.float32)
+        layout = row_store.StoreLayout(np.array([3, 0, 5, 2]), width=4, dtype=torch.float32)
         store = row_store.open_store(Path({str(tmp_path / "s")!r}), {{}}, layout, "")
         store.write(0, torch.full((3, 4), 7.0))
         whole = row_store._write
