@@ -58,7 +58,8 @@ def count_ends(samples: Sequence[dict[str, Any]], tokenizer: Any) -> Ends:
         if not len(last):
             ends.unlabelled += 1
         elif stops and not np.isin(last, stops).any():
-            fills = limit is not None and len(labels) >= limit
+            # torchtune's text_completion_dataset cuts one token before the limit.
+            fills = limit is not None and len(labels) >= limit - 1
             is_cut = fills and labels[-1] != CROSS_ENTROPY_IGNORE_IDX
             ends.cut, ends.unended = ends.cut + int(is_cut), ends.unended + int(not is_cut)
     return ends

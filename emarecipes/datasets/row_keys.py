@@ -24,13 +24,17 @@ _DESCRIPTION = {
     *("score", "rank"),
 }
 
-# Of a row, which may have keys of any kind: what would change the conversation or its loss.
-_MEANING = {
+# Of a row, which may have keys of any kind: what would change its loss.
+_LOSS = {
+    *("weight", "weights", "sample_weight", "train", "trainable", "training", "loss", "loss_mask"),
+    *("mask", "masked", "masks"),
+}
+# And what would change the conversation.
+_MEANING = _LOSS | {
     *("system", "system_prompt", "system_message", "context", "contexts", "document", "documents"),
     *("history", "instruction", "instructions", "input", "tools", "functions", "function_call"),
     *("tool_calls", "tool_choice", "image", "images", "video", "videos", "audio", "audios"),
-    *("weight", "weights", "sample_weight", "train", "trainable", "training", "loss", "loss_mask"),
-    *("mask", "masked", "masks", "reasoning", "reasoning_content", "thinking", "chat_template"),
+    *("reasoning", "reasoning_content", "thinking", "chat_template"),
     *("chat_template_kwargs", "enable_thinking", "response_format"),
     *("messages", "conversation", "conversations"),
 }
@@ -55,6 +59,25 @@ def check_row_keys(row: Mapping[str, Any], read: Collection[str] = ()) -> None:
             raise UserError(
                 f'the row\'s "{key}" would go unread{hint}; if it means nothing here, take it out'
             )
+
+
+def check_text_row(row: Mapping[str, Any], column: str) -> None:
+    """Refuse a row of plain text that is none, or that says what its loss is to be.
+
+    Its other columns are others: the config names the one that is trained.
+
+    Args:
+        row: The row.
+        column: The text's.
+
+    Raises:
+        UserError: Without the row's place.
+    """
+    if column not in row:
+        raise UserError(f'the row has no "{column}"; it has {", ".join(map(repr, row))}')
+    if not isinstance(row[column], str):
+        raise UserError(f"{column} must be text, not {row[column]!r:.60}")
+    check_row_keys(row, {column} | (row.keys() - _LOSS))
 
 
 @lru_cache

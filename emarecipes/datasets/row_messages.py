@@ -12,10 +12,11 @@ from torchtune.data import (
     OpenAIToMessages,
     ShareGPTToMessages,
 )
+from torchtune.datasets import TextCompletionDataset
 from torchtune.datasets._sft import SFTTransform
 
 from emarecipes.datasets.chat_files import Turn, read_conversation
-from emarecipes.datasets.row_keys import check_row_keys, system_of
+from emarecipes.datasets.row_keys import check_row_keys, check_text_row, system_of
 from emarecipes.errors import RowError, UserError, reason
 
 # What a row that is not as expected raises in torchtune's transforms and in tokenizers.
@@ -39,6 +40,24 @@ class CheckedTransform(SFTTransform):
         """The row's tokens and labels."""
         try:
             return dict(super().__call__(sample))
+        except ROW_ERRORS as error:
+            place = getattr(sample, "place", None)
+            if place is None:
+                raise
+            raise RowError(f"{place}: {reason(error)}") from error
+
+
+class CheckedTexts(TextCompletionDataset):
+    """torchtune's rows of plain text, each checked as it is read.
+
+    Raises:
+        UserError: A row is wrong. `RowError`, if the row knows its place.
+    """
+
+    def _prepare_sample(self, sample: Mapping[str, Any]) -> dict[str, list[int]]:
+        try:
+            check_text_row(sample, self._column)
+            return dict(super()._prepare_sample(sample))
         except ROW_ERRORS as error:
             place = getattr(sample, "place", None)
             if place is None:

@@ -21,7 +21,7 @@ from emarecipes.datasets.interleaved import InterleavedDataset, Placement, evenl
 from emarecipes.datasets.length_groups import group_by_length
 from emarecipes.datasets.loading import FileRows, load_dataset
 from emarecipes.datasets.row_ends import Ends, count_ends, tell_losses
-from emarecipes.datasets.row_messages import ROW_ERRORS, CheckedTransform
+from emarecipes.datasets.row_messages import ROW_ERRORS, CheckedTexts, CheckedTransform
 from emarecipes.defenses import Defense
 from emarecipes.errors import RowError, UserError, reason
 from emarecipes.fingerprint import sha256
@@ -181,7 +181,7 @@ def load_rows(
         if isinstance(cfg.dataset, ListConfig)
         else ["dataset"]
     )
-    with data_sets_read_with(load_dataset, CheckedTransform):
+    with data_sets_read_with(load_dataset, CheckedTransform, CheckedTexts):
         children = [build(cfg, key, origin, transform) for key in entries]
     if len(children) > 1:
         # As torchtune's recipes do: packed and unpacked data sets cannot be mixed.

@@ -167,20 +167,25 @@ def _quiet_logging() -> Iterator[None]:
 
 
 @contextmanager
-def data_sets_read_with(load_dataset: Callable[..., Any], transform: type) -> Iterator[None]:
-    """While torchtune's data sets are built: two parts in place of theirs.
+def data_sets_read_with(
+    load_dataset: Callable[..., Any], transform: type, texts: type
+) -> Iterator[None]:
+    """While torchtune's data sets are built: three parts in place of theirs.
 
     Args:
         load_dataset: Gives them their rows, instead of `datasets`.
         transform: A subclass of `SFTTransform`.
+        texts: A subclass of `TextCompletionDataset`.
     """
     stock = _sft.load_dataset, _sft.SFTTransform
-    _text_completion.load_dataset = load_dataset
+    stock_texts = _text_completion.TextCompletionDataset
+    _text_completion.load_dataset, _text_completion.TextCompletionDataset = load_dataset, texts
     _sft.load_dataset, _sft.SFTTransform = load_dataset, transform
     try:
         yield
     finally:
         _text_completion.load_dataset = stock[0]
+        _text_completion.TextCompletionDataset = stock_texts
         _sft.load_dataset, _sft.SFTTransform = stock
 
 

@@ -152,6 +152,49 @@ def test_a_wrong_row_is_refused_at_every_source(
     assert place in str(error.value)
 
 
+TEXTS = {"_component_": "torchtune.datasets.text_completion_dataset", "column": "text"}
+
+
+def texts(run: Run, path: Path, **more: Any) -> Any:
+    """The rows of a set of plain texts."""
+    kind = "parquet" if path.suffix == ".parquet" else "json"
+    run.config["dataset"] = TEXTS | {"source": kind, "data_files": str(path), "split": "train"}
+    return run.rows(**more)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet"])
+def test_a_text_that_says_what_its_loss_is_to_be(run: Run, name: str, packed: bool) -> None:
+    rows = [{"text": f"A text of {i}.", "weight": weight} for i, weight in enumerate([None, 0, 1])]
+    path = write(run.folder / name, rows)
+    with pytest.raises(ValueError, match=r'the row\'s "weight" would go unread') as error:
+        texts(run, path, packed=packed)
+    places = {"a.jsonl": "a.jsonl:2: ", "a.json": "a.json: row 1: "}
+    assert places.get(name, "dataset") in str(error.value)
+
+
+def test_other_columns_of_texts_are_others(run: Run) -> None:
+    """Alpaca's sets have the parts of their text beside it."""
+    rows = [{"instruction": "Say.", "input": "", "output": "So.", "text": "Say. So."}] * 6
+    found = texts(run, write(run.folder / "a.jsonl", rows))
+    assert len(found) == 6
+    assert len({tuple(found[i]["tokens"]) for i in range(6)}) == 1
+    for row, message in (
+        ({"txt": "So."}, r"the row has no \"text\"; it has 'txt'"),
+        ({"text": 7}, r"text must be text, not 7"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            texts(run, write(run.folder / "b.jsonl", [row] * 6))
+
+
+def test_texts_that_are_cut_are_counted(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    run.config["tokenizer"]["max_seq_len"] = 32
+    rows = [{"text": "A text."}] * 4 + [{"text": "A longer text. " * 20}] * 2
+    found = texts(run, write(run.folder / "a.jsonl", rows))
+    assert (found.ends.cut, found.ends.unended) == (2, 0)
+    assert "2 of 6 rows are cut at tokenizer.max_seq_len" in caplog.text
+
+
 def test_content_of_another_type_is_refused(run: Run) -> None:
     """torchtune takes the text of the message before."""
     from datetime import datetime
