@@ -14,6 +14,8 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 # matrix lies between two. A model that was fine-tuned and merged differs from its base there alone.
 _END_BYTES, _BLOCK_BYTES, _BLOCKS, _LEAST_DISTANCE = 2**20, 2**9, 2**12, 2**16
 _READ_BYTES = 2**20
+# Of a folder that a config names: models, adapters, data, templates.
+_READ_OF_FOLDERS = (".safetensors", ".bin", ".json", ".jsonl", ".jinja")
 
 
 def sha256(path: Path, read: Callable[[int], object] = lambda size: None) -> str:
@@ -57,6 +59,33 @@ def stored(path: Path, key: Literal["dtype", "date"]) -> str | None:
         return str(found.get("fingerprint", found)[key])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def named_files(node: Any, without: Path | None = None) -> list[Path]:
+    """The files that the texts of a config name, and those of the folders that they name.
+
+    Args:
+        node: Of a config, as plain mappings and lists.
+        without: A folder that is left out, with what is in it.
+    """
+    files: list[Path] = []
+    for value in _strings(node):
+        path = Path(value)
+        if len(value) > 255 or (without is not None and without in (path, *path.parents)):
+            continue
+        if path.is_file():
+            files.append(path)
+        elif path.is_dir():
+            files += sorted(file for file in path.iterdir() if file.suffix in _READ_OF_FOLDERS)
+    return files
+
+
+def _strings(node: Any) -> list[str]:
+    if isinstance(node, dict):
+        return [text for value in node.values() for text in _strings(value)]
+    if isinstance(node, list):
+        return [text for value in node for text in _strings(value)]
+    return [node] if isinstance(node, str) else []
 
 
 def sampled_digest(paths: Iterable[Path]) -> str:

@@ -15,11 +15,10 @@ from emarecipes.comparison.settings import ArmSettings, Plan, Role
 from emarecipes.components import check_components
 from emarecipes.config import Origin, load_config
 from emarecipes.errors import UserError
-from emarecipes.fingerprint import digest, sampled_digest
+from emarecipes.fingerprint import digest, named_files, sampled_digest
 from emarecipes.training.settings import check_settings
 
 # Of a folder that a config names: a model, an adapter, answers.
-_READ_OF_FOLDERS = (".safetensors", ".bin", ".json", ".jsonl", ".jinja")
 
 
 @dataclass(frozen=True)
@@ -197,21 +196,4 @@ def fingerprint(cfg: DictConfig, folder: Path, *further: Any) -> str:
     """
     tree = OmegaConf.to_container(cfg)
     text = OmegaConf.to_yaml(cfg, sort_keys=True).replace(str(folder), "")
-    files: list[Path] = []
-    for value in _strings(tree):
-        path = Path(value)
-        if len(value) > 255 or folder == path or folder in path.parents:
-            continue
-        if path.is_file():
-            files.append(path)
-        elif path.is_dir():
-            files += sorted(file for file in path.iterdir() if file.suffix in _READ_OF_FOLDERS)
-    return digest(text, sampled_digest(files), *further)
-
-
-def _strings(node: Any) -> list[str]:
-    if isinstance(node, dict):
-        return [text for value in node.values() for text in _strings(value)]
-    if isinstance(node, list):
-        return [text for value in node for text in _strings(value)]
-    return [node] if isinstance(node, str) else []
+    return digest(text, sampled_digest(named_files(tree, folder)), *further)

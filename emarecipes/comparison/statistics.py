@@ -145,10 +145,10 @@ def crossed_estimate(
     }
     means_R = by_seed(drawn).mean(axis=1)
     of_questions = float(means_R.var(ddof=1))
+    fourth = float(((means_R - means_R.mean()) ** 4).mean())
+    uncertain = float(np.sqrt(max(fourth - of_questions**2, 0.0) / resamples))
     if is_share:
         of_questions = max(of_questions, (_Z / (fewest + _Z**2)) ** 2)
-    fourth = float(((means_R - means_R.mean()) ** 4).mean())
-    uncertain = float(np.sqrt(max(fourth - float(means_R.var(ddof=1)) ** 2, 0.0) / resamples))
     of_seeds = float(values_S.var(ddof=1)) / seeds if seeds > 1 else 0.0
     error = float(np.sqrt(of_seeds + of_questions))
     parts = of_questions**2 / (fewest - 1) + (of_seeds**2 / (seeds - 1) if seeds > 1 else 0.0)

@@ -14,7 +14,7 @@ from torchtune import utils
 from emarecipes.config import Origin
 from emarecipes.datasets.rows import Rows
 from emarecipes.errors import UserError
-from emarecipes.fingerprint import sampled_digest
+from emarecipes.fingerprint import named_files, sampled_digest
 from emarecipes.models.model_checks import base_files
 from emarecipes.output_dir import CHECKPOINTS, run_files
 from emarecipes.provenance import environment
@@ -166,6 +166,29 @@ def check_same_base(cfg: DictConfig, checkpoint: Checkpoint, origin: Origin) -> 
         )
 
 
+def check_same_defense_files(cfg: DictConfig, checkpoint: Checkpoint, origin: Origin) -> None:
+    """Check that what the defenses read (vectors, adapters, models) is what they read before.
+
+    Raises:
+        UserError: A file of one has changed.
+    """
+    now = defense_fingerprint(cfg)
+    before = checkpoint.run.get("defense_files", now)  # As of the base.
+    for name in cfg.defenses:
+        if before.get(name) != now.get(name):
+            raise UserError(
+                f"{origin.at(f'defenses.{name}')}: a file that it reads changed since "
+                f"{checkpoint.path} was written. Put it back, or train anew in another output_dir"
+            )
+
+
+def defense_fingerprint(cfg: DictConfig) -> dict[str, str]:
+    """By name, a digest of all files that a defense's entry names; of weights as of the base's."""
+    entries: Any = OmegaConf.to_container(cfg.defenses)
+    files = {name: named_files(entry) for name, entry in entries.items()}
+    return {str(name): sampled_digest(of) for name, of in files.items() if of}
+
+
 def base_fingerprint(cfg: DictConfig) -> dict[str, str]:
     """A digest of each file of the frozen model, of parts of its weights: see `sampled_digest`.
 
@@ -190,6 +213,7 @@ def describe_run(
         "rows_per_step": cfg.batch_size * cfg.gradient_accumulation_steps * world_size,
         "rows_fingerprint": rows.fingerprint,
         "base": base_fingerprint(cfg),
+        "defense_files": defense_fingerprint(cfg),
         "packages": environment()["packages"],
         "config": stated | {"seed": cfg.seed},
     }

@@ -29,6 +29,7 @@ from emarecipes.output_dir import check_output_dir, check_outside_output
 from emarecipes.training.checkpoint import Checkpoint
 from emarecipes.training.checkpoint_resume import (
     check_same_base,
+    check_same_defense_files,
     check_same_rows,
     check_same_run,
     describe_run,
@@ -110,6 +111,7 @@ class CheckedRun(Checked):
         if self.resumed is not None:
             check_same_run(cfg, self.resumed, origin, self.world_size)
             check_same_base(cfg, self.resumed, origin)
+            check_same_defense_files(cfg, self.resumed, origin)
         self.data_files = check_data_files(cfg, origin)
         for _, folder in self.adapter_folders():
             self.data_files += sorted(folder.glob("adapter_*"))

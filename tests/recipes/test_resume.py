@@ -218,6 +218,30 @@ def test_a_config_that_changes_the_result_is_refused(
     assert expected in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["persona", "trait"])
+def test_what_a_defense_reads_and_that_changed_is_refused(
+    run: Run, name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Half of the steps with one vector or adapter, half with another, is no run."""
+    model = Path(run.config["model_dir"])
+    shape = tmp_path / "files", model, toy_run.LAYERS, toy_run.WIDTH
+    entries = toy_defenses.defense_entries(*shape) | toy_defenses.later_entries(*shape)
+    run.config["defenses"] |= {name: entries[name]}
+    assert run("out") == 0
+    shutil.rmtree(run.folder / "out/adapter")
+    kept = {"persona": "vectors.safetensors", "trait": "trait/adapter_model.safetensors"}[name]
+    file = tmp_path / "files" / kept
+    whole = file.read_bytes()
+    tensors = load_file(file)
+    save_file({key: tensor * 1.001 for key, tensor in tensors.items()}, file)
+    capfd.readouterr()
+    assert run("out", "resume=auto") == 1
+    (error,) = [s for s in capfd.readouterr().err.splitlines() if s.startswith("error: ")]
+    assert f"defenses.{name}: a file that it reads changed since {run.folder}" in error
+    file.write_bytes(whole)
+    assert run("out", "resume=auto") == 0
+
+
 def test_a_base_that_changed_is_refused(
     run: Run, whole: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
