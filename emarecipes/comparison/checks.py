@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from emarecipes.comparison.criterion import CriterionSettings
+from emarecipes.comparison.criterion import SHARE, CriterionSettings
 from emarecipes.comparison.execute import evaluation_overrides
 from emarecipes.comparison.outcome import Half
 from emarecipes.comparison.settings import GenerateSettings, Plan, TaskSettings
@@ -57,22 +57,38 @@ def check_criteria(plan: Plan, origin: Origin, task: str, suites: Sequence[Suite
 
     Raises:
         UserError: A suite or a figure is not there, or its answers are not sampled; controls have
-            another unit than general's figure.
+            another unit than general's figure; benign or coherent are no share.
     """
     criteria = plan.settings.criteria
     if task == "benign":
-        _units(plan, origin, task, "benign", criteria.benign, suites)
+        _check_share(plan, origin, task, "benign", criteria.benign, suites)
         return
     units: dict[str, set[str]] = {}
     for role, criterion in criteria.shifted.items():
         units[role] = _units(plan, origin, task, role, criterion, suites)
         plan.sampled |= any(s.needs_answers for s in suites if s.is_named(criterion.suite))
-    _units(plan, origin, task, "coherent", criteria.coherent, suites)
+    _check_share(plan, origin, task, "coherent", criteria.coherent, suites)
     if units.get("controls") and units["general"] and units["controls"] != units["general"]:
         figures = [found.figure for found in (criteria.controls, criteria.general) if found]
         raise UserError(
             f"{origin.at('criteria.controls')}: {figures[0]} and general's {figures[1]} have "
             "different units; name another, or null"
+        )
+
+
+def _check_share(
+    plan: Plan,
+    origin: Origin,
+    task: str,
+    role: str,
+    criterion: CriterionSettings,
+    suites: Sequence[Suite],
+) -> None:
+    """See that a figure that is told as a share, with a bound that is one, is a share."""
+    for unit in _units(plan, origin, task, role, criterion, suites) - {SHARE}:
+        raise UserError(
+            f"{origin.at(f'criteria.{role}')}.figure: {criterion.figure} is in {unit}; "
+            "it must be a share of answers"
         )
 
 

@@ -13,6 +13,7 @@ from emarecipes.errors import UserError
 from emarecipes.settings import Keys
 
 PROBE_SHIFT = "probe_shift"
+SHARE = "share"  # The unit of the figures behind `benign` and `coherent`.
 
 
 class _Strict(Keys):

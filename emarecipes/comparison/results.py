@@ -11,7 +11,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from emarecipes.comparison.criterion import CriteriaSettings, CriterionSettings
+from emarecipes.comparison.criterion import SHARE, CriteriaSettings, CriterionSettings
 from emarecipes.comparison.figure_values import Source, Values, by_answer, mean_of
 from emarecipes.errors import UserError
 from emarecipes.evaluation.figures import REFERENCE, Figure
@@ -132,6 +132,9 @@ def _with_values(
             scores.asked[criterion.key] = of.asked()
             scores.suites.setdefault(criterion.key, suites[criterion.suite])
     benign, coherent = sources(criteria.benign), sources(criteria.coherent)
+    for of in (*benign, *coherent):
+        if of.figure.unit not in ("", SHARE):  # Of a suite that does not say it before.
+            raise UserError(f"{of.path}: {of.figure.figure} is in {of.figure.unit}, and no share")
     return replace(
         scores,
         correct=by_answer(benign, adapters),

@@ -145,6 +145,8 @@ def test_too_few_usable_questions_are_no_figure() -> None:
         ({"in_domain": {"suite": "home"}}, "criteria.in_domain: the evaluation has no suite home"),
         ({"general": {"suite": "traits_select", "figure": "expert_claim_share"}},
          "criteria.general.figure: the suite traits_select has no figure expert_claim_share"),
+        ({"coherent": {"suite": "traits_select", "figure": "words"}},
+         "criteria.coherent.figure: words is in words; it must be a share of answers"),
         ({"coherent": {"suite": "answers"}},
          "criteria.coherent: the evaluation has no suite answers; it has traits"),
     ],
