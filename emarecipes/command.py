@@ -166,13 +166,18 @@ def report(error: UserError, rank: int | None = None) -> None:
 def end_launcher(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
-    """The `sys.excepthook` of `tune`: a failed process's own line last, no traceback on Ctrl-C."""
-    first = getattr(error, "get_first_failure", None)  # torchrun's ChildFailedError
-    message = first()[1].message if first is not None else None
+    """The `sys.excepthook` of `tune`: a failed process's own line last, no traceback on Ctrl-C.
+
+    The launcher's first failure may be of a process that left no line: times are whole seconds, and
+    of a process without a file it takes when it looked. So the first is told that left one.
+    """
+    failures = getattr(error, "failures", {}).values()  # torchrun's ChildFailedError
+    told = [one for one in failures if isinstance(one.message, dict) and "line" in one.message]
     if isinstance(error, KeyboardInterrupt) or kind.__name__ == "SignalException":
         print("error: interrupted", file=sys.stderr)
-    elif isinstance(message, dict) and "line" in message:
-        print(f"{error}\n{message['line']}", file=sys.stderr)
+    elif told:
+        first = min(told, key=lambda failure: failure.timestamp)
+        print(f"{error}\n{first.message['line']}", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
 

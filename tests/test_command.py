@@ -1,9 +1,11 @@
 """How a failure is told: the last line names the place, and a defense's author gets a traceback."""
 
 import errno
+import json
 import os
 import re
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import fuzz_cases
 import pytest
 import toy_run
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from emarecipes.command import end_launcher, run_alone
 from emarecipes.training import run_lora
@@ -210,6 +213,25 @@ def test_a_full_disk_is_one_line_in_every_recipe(capfd: pytest.CaptureFixture[st
 def test_the_launcher_is_interrupted(capsys: pytest.CaptureFixture[str]) -> None:
     end_launcher(KeyboardInterrupt, KeyboardInterrupt(), None)
     assert capsys.readouterr().err == "error: interrupted\n"
+
+
+@pytest.mark.parametrize("silent", [0, 1])
+def test_a_silent_process_is_the_launchers_first_failure(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, silent: int
+) -> None:
+    """Both fail within a second, and one leaves no line: the other's ends the output."""
+    error_file = tmp_path / "error.json"
+    extra = {"timestamp": str(int(time.time()) + 5)}
+    message = {"message": "error: why", "line": "error: why", "extraInfo": extra}
+    error_file.write_text(json.dumps({"message": message}))
+    files = [str(error_file), "none"] if silent else ["none", str(error_file)]
+    failures = {rank: ProcessFailure(rank, 100 + rank, 1, file) for rank, file in enumerate(files)}
+    failed = ChildFailedError("ema_lora.py", failures)
+    assert failed.get_first_failure()[0] == silent
+    end_launcher(ChildFailedError, failed, None)
+    err = capsys.readouterr().err
+    assert err.splitlines()[-1] == "error: why"
+    assert "Root Cause" in err
 
 
 def test_other_exceptions_of_the_launcher_are_python_s(
