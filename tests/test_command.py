@@ -88,7 +88,8 @@ class BrokenOnSecondRank(Defense):
 
     def __init__(self, kind):
         super().__init__(weight=1.0)
-        self.kind = {"RuntimeError": RuntimeError, "UserError": UserError}[kind]
+        kinds = {"RuntimeError": RuntimeError, "OSError": OSError, "UserError": UserError}
+        self.kind = kinds[kind]
 
     def logit_term(self, policy_TV, reference_TV):
         if torch.distributed.get_rank() == 1:
@@ -180,7 +181,7 @@ def test_a_term_without_gradient(
 @pytest.mark.parametrize(
     ("kind", "expected"),
     [
-        ("RuntimeError", r"BrokenOnSecondRank.logit_term, broken_defense.py:\d+: RuntimeError: "),
+        ("OSError", r"BrokenOnSecondRank.logit_term, broken_defense.py:\d+: OSError: "),
         ("UserError", ""),
     ],
 )

@@ -89,13 +89,16 @@ def _end(error: Exception, recipe: LoRATraining | None, argv: Sequence[str]) -> 
     ended = explain(error)
     rank = dist.get_rank() if dist.is_initialized() else None
     if isinstance(error, RuntimeError) and _is_lost_contact(error):
+        # Not left for the launcher, whose last line is to be that other process's.
         reason = f"another process has gone, its own message says why ({first_line(error)})"
-        return _end_alone(reason, recipe, argv)
-    if isinstance(error, OSError) and recipe is not None:
+        print(f"[rank {rank}] error: {reason}", file=sys.stderr, flush=True)
+        return _end_alone(recipe, argv)
+    of_a_user = is_of_a_users_defense(error)
+    if isinstance(error, OSError) and recipe is not None and not of_a_user:
         # Of one process alone, as a full disk is. The others find out that this one has gone.
-        return _end_alone(f"{error.filename or 'writing'}: {error.strerror or error}", recipe, argv)
-    of_a_user = rank is not None and is_of_a_users_defense(error)
-    if isinstance(ended, UserCodeError) or of_a_user:
+        report(UserError(f"{error.filename or 'writing'}: {error.strerror or error}"), rank)
+        return _end_alone(recipe, argv)
+    if isinstance(ended, UserCodeError) or (of_a_user and rank is not None):
         # Maybe on this process alone: the launcher ends the others, who wait for it.
         report(ended, rank)
         return 1
@@ -128,11 +131,11 @@ def _is_lost_contact(error: RuntimeError) -> bool:
     return dist.is_initialized() and known
 
 
-def _end_alone(reason: str, recipe: LoRATraining | None, argv: Sequence[str]) -> int:
-    """Say why, and end this process without waiting for the others, who may never answer."""
+def _end_alone(recipe: LoRATraining | None, argv: Sequence[str]) -> int:
+    """End this process without waiting for the others, who may never answer."""
     prefix = f"[rank {dist.get_rank()}] " if dist.is_initialized() else ""
-    advice = "" if recipe is None else f"\n{prefix}{_advice(recipe, argv)}"
-    print(f"{prefix}error: {reason}{advice}", file=sys.stderr, flush=True)
+    if recipe is not None:
+        print(f"{prefix}{_advice(recipe, argv)}", file=sys.stderr, flush=True)
     if dist.is_initialized():
         os._exit(1)  # Leaving a broken process group the ordinary way can hang.
     return 1
