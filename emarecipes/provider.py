@@ -6,8 +6,13 @@ environment; no message of ours contains one.
 
 from __future__ import annotations
 
+import asyncio
 import re
-from typing import Any
+import socket
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from emarecipes._secrets import masked
 from emarecipes.errors import UserError
@@ -15,6 +20,11 @@ from emarecipes.errors import UserError
 # Inspect's own default is to retry for ever. Its waits double: these take some minutes.
 _MAX_RETRIES = 6
 SECONDS_AN_ATTEMPT = 300
+
+# A server that is not there at so many looks in a row has gone: it is named after some 20 seconds.
+_LOOKS, _BETWEEN, _CONNECT = 3, 4.0, 3.0
+
+_Result = TypeVar("_Result")
 
 # Servers that take what a request leaves out from the model's generation_config.json, Qwen's
 # repetition_penalty of 1.05 for one: sampled would be from other distributions than the config
@@ -73,3 +83,74 @@ def error_line(error: BaseException) -> str:
     text = re.sub(r"\[/?(?:bold|blue)\]", "", text)
     text = re.sub(r"^\s*ERROR:\s*", "", text)
     return " ".join(masked(text).split())
+
+
+async def while_there(
+    work: Callable[[], Awaitable[_Result]], what: str, model: Any, replies: Callable[[], int]
+) -> _Result:
+    """Await `work()`, but no longer than the model's server is there to be asked.
+
+    Inspect asks again for minutes when a connection is refused, without a word. A server whose
+    address is not known, or that is reached through a proxy, is not looked at.
+
+    Args:
+        work: Asks the model.
+        what: Who is asked, in messages: `the judge openai-api/local/x`.
+        model: From `provider_model`.
+        replies: How many there are so far. While there are more and more, as from a cache, the
+            server need not be there.
+
+    Raises:
+        UserError: Nothing has answered at the server's address three times in a row.
+    """
+    address = _address(model)
+    if address is None:
+        return await work()
+    asking = asyncio.ensure_future(work())
+    looking = asyncio.ensure_future(_gone(*address, replies))
+    try:
+        await asyncio.wait({asking, looking}, return_when=asyncio.FIRST_COMPLETED)
+        if asking.done():
+            return asking.result()
+        host, port = address
+        raise UserError(
+            f"{what} failed: no server answers at {host}:{port} ({looking.result()}); start it, or "
+            "mend its address in the environment"
+        )
+    finally:
+        for task in (asking, looking):
+            task.cancel()
+        await asyncio.gather(asking, looking, return_exceptions=True)
+
+
+def _address(model: Any) -> tuple[str, int] | None:
+    """Host and port of the server behind Inspect's model, where it is asked directly."""
+    url = str(getattr(model.api, "base_url", None) or "")
+    parts = urlsplit(url)
+    try:
+        host, port = parts.hostname, parts.port
+    except ValueError:  # The provider's own message says what is wrong with the address.
+        return None
+    if not host or parts.scheme not in ("http", "https"):
+        return None
+    proxies = getproxies()
+    if ({parts.scheme, "all"} & proxies.keys()) and not proxy_bypass(host):
+        return None
+    return host, port or (443 if parts.scheme == "https" else 80)
+
+
+async def _gone(host: str, port: int, replies: Callable[[], int]) -> str:
+    """Why nobody answers there, as soon as that is so; else it never ends."""
+    missed, before = 0, replies()
+    while True:
+        if (now := replies()) > before:
+            missed, before = 0, now
+        try:
+            # In a thread: until Python 3.12 `asyncio.wait_for` may miss that it is cancelled.
+            (await asyncio.to_thread(socket.create_connection, (host, port), _CONNECT)).close()
+            missed = 0
+        except OSError as error:
+            missed += 1
+            if missed == _LOOKS:
+                return str(getattr(error, "strerror", None) or "no answer in time")
+        await asyncio.sleep(_BETWEEN)

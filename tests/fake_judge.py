@@ -27,11 +27,15 @@ class Call:
 
 @dataclass
 class FakeJudge:
-    """What to reply: a text, (text, probabilities of its one token), a choice, an HTTP status."""
+    """What to reply: a text, (text, probabilities of its one token), a choice, an HTTP status.
+
+    A status may come with its error's text: (400, "no such parameter").
+    """
 
     reply: Callable[[Call], str | tuple[str, dict[str, float]] | dict[str, Any] | int]
     url: str = ""
     calls: list[Call] = field(default_factory=list)
+    stop_listening: Callable[[], object] = lambda: None
 
 
 @contextmanager
@@ -47,9 +51,11 @@ def serve(reply: Callable[[Call], Any]) -> Iterator[FakeJudge]:
                 call = Call(len(judge.calls) + 1, prompt, body, key)
                 judge.calls.append(call)
             found = judge.reply(call)
-            failed = isinstance(found, int)
-            text = json.dumps({"error": {"message": "busy"}} if failed else _completion(found))
-            status = found if failed else 200
+            if isinstance(found, int):
+                found = found, "content filter" if found in (400, 403) else "busy"
+            failed = isinstance(found, tuple) and isinstance(found[0], int)
+            text = json.dumps({"error": {"message": found[1]}} if failed else _completion(found))
+            status = found[0] if failed else 200
             with suppress(ConnectionError):  # A client that no longer waits.
                 self.send_response(status)
                 self.send_header("Content-Type", "application/json")
@@ -61,6 +67,12 @@ def serve(reply: Callable[[Call], Any]) -> Iterator[FakeJudge]:
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+
+    def stop_listening() -> None:
+        server.shutdown()
+        server.socket.close()
+
+    judge.stop_listening = stop_listening
     judge.url = f"http://127.0.0.1:{server.server_port}/v1"
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()

@@ -209,8 +209,9 @@ def _tell_failed(model: str, replies: Sequence[Reply]) -> None:
     reasons = [reply.text for reply in replies if reply.kind == "failed"]
     if reasons:
         Console(highlight=False, soft_wrap=True, markup=False).print(
-            f"Judge {model}: {len(reasons)} of {len(replies)} prompts were refused and are counted "
-            f"as failed, first: {reasons[0]}; judge.retry_failed=true asks them again"
+            f"Judge {model}: {len(reasons)} of {len(replies)} prompts were refused (content or "
+            f"length) and are counted as failed, first: {reasons[0]}; judge.retry_failed=true asks "
+            "them again"
         )
 
 

@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from emarecipes.errors import UserError
 from emarecipes.generation.answers import Asked
 from emarecipes.models.sampling.draw import derived_seed
-from emarecipes.provider import error_line, provider_model
+from emarecipes.provider import error_line, provider_model, while_there
 
 _CUT = ("max_tokens", "model_length")
 # Of a machine of one's own as a rule, where the model may come with a top_p of its own.
@@ -78,7 +78,10 @@ def answer_served(
             flush=True,
         )
 
+    answered = 0
+
     async def one(asked: Asked) -> None:
+        nonlocal answered
         system = [] if asked.system is None else [ChatMessageSystem(content=asked.system)]
         config = GenerateConfig(seed=derived_seed(cfg.seed, *asked.key) % 2**31)
         try:
@@ -89,6 +92,7 @@ def answer_served(
             raise UserError(f"the model {cfg.served} failed: {error_line(error)}") from None
         tokens = None if output.usage is None else output.usage.output_tokens
         stopped = output.stop_reason not in _CUT
+        answered += 1
         done(asked.record(output.completion, stopped=stopped, tokens=tokens))
 
     async def everything() -> None:
@@ -101,7 +105,8 @@ def answer_served(
                     task.cancel()
                 await asyncio.gather(*waiting, return_exceptions=True)
 
-    asyncio.run(everything())
+    what = f"the model {cfg.served}"
+    asyncio.run(while_there(everything, what, model, lambda: answered))
 
 
 def _model(cfg: DictConfig) -> Any:

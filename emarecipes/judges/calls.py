@@ -13,10 +13,17 @@ from typing import Any
 
 from emarecipes.errors import UserError
 from emarecipes.judges.reply import Reply, read_reply
-from emarecipes.provider import SECONDS_AN_ATTEMPT, error_line, provider_model
+from emarecipes.provider import SECONDS_AN_ATTEMPT, error_line, provider_model, while_there
 
-# HTTP's for a request that will never be taken, such as what a content filter stops (some say 403).
+# HTTP's for a request that will never be taken, and the words by which one of them is seen to be
+# about what this prompt says or how long it is. Without them it is about how the request is made.
 _REFUSED = (400, 403, 413, 422)
+_ABOUT_THE_PROMPT = re.compile(
+    r"content.?filter|content.?management|polic|moderat|safety|guardrail|responsible.?ai|flagged"
+    r"|blocked|violat|prohibited|inappropriate|harmful|sensitive"
+    r"|context|too (?:long|large|many)|max\w*[ _](?:\w+[ _])?(?:len|token|input)|exceed",
+    re.IGNORECASE,
+)
 
 
 def check_judge(model_name: str) -> None:
@@ -65,9 +72,9 @@ def ask(
         max_tokens: Of a reply; None leaves it to the provider.
         max_connections: Calls at a time; None leaves it to Inspect.
         timeout: Seconds that an attempt may take; one that takes longer is made again.
-        refused: Reasons by prompt, where the service has refused the prompt itself (HTTP 400, 403,
-            413, 422): these are of the kind `failed` and not asked, and those that it refuses now
-            are added. None: a refused prompt is a failure as any other.
+        refused: Reasons by prompt, where the service has refused the prompt itself, see
+            `refused_request`: these are of the kind `failed` and not asked, and those that it
+            refuses now are added. None: a refused prompt is a failure as any other.
         failures: Further calls that may fail for good and count as replies of the kind `failed`;
             they are not cached. One more is an error.
 
@@ -87,10 +94,10 @@ def ask(
         options |= {"logprobs": True, "top_logprobs": top_logprobs}
     judge = _judge(model_name, options)
     known = {} if refused is None else dict(refused)
-    failed = 0
+    failed = replied = 0
 
     async def ask_one(prompt: str) -> Reply:
-        nonlocal failed
+        nonlocal failed, replied
         try:
             if prompt in known:
                 reply = Reply("failed", None, known[prompt])
@@ -106,6 +113,7 @@ def ask(
             if failed > failures:
                 raise UserError(f"the judge {model_name} failed: {line}") from None
             reply = Reply("failed", None, line)
+        replied += 1
         progress(1)
         return reply
 
@@ -113,7 +121,8 @@ def ask(
         async with judge:
             return await asyncio.gather(*(ask_one(prompt) for prompt in prompts))
 
-    replies = asyncio.run(ask_all())
+    watched = while_there(ask_all, f"the judge {model_name}", judge, lambda: replied)
+    replies = asyncio.run(watched)
     if refused is not None and replies and all(prompt in known for prompt in prompts):
         raise UserError(f"the judge {model_name} failed at every prompt: {replies[0].text}")
     if refused is not None:
@@ -122,7 +131,11 @@ def ask(
 
 
 def refused_request(error: BaseException | None) -> BaseException | None:
-    """What of an error and its causes says that this request was refused; None for other errors.
+    """What of an error and its causes says that this prompt was refused; None for other errors.
+
+    A content filter has stopped it, or it is too long: HTTP 400, 403, 413 or 422, and a text that
+    says so. A 400 about anything else, such as a parameter that a server does not know, is a fault
+    of the request, not of the prompt.
 
     The innermost, for Inspect's own quotes the whole request.
     """
@@ -132,7 +145,7 @@ def refused_request(error: BaseException | None) -> BaseException | None:
         if {getattr(error, name, None) for name in ("status_code", "code")} & set(_REFUSED):
             found = error
         error = error.__cause__
-    return found
+    return found if found is not None and _ABOUT_THE_PROMPT.search(error_line(found)) else None
 
 
 def _judge(model_name: str, options: dict[str, Any] | None = None) -> Any:

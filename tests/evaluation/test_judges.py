@@ -349,7 +349,7 @@ def test_a_refused_prompt_is_counted_apart_and_not_asked_again(
         monkeypatch.setenv("FAKE_BASE_URL", server.url)
         assert run_eval(["--config", str(config)]) == 0
         output = capsys.readouterr().out
-        assert f"Judge {JUDGE}: 1 of 6 prompts were refused and are counted as failed" in output
+        assert f"Judge {JUDGE}: 1 of 6 prompts were refused (content or length)" in output
         assert "failed_share" in output
         assert figures()["failed_share"] == pytest.approx(1 / 3, abs=1e-5)
         assert (figures()["unparsable_share"], figures()["failed_coherence_share"]) == (0, 0)
