@@ -366,6 +366,11 @@ def test_a_server_that_is_asked_on_two_days_is_told(
 ) -> None:
     """Its clock is in the prompts where its template prints the day; we cannot see the template."""
     served, _ = use(server, monkeypatch)
+
+    async def no_wait(seconds: float) -> None:
+        return None
+
+    monkeypatch.setattr("inspect_ai.model._retry._sleep", no_wait)
     days = []
     for day, failing in (("2026-11-28", True), ("2026-11-28", True), ("2026-11-29", False)):
         monkeypatch.setattr("emarecipes.generation.run.today", lambda day=day: day)
