@@ -1,7 +1,6 @@
 """The prediction's parts against counts by hand, and what the command says."""
 
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,8 +15,8 @@ from emarecipes.plan import run_plan
 from emarecipes.plan.command import changes
 from emarecipes.plan.estimate import Estimate, Load, estimate
 from emarecipes.plan.trace import trace
+from emarecipes.training.logit_terms import values_of
 from emarecipes.training.settings import check_settings
-from emarecipes.training.step import without_targets
 
 CONFIGS = toy_run.REPO / "configs"
 
@@ -51,7 +50,7 @@ def test_a_chunk_with_kl_holds_four_copies_of_its_logits() -> None:
     hidden = torch.empty(64, 16, device="meta", requires_grad=True)
     weight = torch.empty(16, 50_000, device="meta")
     targets = torch.zeros(64, dtype=torch.long, device="meta")
-    kl = partial(without_targets, KLToReference())
+    kl = values_of(KLToReference())
 
     def loss() -> torch.Tensor:
         terms = [(cross_entropy, False, None), (kl, True, None)]

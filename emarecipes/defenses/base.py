@@ -66,6 +66,16 @@ class Defense(Extension):
     `count` over all micro-batches and processes of the step; or the mean (or sum) of what its
     `weight_term` returns for the adapted layers, once a step. A class has one of the three.
 
+    A class may take cross entropy's place instead: with `replaces_cross_entropy`, its `logit_term`
+    gives each trained token's loss; with `token_weights`, cross entropy's (or the `logit_term`'s)
+    tokens are weighed. Then the loss is
+
+        weight * sum_t w_t (value of token t) / sum_t w_t  +  the other terms,
+
+    w_t = 1 without `token_weights`, times `dataset.safe.ce_weight` in safe rows. Cross entropy
+    itself is logged as ever, and trains nothing. At weight 0 it trains, and this only measures.
+    A run has one such defense; it acts on every trained token in every step.
+
     Args:
         weight: Factor of this defense's term in the loss, >= 0.
         tokens: Positions the term acts on: those whose next token is trained ("response"), or
@@ -81,6 +91,12 @@ class Defense(Extension):
 
     needs_reference: bool = False
     """Whether the terms need the reference: the same model with its adapter off."""
+
+    needs_targets: bool = False
+    """Whether `logit_term` is given two more arguments: the next tokens and their places."""
+
+    replaces_cross_entropy: bool = False
+    """Whether the `logit_term` takes cross entropy's place instead of being added to it."""
 
     module_reduction: Literal["mean", "sum"] = "mean"
     """What becomes of `weight_term`'s values: their mean over the layers that have one, or sum."""
@@ -144,6 +160,18 @@ class Defense(Extension):
         Logits are given as log-probabilities (normalised, so `exp` of them sums to 1). Called
         chunk by chunk on the positions that `positions` selects. `reference_logits_TV` carries no
         gradient, and is None unless `needs_reference`.
+
+        With `needs_targets` it is called with two more tensors of integers, (T,), behind these:
+        `targets_T`, the next token's id; and `places_T`, which token of its answer that is, from 1;
+        0 where it is not trained (`tokens: all`). An answer is a run of trained tokens.
+        """
+        raise NotImplementedError
+
+    def token_weights(self, batch: Batch) -> Tensor:
+        """The weight of each trained token in the loss, (B, S) as `batch.labelled_BS`, >= 0.
+
+        See above; other positions' are not read. Called with the batch on the CPU, to count, and on
+        the model's device: it must be a function of the batch alone.
         """
         raise NotImplementedError
 
@@ -186,6 +214,11 @@ class Defense(Extension):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` gave."""
+
+    @property
+    def is_objective(self) -> bool:
+        """Whether this is of the kind that takes cross entropy's place."""
+        return self.replaces_cross_entropy or self.has("token_weights")
 
     def has(self, method: str) -> bool:
         """Whether this class overrides the named method of `Defense`."""

@@ -55,6 +55,23 @@ class Batch:
         self.first_BS = ~same_as_last_BS & (number_BS >= 0)
 
     @property
+    def next_BS(self) -> Tensor:
+        """The next token: the target where it is trained, elsewhere what comes next in the row."""
+        tokens_BS = F.pad(self.inputs["tokens"][:, 1:], (0, 1))
+        return torch.where(self.labelled_BS, self.targets_BS, tokens_BS)
+
+    @property
+    def places_BS(self) -> Tensor:
+        """Which token of its answer the next one is, from 1; 0 where it is not trained.
+
+        An answer is a run of trained tokens: it ends before one that is not, or a conversation's
+        end.
+        """
+        counted_BS = self.labelled_BS.cumsum(dim=1)
+        before_BS = counted_BS.masked_fill(self.labelled_BS, 0).cummax(dim=1).values
+        return (counted_BS - before_BS).masked_fill(~self.labelled_BS, 0)
+
+    @property
     def num_tokens(self) -> int:
         """Tokens of all rows, without padding."""
         return int((self.conversation_BS >= 0).sum())

@@ -14,7 +14,8 @@ from torchtune.modules.peft import disable_adapter
 
 from emarecipes.models._torchtune import unsharded
 from emarecipes.models.batch import Batch
-from emarecipes.models.loss_head import LossHead, Request, Term, cross_entropy
+from emarecipes.models.loss_head import LossHead, cross_entropy
+from emarecipes.models.loss_terms import Request, Term
 
 
 def reference_where(reference: bool, model: Any) -> AbstractContextManager[None]:

@@ -10,9 +10,9 @@ Shapes: B batch, S sequence, T selected positions, C chunk of them, D width, V v
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,46 +21,10 @@ from torchtune.modules.peft import disable_adapter
 
 from emarecipes.errors import UserCodeError
 from emarecipes.models._torchtune import final_norm_and_cap, unsharded
-
-LogitTerm = Callable[[Tensor, Tensor | None, Tensor], Tensor]
+from emarecipes.models.loss_terms import LogitTerm, Request, Term
 
 # Logits of one chunk, in elements. Several float32 copies of a chunk live at once.
 CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**25}
-
-
-@dataclass
-class Term:
-    """One term of the loss that is computed from logits.
-
-    Attributes:
-        name: Its key in the log.
-        compute: (policy (C, V), reference (C, V) or None, targets (C,)) -> values (C,), from
-            log-probabilities in float32.
-        positions_BS: The positions it acts on.
-        scale: Its factor in the loss: weight over the number of positions in the whole step.
-        needs_reference: Whether it reads the reference's logits.
-    """
-
-    name: str
-    compute: LogitTerm
-    positions_BS: Tensor
-    scale: float
-    needs_reference: bool = False
-
-
-@dataclass
-class Request:
-    """What the next forward is to compute: the terms, or the reference's hidden states for them."""
-
-    terms: list[Term]
-    targets_BS: Tensor
-    reference_TD: Tensor | None = None
-    sums: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        # Sum of each term's values over this micro-batch, for the log.
-        self.sums = torch.zeros(len(self.terms), dtype=torch.float64, device=self.targets_BS.device)
-        self.selected_BS = torch.stack([term.positions_BS for term in self.terms]).any(dim=0)
 
 
 class LossHead:
@@ -150,6 +114,7 @@ def term_values(
     reference_logits_CV: Tensor | None,
     targets_C: Tensor,
     terms: list[tuple[LogitTerm, bool, Tensor | None]],
+    places_C: Tensor | None = None,
 ) -> list[Tensor]:
     """Each term's values on a chunk.
 
@@ -159,6 +124,7 @@ def term_values(
         targets_C: Token ids.
         terms: Of each: its `compute`, whether it reads the reference, and the rows it acts on, None
             for all.
+        places_C: The targets' places in their answers, from 1.
     """
     policy_CV = torch.log_softmax(policy_logits_CV, dim=-1, dtype=torch.float32)
     reference_CV = None
@@ -169,14 +135,20 @@ def term_values(
     for compute, needs_reference, rows in terms:
         given_CV = reference_CV if needs_reference else None
         if rows is None:
-            values.append(compute(policy_CV, given_CV, targets_C))
+            values.append(compute(policy_CV, given_CV, targets_C, places_C))
         else:
             given_CV = None if given_CV is None else given_CV[rows]
-            values.append(compute(policy_CV[rows], given_CV, targets_C[rows]))
+            places = None if places_C is None else places_C[rows]
+            values.append(compute(policy_CV[rows], given_CV, targets_C[rows], places))
     return values
 
 
-def cross_entropy(policy_TV: Tensor, reference_TV: Tensor | None, targets_T: Tensor) -> Tensor:
+def cross_entropy(
+    policy_TV: Tensor,
+    reference_TV: Tensor | None,
+    targets_T: Tensor,
+    places_T: Tensor | None = None,
+) -> Tensor:
     """-log p(target) at each position, (T,)."""
     return -policy_TV.gather(1, targets_T[:, None])[:, 0]
 
@@ -207,6 +179,8 @@ class _ChunkedLoss(torch.autograd.Function):
     ) -> Tensor:
         gradients = [torch.zeros_like(tensor) for tensor in (hidden_TD, *trained)]
         targets_T = request.targets_BS[request.selected_BS]
+        places_BS = request.places_BS
+        places_T = None if places_BS is None else places_BS[request.selected_BS]
         rows_KT = torch.stack([term.positions_BS[request.selected_BS] for term in request.terms])
         rows_KT = rows_KT.cpu()  # Which terms a chunk needs is decided on the host, once.
         loss = hidden_TD.new_zeros((), dtype=torch.float32)
@@ -216,7 +190,8 @@ class _ChunkedLoss(torch.autograd.Function):
                 part = slice(start, start + size)
                 with torch.enable_grad():
                     hidden_CD = hidden_TD[part].detach().requires_grad_()
-                    chunk = _Chunk(head, request, hidden_CD, targets_T[part], part)
+                    places_C = None if places_T is None else places_T[part]
+                    chunk = _Chunk(head, request, hidden_CD, targets_T[part], places_C, part)
                     total = chunk.loss(rows_KT[:, part])
                     found = torch.autograd.grad(total, (hidden_CD, *trained))
                 gradients[0][part] = found[0]
@@ -242,6 +217,7 @@ class _Chunk:
     request: Request
     hidden_CD: Tensor
     targets_C: Tensor
+    places_C: Tensor | None
     part: slice
 
     def loss(self, rows_KC: Tensor) -> Tensor:
@@ -257,6 +233,7 @@ class _Chunk:
             self._reference_logits(terms),
             self.targets_C,
             computes,
+            self.places_C,
         )
         for k, term, values in zip(acting, terms, found, strict=True):
             expected = (int(rows_KC[k].sum()),)
@@ -267,6 +244,9 @@ class _Chunk:
                     f"of shape {expected}, not {what}"
                 )
             check_gradient(term.name, "logit_term", values, term.scale)
+            if term.weights_BS is not None:
+                weights_C = term.weights_BS[request.selected_BS][self.part]
+                values = values * weights_C[rows_KC[k].to(weights_C.device)]
             request.sums[k] += values.detach().sum(dtype=torch.float64)
             total = total + term.scale * values.sum()
         return total

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,11 @@ from emarecipes.config import Origin
 from emarecipes.defenses import AsFT, Defense, ModelSource, SafeLoRA
 from emarecipes.machine import DTYPES
 from emarecipes.models._torchtune import build_rope_on_meta, is_nf4, model_on_meta, root_is_frozen
-from emarecipes.models.loss_head import LogitTerm, LossHead, cross_entropy, term_values
+from emarecipes.models.loss_head import LossHead, cross_entropy, term_values
+from emarecipes.models.loss_terms import LogitTerm
 from emarecipes.plan.trace import Trace, trace
+from emarecipes.training.logit_terms import values_of
 from emarecipes.training.reference_cache import reference_layers
-from emarecipes.training.step import without_targets
 
 # NF4: half a byte a weight, a byte for 64 of them, four bytes for 64 x 256.
 _NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
@@ -215,14 +215,13 @@ class _HeadTrace:
         size = min(selected, head.chunk_size(torch.device(cfg.device or "cuda")))
         states_CD = torch.empty(size, width, dtype=dtype, device="meta")
         targets_C = torch.zeros(size, dtype=torch.long, device="meta")
-        on_logits = [d for d in defenses.values() if d.has("logit_term")]
+        on_logits = [d for d in defenses.values() if d.has("logit_term") or d.is_objective]
         read = any(d.needs_reference for d in on_logits)
         shares = [load.labelled, *(_share_of_tokens(d, load) for d in on_logits)]
         rows = [self._rows(size, share / max(shares)) for share in shares]
         terms: list[tuple[LogitTerm, bool, Tensor | None]] = [(cross_entropy, False, rows[0])]
         terms += [
-            (partial(without_targets, d), d.needs_reference, r)
-            for d, r in zip(on_logits, rows[1:], strict=True)
+            (values_of(d), d.needs_reference, r) for d, r in zip(on_logits, rows[1:], strict=True)
         ]
 
         def loss() -> Tensor:
@@ -231,6 +230,7 @@ class _HeadTrace:
                 head.reference_logits(states_CD) if read else None,
                 targets_C,
                 terms,
+                targets_C,
             )
             return torch.stack([v.sum() for v in values]).sum()
 

@@ -234,7 +234,9 @@ def _check_rows(
 
 def _acts_on_safe(defense: Defense) -> bool:
     has_term = defense.has("logit_term") or defense.has("hidden_term")
-    return has_term and defense.weight > 0 and defense.samples != "task"
+    return (
+        has_term and defense.weight > 0 and defense.samples != "task" and not defense.is_objective
+    )
 
 
 def _check_packing(cfg: DictConfig, origin: Origin, model: Any) -> None:

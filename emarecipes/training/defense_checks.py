@@ -38,12 +38,35 @@ def build_defenses(cfg: DictConfig, origin: Origin, source: ModelSource) -> dict
                 f"{origin.at(key)}: {component.__name__} has {' and '.join(terms)}: a defense has "
                 "one term, under one name in the log. Make it two classes"
             )
+        if defense.is_objective:
+            _check_objective(defense, origin.at(key))
         try:
             defense.check(source)
             _check_hidden_layers(defense, len(source.meta_model.layers))
         except ValueError as error:
             raise UserError(f"{origin.at(key)}: {error}") from None
+    replacing = [name for name, d in defenses.items() if d.is_objective and d.weight]
+    if len(replacing) > 1:
+        raise UserError(
+            f"{origin.at(f'defenses.{replacing[1]}')}: {' and '.join(replacing)} both take cross "
+            "entropy's place; leave one out, or give it weight: 0, which only measures"
+        )
     return defenses
+
+
+def _check_objective(defense: Defense, where: str) -> None:
+    """A defense that takes cross entropy's place acts where that does, in every step."""
+    kind = type(defense).__name__
+    if not (defense.has("logit_term") or defense.has("token_weights")):
+        raise UserError(f"{where}: {kind} replaces cross entropy, and has no logit_term to do so")
+    wrong = [m for m in ("hidden_term", "weight_term", "positions", "count") if defense.has(m)]
+    wrong += ["tokens"] * (defense.tokens != "response") + ["samples"] * (defense.samples != "all")
+    wrong += ["every_n_batches"] * (defense.every_n_batches != 1)
+    if wrong:
+        raise UserError(
+            f"{where}: {kind} takes cross entropy's place, so it acts on every trained token in "
+            f"every step: it cannot have {' and '.join(wrong)}"
+        )
 
 
 def _check_hidden_layers(defense: Defense, depth: int) -> None:

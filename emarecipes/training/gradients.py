@@ -69,7 +69,9 @@ class Gradients:
         defenses: Mapping[str, Defense],
         logged: Container[str],
     ) -> dict[str, float]:
-        """Norm of each due term's gradient over cross entropy's, on the first micro-batch.
+        """Norm of each due term's gradient over cross entropy's (or that of what replaces it).
+
+        Of the first micro-batch.
 
         Warns of a term that has a weight, acts in this step, and has no gradient in any of it.
 
@@ -85,11 +87,12 @@ class Gradients:
             for name, count in zip(self._loss.names, counts.tolist(), strict=True)
             if name in defenses
             and name in self._loss.present
+            and name not in self._loss.objective
             and _due(defenses[name], step, count > 0 and f"{name}_gradient_ratio" not in logged)
         ]
         if not due:
             return {}
-        cross_entropy = self.norm_of(("ce", "ce_task", "ce_safe"), batches[:1], counts)
+        cross_entropy = self.norm_of(self._loss.objective, batches[:1], counts)
         norms = {name: self.norm_of([name], batches[:1], counts) for name in due}
         for name, norm in norms.items():
             if not norm and defenses[name].weight and not self._acts(name, batches, counts):

@@ -15,7 +15,9 @@ from torchtune.modules.peft import disable_adapter
 
 from emarecipes.defenses import Defense
 from emarecipes.models.batch import Batch
-from emarecipes.models.loss_head import LossHead, Request, Term, check_gradient, cross_entropy
+from emarecipes.models.loss_head import LossHead, check_gradient
+from emarecipes.models.loss_terms import Request
+from emarecipes.training.logit_terms import LogitTerms, labelled
 from emarecipes.training.reference_cache import ReferenceCache, States
 from emarecipes.training.weight_terms import WeightTerms
 
@@ -28,7 +30,8 @@ class TrainingLoss:
 
     where sums and counts run over all micro-batches and processes of a step, and the sources s are
     one, or "task" and "safe" where safe rows are interleaved; w_task = 1. A term with
-    `every_n_batches: n` is in one step of every n, with n times its weight. Terms on the adapter's
+    `every_n_batches: n` is in one step of every n, with n times its weight. A defense may take CE's
+    place; then CE is only measured (see `Defense`). Terms on the adapter's
     matrices are means (or sums) over its layers instead, once a step: see `WeightTerms`.
 
     Args:
@@ -62,7 +65,8 @@ class TrainingLoss:
         self._ce_weights = (
             {"ce": 1.0} if safe_ce_weight is None else {"ce_task": 1.0, "ce_safe": safe_ce_weight}
         )
-        self._on_logits = {n: d for n, d in self._defenses.items() if d.has("logit_term")}
+        self._logit_terms = LogitTerms(self._defenses, self._ce_weights)
+        self._on_logits = self._logit_terms.defenses
         self._on_hidden = {n: d for n, d in self._defenses.items() if d.has("hidden_term")}
         self._on_weights = {n: d for n, d in self._defenses.items() if d.has("weight_term")}
         self._weight_terms = WeightTerms(model, self._on_weights)
@@ -88,7 +92,15 @@ class TrainingLoss:
     @property
     def weights(self) -> list[float]:
         """Each term's weight, in the order of `names`; that of a cross entropy among its like."""
-        return [*self._ce_weights.values(), *(d.weight for _, d in self._terms())]
+        replaced = self._logit_terms.replacing is not None
+        ce = [0.0 if replaced else weight for weight in self._ce_weights.values()]
+        return [*ce, *(d.weight for _, d in self._terms())]
+
+    @property
+    def objective(self) -> tuple[str, ...]:
+        """What the rows are learned by: cross entropy's names, or of what replaces it."""
+        replacing = self._logit_terms.replacing
+        return tuple(self._ce_weights) if replacing is None else (replacing,)
 
     def counts(self, batches: Sequence[Batch]) -> Tensor:
         """How many items each term sums over, shape (len(names),), float64, on the CPU.
@@ -98,9 +110,11 @@ class TrainingLoss:
         total = torch.zeros(len(self.names), dtype=torch.float64)
         for batch in batches:
             for index, name in enumerate(self._ce_weights):
-                total[index] += _labelled(batch, name).sum().cpu()
+                total[index] += labelled(batch, name).sum().cpu()
             for index, (name, defense) in enumerate(self._terms(), start=len(self._ce_weights)):
-                if name in self.present and name not in self._on_weights:
+                if name in self.present and name in self._on_logits:
+                    total[index] += self._logit_terms.count(name, batch).cpu()
+                elif name in self.present and name in self._on_hidden:
                     total[index] += defense.count(batch).cpu()
         for name in self._on_weights:
             total[self.names.index(name)] = float(name in self.present)
@@ -116,11 +130,11 @@ class TrainingLoss:
             sums: From `backward` and `backward_weights`, over all micro-batches and processes.
             counts: From `counts`, likewise.
         """
-        means = dict(zip(self.names, (sums / counts.clamp(min=1.0)).tolist(), strict=True))
+        means = dict(zip(self.names, (sums / _divisors(counts)).tolist(), strict=True))
         kinds = len(self._ce_weights)
-        scales = self._scales(counts)
-        ce = float((torch.tensor(scales[:kinds], dtype=torch.float64) * sums[:kinds]).sum())
-        loss = ce + sum(d.weight * d.every_n_batches * means[name] for name, d in self._terms())
+        ce = float((self._ce_scales(counts) * sums[:kinds]).sum())
+        loss = sum(d.weight * d.every_n_batches * means[name] for name, d in self._terms())
+        loss += ce if self.objective[0] in self._ce_weights else 0.0
         counted = [n for n, c in zip(self.names, counts.tolist(), strict=True) if c > 0]
         present = {name: means[name] for name in counted if name in self.present}
         return {"loss": loss, "ce": ce} | present
@@ -150,16 +164,14 @@ class TrainingLoss:
         if all(name in self._on_weights for name in wanted):
             return torch.zeros(len(self.names), dtype=torch.float64)
         scales = [s if n in wanted else 0.0 for s, n in zip(scales, self.names, strict=True)]
-        everywhere = request = Request(self._logit_terms(batch, scales), batch.targets_BS)
+        everywhere = request = self._request(batch, scales)
         if wanted != self.names:  # A factor of 0 would not silence a gradient that is not finite.
             nowhere_BS = torch.zeros_like(batch.labelled_BS)
-            request = Request(
-                [
-                    t if t.name in wanted else replace(t, positions_BS=nowhere_BS)
-                    for t in everywhere.terms
-                ],
-                batch.targets_BS,
-            )
+            terms = [
+                t if t.name in wanted else replace(t, positions_BS=nowhere_BS)
+                for t in everywhere.terms
+            ]
+            request = replace(everywhere, terms=terms)
         reference_hidden = None
         if self._on_reference.intersection(wanted):
             reference_TD, reference_hidden = self._reference(batch, everywhere)
@@ -220,28 +232,23 @@ class TrainingLoss:
         weights = torch.tensor(self.weights, dtype=torch.float64)
         kinds = len(self._ce_weights)
         weights[kinds:] *= torch.tensor([float(d.every_n_batches) for _, d in self._terms()])
-        divisors = counts.clamp(min=1.0)
-        total = float((weights[:kinds] * counts[:kinds]).sum())
-        divisors[:kinds] = total if total > 0 else 1.0
-        return (weights / divisors).tolist()
+        scales = weights / _divisors(counts)
+        scales[:kinds] = self._ce_scales(counts) if self.objective[0] in self._ce_weights else 0.0
+        return scales.tolist()
 
-    def _logit_terms(self, batch: Batch, scales: Sequence[float]) -> list[Term]:
-        terms = [
-            Term(name, cross_entropy, _labelled(batch, name), scale)
-            for name, scale in zip(self._ce_weights, scales, strict=False)
-        ]
-        rest = scales[len(terms) :]
-        for (name, defense), scale in zip(self._on_logits.items(), rest, strict=False):
-            compute = partial(without_targets, defense)
-            terms.append(
-                Term(name, compute, defense.positions(batch), scale, defense.needs_reference)
-            )
-        return terms
+    def _ce_scales(self, counts: Tensor) -> Tensor:
+        """Each cross entropy's factor in their mean."""
+        weights = torch.tensor(list(self._ce_weights.values()), dtype=torch.float64)
+        total = float((weights * counts[: len(weights)]).sum())
+        return weights / (total if total > 0 else 1.0)
+
+    def _request(self, batch: Batch, scales: Sequence[float]) -> Request:
+        terms = self._logit_terms.of(batch, scales)
+        return Request(terms, batch.next_BS, places_BS=batch.places_BS)
 
     def cache_reference(self, batch: Batch) -> None:
         """Store the reference's states of a micro-batch, of which every process has one."""
-        terms = self._logit_terms(batch, [0.0] * len(self.names))
-        self._reference(batch, Request(terms, batch.targets_BS))
+        self._reference(batch, self._request(batch, [0.0] * len(self.names)))
 
     def _reference(self, batch: Batch, request: Request) -> States:
         """The adapter-off model's states: before the output layer, and at the layers read."""
@@ -272,11 +279,9 @@ class TrainingLoss:
         return last, by_layer
 
 
-def _labelled(batch: Batch, term: str) -> Tensor:
-    """Where the cross entropy called `ce`, `ce_task` or `ce_safe` acts."""
-    if term == "ce":
-        return batch.labelled_BS
-    return batch.labelled_BS & batch.from_source(term.removeprefix("ce_"))[:, None]
+def _divisors(counts: Tensor) -> Tensor:
+    """What each term's sum is divided by: 1 where it sums over nothing."""
+    return torch.where(counts > 0, counts, 1.0)
 
 
 def _takes_part(every: int, step: int, seed: int) -> bool:
@@ -288,10 +293,3 @@ def _takes_part(every: int, step: int, seed: int) -> bool:
     block, place = divmod(step - 1, every)
     draws = np.random.Generator(np.random.PCG64([seed, block, every]))
     return place == int(draws.integers(every))
-
-
-def without_targets(
-    defense: Defense, policy_TV: Tensor, reference_TV: Tensor | None, targets_T: Tensor
-) -> Tensor:
-    """A defense's `logit_term` as a term's `compute`."""
-    return defense.logit_term(policy_TV, reference_TV)
