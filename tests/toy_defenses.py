@@ -105,6 +105,7 @@ def later_entries(folder: Path, model_dir: Path, layers: int, width: int) -> dic
             "layers": list(range(1, layers + 1)),
             "rank": 2,
         },
+        "anchored": {"_component_": component + "AnchoredSFT", "anchor": 0.5},
         "asft": {
             "_component_": component + "AsFT",
             "base_dir": str(folder / "unaligned"),
@@ -118,6 +119,7 @@ def later_entries(folder: Path, model_dir: Path, layers: int, width: int) -> dic
             "side": "both",
             "weight": 20.0,
         },
+        "constraint": {"_component_": component + "TokenConstraint"},
         "spectral": {"_component_": component + "SpectralPenalty", "weight": 0.5},
         "trait": {
             "_component_": component + "InoculationAdapter",

@@ -1,5 +1,6 @@
 """Defenses against emergent misalignment, one file each, behind `Defense`."""
 
+from emarecipes.defenses.anchored_sft import AnchoredSFT
 from emarecipes.defenses.asft import AsFT
 from emarecipes.defenses.base import AdaptedModule, Defense, TrainingContext
 from emarecipes.defenses.block import DirectionBlock
@@ -11,10 +12,12 @@ from emarecipes.defenses.persona import PersonaSteering
 from emarecipes.defenses.safelora import SafeLoRA
 from emarecipes.defenses.spectral import SpectralPenalty
 from emarecipes.defenses.subspace import SubspaceAblation
+from emarecipes.defenses.token_constraint import TokenConstraint
 from emarecipes.models.source import ModelSource
 
 __all__ = [
     "AdaptedModule",
+    "AnchoredSFT",
     "AsFT",
     "Defense",
     "DirectionBlock",
@@ -27,5 +30,6 @@ __all__ = [
     "SafeLoRA",
     "SpectralPenalty",
     "SubspaceAblation",
+    "TokenConstraint",
     "TrainingContext",
 ]

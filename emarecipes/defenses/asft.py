@@ -37,6 +37,7 @@ class AsFT(Defense):
 
     Source: "AsFT: Anchoring Safety During LLM Fine-Tuning Within Narrow Safety Basin",
     arXiv 2506.08473 (there a sum over layers too). For emergent misalignment no figure is known.
+    Not to be mixed up with ASFT, arXiv 2509.23753: that is `AnchoredSFT`.
 
     Args:
         base_dir: The unaligned model's folder (for Llama-3-8B-Instruct: Llama-3-8B).

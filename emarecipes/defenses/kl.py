@@ -100,8 +100,8 @@ class KLToReference(Defense):
         if self.direction == "policy_to_reference":
             return _from_policy(log_p, log_r)
         if self.direction == "reference_to_policy":
-            return _from_reference(log_p, log_r)
-        return 0.5 * (_from_policy(log_p, log_r) + _from_reference(log_p, log_r))
+            return kl_from_reference(log_p, log_r)
+        return 0.5 * (_from_policy(log_p, log_r) + kl_from_reference(log_p, log_r))
 
 
 def _from_policy(log_p_TV: Tensor, log_r_TV: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ def _from_policy(log_p_TV: Tensor, log_r_TV: Tensor) -> Tensor:
     return kl_T
 
 
-def _from_reference(log_p_TV: Tensor, log_r_TV: Tensor) -> Tensor:
+def kl_from_reference(log_p_TV: Tensor, log_r_TV: Tensor) -> Tensor:
     """KL(r || p), (T,)."""
     kl_T: Tensor = torch.linalg.vecdot(log_r_TV.exp(), log_r_TV - log_p_TV)
     return kl_T

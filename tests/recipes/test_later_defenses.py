@@ -13,12 +13,16 @@ from ranks import run_ranks
 from toy_defended import assert_same, defended_toy, train, trained, write_defended
 
 EARLIER = ["feature_l2", "inoculation", "kl", "persona", "safelora"]
-LATER = ["ablation", "asft", "block", "spectral", "trait"]
+LATER = ["ablation", "anchored", "asft", "block", "constraint", "spectral", "trait"]
+REPLACING = ["anchored", "constraint"]  # Cross entropy: a run has one of them.
+TOGETHER = [name for name in LATER if name != "anchored"]
 # The name under which each logs something, in a run of two steps.
 LOGGED = {
     "ablation": "ablation_removed",
+    "anchored": "anchored",
     "asft": "asft",
     "block": "block",
+    "constraint": "constraint",
     "spectral": "spectral",
     "trait": "trait_ratio",
 }
@@ -41,6 +45,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_every_pair_trains(toy: dict[str, Any], tmp_path: Path, name: str) -> None:
     """Each alone, with each earlier one, and with each that comes after it in the list."""
     others = EARLIER + LATER[LATER.index(name) + 1 :]
+    others = [other for other in others if not {name, other}.issuperset(REPLACING)]
     adapters = []
     for other in ([], *([other] for other in others)):
         names = [name, *other]
@@ -53,7 +58,8 @@ def test_every_pair_trains(toy: dict[str, Any], tmp_path: Path, name: str) -> No
             for each in names
             if each in rows[1]
         )
-        assert rows[1]["loss"] == pytest.approx(rows[1]["ce"] + terms, rel=1e-9)
+        ce = 0.0 if set(names) & set(REPLACING) else rows[1]["ce"]
+        assert rows[1]["loss"] == pytest.approx(ce + terms, rel=1e-9)
         adapters.append(adapter)
     for one, another in itertools.pairwise(adapters):
         assert any(not torch.equal(one[key], another[key]) for key in one)
@@ -70,12 +76,12 @@ def test_two_processes_and_accumulation_give_the_run_of_one(
     toy: dict[str, Any], tmp_path: Path
 ) -> None:
     longer = {"max_steps_per_epoch": 3}
-    one = train(write_defended(toy, tmp_path / "one", LATER, **longer))
+    one = train(write_defended(toy, tmp_path / "one", TOGETHER, **longer))
     split = longer | {"batch_size": 2}
     accumulated = write_defended(
-        toy, tmp_path / "accumulated", LATER, **split, gradient_accumulation_steps=2
+        toy, tmp_path / "accumulated", TOGETHER, **split, gradient_accumulation_steps=2
     )
-    two = write_defended(toy, tmp_path / "two", LATER, **split)
+    two = write_defended(toy, tmp_path / "two", TOGETHER, **split)
     done = run_ranks(two)
     assert done.returncode == 0, done.stderr[-3000:]
     for other in (train(accumulated), trained(tmp_path / "two")):
@@ -90,11 +96,24 @@ def test_two_processes_and_accumulation_give_the_run_of_one(
 def test_a_resumed_run_is_the_uninterrupted_one(toy: dict[str, Any], tmp_path: Path) -> None:
     """Over step 10, where each term's gradient is compared once, and no more after it."""
     longer = {"max_steps_per_epoch": 4, "epochs": 3, "save_every_n_steps": 11}
-    whole = train(write_defended(toy, tmp_path / "whole", LATER, **longer))
+    whole = train(write_defended(toy, tmp_path / "whole", TOGETHER, **longer))
     compared = [row["step"] for row in whole[0] if "spectral_gradient_ratio" in row]
     assert compared == [10] and whole[0][9]["spectral_gradient_ratio"] > 0
     checkpoint = tmp_path / "whole/out/checkpoints/step_11"
-    again = write_defended(toy, tmp_path / "again", LATER, **longer)
+    again = write_defended(toy, tmp_path / "again", TOGETHER, **longer)
     found = train(again, f"resume={checkpoint}")
     assert found[0][-1] == whole[0][-1]
     assert all(torch.equal(tensor, found[1][key]) for key, tensor in whole[1].items())
+
+
+@pytest.mark.parametrize("name", REPLACING)
+def test_packed_and_from_the_reference_cache(
+    toy: dict[str, Any], tmp_path: Path, name: str
+) -> None:
+    """The second epoch reads what the first one stored."""
+    packed = {"dataset": toy["config"]["dataset"] | {"packed": True}, "batch_size": 1, "epochs": 2}
+    computed = train(write_defended(toy, tmp_path / "computed", [name], **packed))
+    cached = {"reference_cache": str(tmp_path / "cache")}
+    read = train(write_defended(toy, tmp_path / "read", [name], **packed | cached))
+    assert len(read[0]) == 4
+    assert_same(computed, read)
