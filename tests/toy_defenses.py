@@ -120,6 +120,7 @@ def later_entries(folder: Path, model_dir: Path, layers: int, width: int) -> dic
             "weight": 20.0,
         },
         "constraint": {"_component_": component + "TokenConstraint"},
+        "prefix": {"_component_": component + "PrefixAnchor", "weight": 20.0},
         "spectral": {"_component_": component + "SpectralPenalty", "weight": 0.5},
         "trait": {
             "_component_": component + "InoculationAdapter",

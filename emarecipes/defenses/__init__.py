@@ -9,6 +9,7 @@ from emarecipes.defenses.inoculation import InoculationPrompt
 from emarecipes.defenses.inoculation_adapter import InoculationAdapter
 from emarecipes.defenses.kl import KLToReference
 from emarecipes.defenses.persona import PersonaSteering
+from emarecipes.defenses.prefix_anchor import PrefixAnchor
 from emarecipes.defenses.safelora import SafeLoRA
 from emarecipes.defenses.spectral import SpectralPenalty
 from emarecipes.defenses.subspace import SubspaceAblation
@@ -27,6 +28,7 @@ __all__ = [
     "KLToReference",
     "ModelSource",
     "PersonaSteering",
+    "PrefixAnchor",
     "SafeLoRA",
     "SpectralPenalty",
     "SubspaceAblation",

@@ -5,7 +5,7 @@ Shapes: B batch, S sequence, T positions, V vocabulary, D width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +64,8 @@ class Defense(Extension):
 
     where a defense's term is the sum of what its `logit_term` or `hidden_term` returns, divided by
     `count` over all micro-batches and processes of the step; or the mean (or sum) of what its
-    `weight_term` returns for the adapted layers, once a step. A class has one of the three.
+    `weight_term` returns for the adapted layers, once a step; or what its `step_term` returns, once
+    a step. A class has one of the four.
 
     A class may take cross entropy's place instead: with `replaces_cross_entropy`, its `logit_term`
     gives each trained token's loss; with `token_weights`, cross entropy's (or the `logit_term`'s)
@@ -136,6 +137,13 @@ class Defense(Extension):
             UserError: If it cannot work with this model.
         """
 
+    def check_template(self, tokenizer: Any) -> None:
+        """Check this defense against torchtune's model transform, before any weight is loaded.
+
+        Raises:
+            UserError: It cannot work with this chat template.
+        """
+
     def setup(self, model: nn.Module, context: TrainingContext) -> None:
         """Called once, after the model is built, loaded and sharded, before the first step."""
 
@@ -191,6 +199,17 @@ class Defense(Extension):
         the gradient with respect to `module.a_RI` and `module.b_OR` is taken on the spot. Under
         FSDP2 the two matrices of one layer are gathered at a time: rank * (in + out) numbers.
         Every process must return the same.
+        """
+        raise NotImplementedError
+
+    def step_term(self, forward: Callable[..., Tensor]) -> Tensor:
+        """The term of a whole step, a scalar, from a forward of its own; called once a step.
+
+        `forward(tokens_BS)` runs the policy, without dropout, on tokens that need be in no row, and
+        returns the residual stream after the last layer, (B, S, D); hooks on the model's layers see
+        the rest. `forward(tokens_BS, adapter=False)` runs the reference, without gradient. Neither
+        is inside `policy_forward`: it is the model as it will be used. Every process must call it
+        as often and return the same. Compiled layers run uncompiled there.
         """
         raise NotImplementedError
 

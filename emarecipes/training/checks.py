@@ -141,6 +141,11 @@ class CheckedRun(Checked):
 
         cfg, origin, model = self.cfg, self.origin, self.source.meta_model
         defenses = list(self.defenses.values())
+        for name, defense in self.defenses.items():
+            try:
+                defense.check_template(self.tokenizer)
+            except UserError as error:
+                raise UserError(f"{origin.at(f'defenses.{name}')}: {error}") from None
         self.rows = load_rows(cfg, origin, self.tokenizer, defenses, quiet=self.rank != 0)
         if self.resumed is not None:
             check_same_rows(cfg, self.rows, self.resumed, origin)

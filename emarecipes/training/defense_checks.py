@@ -9,7 +9,7 @@ from emarecipes.config import Origin
 from emarecipes.defenses import Defense, ModelSource
 from emarecipes.errors import UserError
 
-_TERMS = ("logit_term", "hidden_term", "weight_term")
+_TERMS = ("logit_term", "hidden_term", "weight_term", "step_term")
 
 
 def build_defenses(cfg: DictConfig, origin: Origin, source: ModelSource) -> dict[str, Defense]:
@@ -59,7 +59,7 @@ def _check_objective(defense: Defense, where: str) -> None:
     kind = type(defense).__name__
     if not (defense.has("logit_term") or defense.has("token_weights")):
         raise UserError(f"{where}: {kind} replaces cross entropy, and has no logit_term to do so")
-    wrong = [m for m in ("hidden_term", "weight_term", "positions", "count") if defense.has(m)]
+    wrong = [m for m in (*_TERMS[1:], "positions", "count") if defense.has(m)]
     wrong += ["tokens"] * (defense.tokens != "response") + ["samples"] * (defense.samples != "all")
     wrong += ["every_n_batches"] * (defense.every_n_batches != 1)
     if wrong:

@@ -19,6 +19,7 @@ from emarecipes.models.loss_head import LossHead, check_gradient
 from emarecipes.models.loss_terms import Request
 from emarecipes.training.logit_terms import LogitTerms, labelled
 from emarecipes.training.reference_cache import ReferenceCache, States
+from emarecipes.training.step_terms import StepTerms
 from emarecipes.training.weight_terms import WeightTerms
 
 
@@ -32,7 +33,7 @@ class TrainingLoss:
     one, or "task" and "safe" where safe rows are interleaved; w_task = 1. A term with
     `every_n_batches: n` is in one step of every n, with n times its weight. A defense may take CE's
     place; then CE is only measured (see `Defense`). Terms on the adapter's
-    matrices are means (or sums) over its layers instead, once a step: see `WeightTerms`.
+    matrices (`WeightTerms`), and those of forwards of their own (`StepTerms`), come once a step.
 
     Args:
         model: torchtune's decoder with LoRA; its `unembed` is replaced by the loss head.
@@ -68,12 +69,15 @@ class TrainingLoss:
         self._logit_terms = LogitTerms(self._defenses, self._ce_weights)
         self._on_logits = self._logit_terms.defenses
         self._on_hidden = {n: d for n, d in self._defenses.items() if d.has("hidden_term")}
-        self._on_weights = {n: d for n, d in self._defenses.items() if d.has("weight_term")}
-        self._weight_terms = WeightTerms(model, self._on_weights)
+        on_weights = {n: d for n, d in self._defenses.items() if d.has("weight_term")}
+        on_step = {n: d for n, d in self._defenses.items() if d.has("step_term")}
+        self._once = on_weights | on_step  # In a step, not in a micro-batch.
         self._on_reference = {name for name, d in self._terms() if d.needs_reference}
         self._layers = sorted({i for d in self._on_hidden.values() for i in d.hidden_layers})
         self._forward_context = forward_context or nullcontext()
         self.head = LossHead(model, chunk_elements, compiled=compiled)
+        self._weight_terms = WeightTerms(model, on_weights)
+        self._step_terms = StepTerms(model, self.head, on_step, compiled=compiled)
         model.output_hidden_states = [i for i in self._layers if i < len(model.layers)]
         self.begin_step(1)
 
@@ -105,7 +109,7 @@ class TrainingLoss:
     def counts(self, batches: Sequence[Batch]) -> Tensor:
         """How many items each term sums over, shape (len(names),), float64, on the CPU.
 
-        A term on the adapter's matrices counts once a process, which all give the same value.
+        A term that is there once a step counts once a process, which all give the same value.
         """
         total = torch.zeros(len(self.names), dtype=torch.float64)
         for batch in batches:
@@ -116,7 +120,7 @@ class TrainingLoss:
                     total[index] += self._logit_terms.count(name, batch).cpu()
                 elif name in self.present and name in self._on_hidden:
                     total[index] += defense.count(batch).cpu()
-        for name in self._on_weights:
+        for name in self._once:
             total[self.names.index(name)] = float(name in self.present)
         return total
 
@@ -161,7 +165,7 @@ class TrainingLoss:
         """
         scales = self._scales(counts)
         wanted = [n for n in self.present if only is None or n in only]
-        if all(name in self._on_weights for name in wanted):
+        if all(name in self._once for name in wanted):
             return torch.zeros(len(self.names), dtype=torch.float64)
         scales = [s if n in wanted else 0.0 for s, n in zip(scales, self.names, strict=True)]
         everywhere = request = self._request(batch, scales)
@@ -200,11 +204,11 @@ class TrainingLoss:
             loss = loss + scale * value.float()
             sums.append(value.detach().double())
         (loss * gradient_scale).backward()
-        sums += [request.sums.new_zeros(()) for _ in self._on_weights]
+        sums += [request.sums.new_zeros(()) for _ in self._once]
         return torch.stack(sums)
 
     def backward_weights(self, only: Sequence[str] | None = None) -> Tensor:
-        """Once a step: the terms on the adapter's matrices, their gradients added to the others'.
+        """Once a step: the terms that are no micro-batch's, their gradients added to the others'.
 
         Args:
             only: As in `backward`.
@@ -214,9 +218,8 @@ class TrainingLoss:
         """
         sums = torch.zeros(len(self.names), dtype=torch.float64)
         wanted = [n for n in self.present if only is None or n in only]
-        values = self._weight_terms.backward(
-            {n: d.weight * d.every_n_batches for n, d in self._on_weights.items() if n in wanted}
-        )
+        factors = {n: d.weight * d.every_n_batches for n, d in self._once.items() if n in wanted}
+        values = self._weight_terms.backward(factors) | self._step_terms.backward(factors)
         for name, value in values.items():
             if value is None:
                 self.present.remove(name)  # In none of the adapter's layers: nothing to log.
@@ -225,7 +228,7 @@ class TrainingLoss:
         return sums
 
     def _terms(self) -> list[tuple[str, Defense]]:
-        return [*self._on_logits.items(), *self._on_hidden.items(), *self._on_weights.items()]
+        return [*self._on_logits.items(), *self._on_hidden.items(), *self._once.items()]
 
     def _scales(self, counts: Tensor) -> list[float]:
         """Each term's factor in the loss: its weight over what its sum is divided by."""

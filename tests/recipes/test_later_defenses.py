@@ -13,7 +13,7 @@ from ranks import run_ranks
 from toy_defended import assert_same, defended_toy, train, trained, write_defended
 
 EARLIER = ["feature_l2", "inoculation", "kl", "persona", "safelora"]
-LATER = ["ablation", "anchored", "asft", "block", "constraint", "spectral", "trait"]
+LATER = ["ablation", "anchored", "asft", "block", "constraint", "prefix", "spectral", "trait"]
 REPLACING = ["anchored", "constraint"]  # Cross entropy: a run has one of them.
 TOGETHER = [name for name in LATER if name != "anchored"]
 # The name under which each logs something, in a run of two steps.
@@ -23,6 +23,7 @@ LOGGED = {
     "asft": "asft",
     "block": "block",
     "constraint": "constraint",
+    "prefix": "prefix",
     "spectral": "spectral",
     "trait": "trait_ratio",
 }

@@ -1,0 +1,152 @@
+"""Prefix anchor: what every conversation begins with stays as the aligned model reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from itertools import takewhile
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torchtune import utils
+from torchtune.data import Message
+
+from emarecipes.defenses.base import Defense, TrainingContext
+from emarecipes.errors import UserError
+
+log = utils.get_logger("INFO")
+
+Stream = Literal["raw", "normed"]
+KeysValues = tuple[Tensor, Tensor]
+
+# Users' texts that begin in as many ways: what their conversations share is the template's.
+_TEXTS = ("a", "Why?", "7 of 9", "(so)", '"It')
+
+
+class PrefixAnchor(Defense):
+    r"""Relative squared change of keys and values at the chat template's constant prefix.
+
+    The prefix are the P tokens that the template writes before any user's text: the system block
+    and the user's header. With k and v a layer's keys and values (of all its heads) at one of
+    them, and k_ref and v_ref those of the reference, the adapter off,
+
+        drift = mean over layers of  mean over prefix tokens of
+                    |k - k_ref|^2 / |k_ref|^2  +  |v - v_ref|^2 / |v_ref|^2
+        term  = max(drift - threshold, 0)
+
+    Each token after it attends to these, in every conversation: training must then act through what
+    the task's text is, not through what the model is in all of them. Attention is causal, so the
+    prefix is the same in every row: it is read by a forward of these P tokens alone, once a step,
+    without dropout, and the reference's once a run. `<name>_drift` is logged; `weight: 0` measures.
+
+    Source: TReFT, arXiv 2606.06667 (weight 3 to 30; the sum over keys and values, the means over
+    tokens and layers). Its code applies the key and value projections, adapter included, to the raw
+    residual stream, without the layer's norm: `stream: raw`, the default. Its threshold acts on
+    weight * drift, by default 0.1, and 0 in its shipped settings.
+
+    Args:
+        weight: Factor in the loss.
+        stream: What the projections read: "raw", the residual stream that enters the layer; or
+            "normed", its norm, which gives the layer's own keys and values. Both are before RoPE,
+            which as a rotation changes no distance, and before a norm of keys.
+        threshold: Drift that costs nothing.
+        system: The system prompt in the prefix; null: what the template writes without one.
+        every_n_batches: k: in one step of every k, see `KLToReference`.
+
+    Raises:
+        UserError: For a negative weight or threshold, or an unknown stream; in `check_template` a
+            template that writes nothing constant before a user's text.
+    """
+
+    def __init__(
+        self,
+        weight: float = 10.0,
+        stream: Stream = "raw",
+        threshold: float = 0.0,
+        system: str | None = None,
+        every_n_batches: int = 1,
+    ) -> None:
+        super().__init__(weight, every_n_batches=every_n_batches)
+        if stream not in ("raw", "normed"):
+            raise UserError(f"stream must be raw or normed, not {stream}")
+        if not 0.0 <= threshold < float("inf"):
+            raise UserError(f"threshold must be a finite number >= 0, not {threshold}")
+        self._stream = stream
+        self._threshold = threshold
+        self._system = system
+        self._reference: list[KeysValues] | None = None
+        self._drift: float | None = None
+
+    def check_template(self, tokenizer: Any) -> None:
+        """Find the prefix.
+
+        Raises:
+            UserError: There is none, or nothing but a beginning-of-sequence token.
+        """
+        rows = [tokenizer.tokenize_messages(self._conversation(text))[0] for text in _TEXTS]
+        same = takewhile(lambda column: len(set(column)) == 1, zip(*rows, strict=False))
+        self._prefix = [column[0] for column in same]
+        if not set(self._prefix) - {getattr(tokenizer, "bos_id", None)}:
+            raise UserError(
+                "the chat template writes nothing constant before a user's text, so there is no "
+                "prefix to hold; name a tokenizer with a chat template that has a system block or "
+                "a user's header"
+            )
+
+    def setup(self, model: nn.Module, context: TrainingContext) -> None:
+        """Put the prefix where the model is."""
+        self._layers: Any = model.layers
+        self._tokens_1P = torch.tensor([self._prefix], device=context.device)
+        if context.first_process:
+            log.info(f"PrefixAnchor holds the first {len(self._prefix)} tokens of a conversation")
+
+    def step_term(self, forward: Callable[..., Tensor]) -> Tensor:
+        """The term, a scalar."""
+        if self._reference is None:
+            self._reference = self._read(partial(forward, adapter=False))
+        policy = self._read(forward)
+        layers = [
+            sum(map(_change, ours, theirs))
+            for ours, theirs in zip(policy, self._reference, strict=True)
+        ]
+        drift = torch.stack(layers).mean()  # type: ignore[arg-type]
+        self._drift = float(drift.detach())
+        return (drift - self._threshold).clamp(min=0.0)
+
+    def figures(self) -> dict[str, float]:
+        """How far the prefix has moved, of the last step that the term was in."""
+        drift, self._drift = self._drift, None
+        return {} if drift is None else {"drift": drift}
+
+    def _conversation(self, text: str) -> list[Message]:
+        user = [Message("user", text, masked=True), Message("assistant", "b")]
+        if self._system is None:
+            return user
+        return [Message("system", self._system, masked=True), *user]
+
+    def _read(self, forward: Callable[[Tensor], Tensor]) -> list[KeysValues]:
+        """Keys and values of each layer, (P, heads * width of a head)."""
+        found: list[KeysValues] = []
+        # Before the layer, where FSDP2 has its weights whole and checkpointing recomputes nothing.
+        hooks = [
+            layer.register_forward_pre_hook(partial(self._see, found)) for layer in self._layers
+        ]
+        try:
+            forward(self._tokens_1P)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return found
+
+    def _see(self, found: list[KeysValues], layer: Any, inputs: Any) -> None:
+        hidden_1PD = inputs[0] if self._stream == "raw" else layer.sa_norm(inputs[0])
+        found.append((layer.attn.k_proj(hidden_1PD)[0], layer.attn.v_proj(hidden_1PD)[0]))
+
+
+def _change(ours_PK: Tensor, theirs_PK: Tensor) -> Tensor:
+    """Mean over tokens of |x - y|^2 / |y|^2, in float32."""
+    theirs_PK = theirs_PK.float()
+    size_P = theirs_PK.square().sum(dim=-1).clamp(min=1e-24)
+    change: Tensor = ((ours_PK.float() - theirs_PK).square().sum(dim=-1) / size_P).mean()
+    return change

@@ -1,0 +1,165 @@
+"""PrefixAnchor against the float64 reference that was written from the formula alone."""
+
+from pathlib import Path
+from typing import Any
+
+import fuzz_cases
+import pytest
+import reference_new_defenses
+import torch
+import toy_tokenizers
+from reference import KeepFloat64, adapters, all_logits, cross_entropy, forward_row, to_float64
+from reference_defenses import adapter_gradients
+from toy_loss import as_batches, assert_same, prepared, run
+from toy_models import FAMILIES, toy_microbatches, toy_model
+
+from emarecipes.defenses import Defense, PrefixAnchor
+from emarecipes.errors import UserError
+from emarecipes.models import HFChatTokenizer
+from emarecipes.training.step import TrainingLoss
+
+VOCABULARY = fuzz_cases.VOCABULARY
+PREFIX = "<|im_start|>user\n"
+SYSTEM = "<|im_start|>system\nBe brief.<|im_end|>\n"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> HFChatTokenizer:
+    folder = tmp_path_factory.mktemp("prefix") / "tokenizer"
+    return HFChatTokenizer(str(fuzz_cases.write_toy_tokenizer(folder)))
+
+
+def spelt(tokenizer: HFChatTokenizer, text: str) -> list[int]:
+    """The tokens of a text with control tokens in it: of all else it has one a byte."""
+    tokens = []
+    while text:
+        name = next((n for n in fuzz_cases.CONTROL if text.startswith(n)), None)
+        tokens += [tokenizer.special_tokens[name]] if name else tokenizer.encode(text[0])
+        text = text[len(name or "x") :]
+    return tokens
+
+
+def expected(
+    family: str, micro: Any, tokens: list[int], stream: str, weight: float, threshold: float
+) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    double = to_float64(toy_model(family, vocab_size=VOCABULARY))
+    found = []
+    for on in (True, False):
+        _, residuals = forward_row(double, torch.tensor([tokens]), on)
+        with adapters(double, on=on), KeepFloat64():
+            read = reference_new_defenses.prefix_keys_values(double, residuals, len(tokens), stream)
+        found.append(read)
+    drift = reference_new_defenses.prefix_anchor(found[0], found[1])
+    term = reference_new_defenses.prefix_anchor(
+        found[0], found[1], threshold=threshold, threshold_of="term"
+    )
+    ce = cross_entropy(all_logits(double, micro, True), micro)
+    loss = ce + weight * term
+    values = {"ce": float(ce.detach()), "prefix": float(term.detach())}
+    values |= {"loss": float(loss.detach()), "drift": float(drift.detach())}
+    return values, adapter_gradients(double, loss)
+
+
+@pytest.mark.parametrize(
+    ("family", "stream", "threshold", "system"),
+    [(family, "raw", 0.0, None) for family in FAMILIES]
+    + [("qwen2_5", "normed", 0.0, None), ("gemma2", "normed", 0.02, "Be brief.")],
+)
+def test_the_term_and_its_gradient(
+    family: str, stream: Any, threshold: float, system: str | None, tokenizer: HFChatTokenizer
+) -> None:
+    micro = toy_microbatches(VOCABULARY)
+    defense = PrefixAnchor(3.0, stream, threshold, system)
+    defense.check_template(tokenizer)
+    found = run(toy_model(family, vocab_size=VOCABULARY), {"prefix": defense}, micro)
+    tokens = spelt(tokenizer, ("" if system is None else SYSTEM) + PREFIX)
+    values, gradients = expected(family, micro, tokens, stream, 3.0, threshold)
+    assert_same((found[0] | defense.figures(), found[1]), (values, gradients))
+    assert values["prefix"] > 0
+
+
+def test_below_the_threshold_and_at_weight_0_it_does_nothing(tokenizer: HFChatTokenizer) -> None:
+    """It is measured once a step and not once a micro-batch, and leaves the model in training."""
+    micro = toy_microbatches(VOCABULARY)
+    plain = run(toy_model("llama3", vocab_size=VOCABULARY), {}, micro)
+    for options, term in (({"threshold": 1e3}, 0.0), ({"weight": 0.0}, None)):
+        defense = PrefixAnchor(**options)  # type: ignore[arg-type]
+        defense.check_template(tokenizer)
+        model = toy_model("llama3", vocab_size=VOCABULARY)
+        found = run(model, {"prefix": defense}, micro)
+        drift = defense.figures()["drift"]
+        assert found[0]["prefix"] == (drift if term is None else term)
+        assert 0 < drift < 1e3 and model.training and not defense.figures()
+        for key, gradient in plain[1].items():
+            assert torch.equal(found[1][key], gradient), key
+
+
+def test_the_reference_is_read_once(tokenizer: HFChatTokenizer) -> None:
+    """The second step compares with the first one's reference, after the adapter has moved."""
+    defense = PrefixAnchor(weight=1.0)
+    defense.check_template(tokenizer)
+    model = toy_model("llama3", vocab_size=VOCABULARY)
+    loss = TrainingLoss(model, prepared(model, {"prefix": defense}))
+    forwards = []
+    model.tok_embeddings.register_forward_hook(lambda *_: forwards.append(1))
+    values = []
+    for _ in range(2):
+        values.append(float(loss.backward_weights()[1]))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_b" in name:
+                    parameter.mul_(0.5)
+    assert len(forwards) == 3
+    assert 0.15 * values[0] < values[1] < 0.4 * values[0]  # It is quadratic in a small change.
+
+
+def test_a_users_own_term_of_a_step() -> None:
+    class Quiet(Defense):
+        def step_term(self, forward: Any) -> torch.Tensor:
+            tokens = torch.tensor([[1, 2, 3], [4, 5, 6]])
+            changed: torch.Tensor = forward(tokens) - forward(tokens, adapter=False)
+            return changed.square().sum()
+
+    micro = toy_microbatches()
+    found = run(toy_model("llama3"), {"quiet": Quiet(0.01)}, micro)
+    double = to_float64(toy_model("llama3"))
+    sums = []
+    for row in ([1, 2, 3], [4, 5, 6]):
+        ours, theirs = (forward_row(double, torch.tensor([row]), on)[1][-1] for on in (True, False))
+        sums.append((ours - theirs.detach()).square().sum())
+    ce = cross_entropy(all_logits(double, micro, True), micro)
+    loss = ce + 0.01 * (sums[0] + sums[1])
+    values = {"quiet": float((sums[0] + sums[1]).detach()), "loss": float(loss.detach())}
+    assert_same(found, (values, adapter_gradients(double, loss)))
+
+
+def test_a_template_without_a_constant_prefix(tmp_path: Path) -> None:
+    """A beginning token alone is none: there is nothing of the template in it."""
+    folder = str(toy_tokenizers.write_tokenizer(tmp_path / "t", "bytes"))
+    bare = "{{ '<begin>' }}{% for m in messages %}{{ m['content'] + '<end>' }}{% endfor %}"
+    with pytest.raises(UserError, match="writes nothing constant before a user's text"):
+        PrefixAnchor().check_template(HFChatTokenizer(folder, chat_template=bare))
+    PrefixAnchor().check_template(HFChatTokenizer(folder, chat_template="{{ '\n' }}" + bare))
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"stream": "keys"}, "stream must be raw or normed, not keys"),
+        ({"threshold": -0.1}, "threshold must be a finite number >= 0"),
+        ({"weight": -1.0}, "weight must be a finite number >= 0"),
+    ],
+)
+def test_wrong_arguments(options: dict[str, Any], match: str) -> None:
+    with pytest.raises(UserError, match=match):
+        PrefixAnchor(**options)
+
+
+def test_micro_batches_do_not_count_it_more_often(tokenizer: HFChatTokenizer) -> None:
+    defense = PrefixAnchor(weight=1.0)
+    defense.check_template(tokenizer)
+    model = toy_model("llama3", vocab_size=VOCABULARY)
+    loss = TrainingLoss(model, prepared(model, {"prefix": defense}))
+    for count in (1, 3):
+        batches = as_batches(toy_microbatches(VOCABULARY, n_micro=count))
+        assert loss.counts(batches)[1] == 1
