@@ -193,6 +193,8 @@ class _ChunkedLoss(torch.autograd.Function):
                     places_C = None if places_T is None else places_T[part]
                     chunk = _Chunk(head, request, hidden_CD, targets_T[part], places_C, part)
                     total = chunk.loss(rows_KT[:, part])
+                    if not total.requires_grad:
+                        continue
                     found = torch.autograd.grad(total, (hidden_CD, *trained))
                 gradients[0][part] = found[0]
                 for gradient, addend in zip(gradients[1:], found[1:], strict=True):
@@ -248,7 +250,8 @@ class _Chunk:
                 weights_C = term.weights_BS[request.selected_BS][self.part]
                 values = values * weights_C[rows_KC[k].to(weights_C.device)]
             request.sums[k] += values.detach().sum(dtype=torch.float64)
-            total = total + term.scale * values.sum()
+            if term.scale:  # What is only measured costs no backward.
+                total = total + term.scale * values.sum()
         return total
 
     def _reference_logits(self, terms: list[Term]) -> Tensor | None:
