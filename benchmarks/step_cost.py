@@ -48,6 +48,7 @@ from torchtune.modules.peft import disable_adapter, get_adapter_params
 from emarecipes.config import load_config
 from emarecipes.defenses import Defense, KLToReference, ModelSource, TrainingContext
 from emarecipes.machine import native_precision
+from emarecipes.models import HFChatTokenizer
 from emarecipes.models._torchtune import model_on_meta
 from emarecipes.models._torchtune_cpu import with_fewer_passes
 from emarecipes.models._torchtune_recipe import stock_recipe
@@ -123,8 +124,10 @@ def set_up(setting: Setting, model: nn.Module, defenses: Defenses) -> Defenses:
     source = ModelSource(setting.meta_model, setting.base, str(setting.cfg.checkpointer.model_type))
     device, output = torch.device("cpu"), Path(setting.cfg.output_dir)
     context = TrainingContext(device, setting.dtype, 10**9, output, source, first_process=True)
+    tokenizer = HFChatTokenizer(str(setting.base))
     for defense in defenses.values():
         defense.check(source)
+        defense.check_template(tokenizer)
         defense.setup(model, context)
     return defenses
 
@@ -140,7 +143,9 @@ def stock(recipe: Any, batch: Batch) -> list[float]:
 
 def ours(loss: TrainingLoss, batch: Batch) -> list[float]:
     counts = loss.counts([batch])
-    return (loss.backward(batch, counts) / counts).tolist()
+    figures = (loss.backward(batch, counts) / counts).tolist()
+    loss.backward_weights()
+    return figures  # type: ignore[no-any-return]
 
 
 def in_transformers(setting: Setting, naive: bool, compiled: bool = False) -> Model:
