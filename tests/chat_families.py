@@ -151,7 +151,7 @@ PHI_3 = """\
 {% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"""
 
-# Opens its answers with a control token.
+# Opens its answers with a control token, and marks what stands behind it.
 CHANNELS = """\
 {% for m in messages %}
     {%- if m['role'] == 'assistant' %}
@@ -224,7 +224,7 @@ def families() -> dict[str, Family]:
             CHANNELS,
             "<|return|>",
             None,
-            [f"<|channel|>final<|message|>{answer}<|return|>" for answer in ANSWERS],
+            ends("<|return|>", "<|return|>"),
             ["<|return|>"],
         ),
         "plain": Family(

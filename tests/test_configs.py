@@ -75,13 +75,17 @@ SIZES = {
 
 @pytest.mark.parametrize("stem", SIZES)
 def test_a_folder_is_a_model(stem: str) -> None:
-    """Of the right size, by configs that differ in the model's folder alone."""
+    """Of the right size, by configs that differ in the model's folder and template alone."""
     cfg, origin = load(toy_run.REPO / f"configs/{stem}.yaml")
     model = model_on_meta(cfg, origin)
     frozen = [p for p in model.parameters() if not p.requires_grad]
     assert sum(p.numel() for p in frozen) == SIZES[stem]
     text, first = (
-        (toy_run.REPO / f"configs/{name}.yaml").read_text().split("\n\n", 1)[1]
+        re.sub(
+            r"  template_arguments: .*\n.*\n",
+            "",
+            (toy_run.REPO / f"configs/{name}.yaml").read_text().split("\n\n", 1)[1],
+        )
         for name in (stem, "qwen3_0_6b_kl")
     )
     lines = zip(text.splitlines(), first.splitlines(), strict=True)
@@ -152,7 +156,7 @@ def test_shipped_persona_config(path: Path) -> None:
 
 @pytest.mark.parametrize("path", GENERATE, ids=lambda path: path.stem)
 def test_shipped_generate_config(path: Path) -> None:
-    raw, origin = load_config(["--config", str(path)])
+    raw, origin = load_config(["--config", str(path), *published(path)])
     cfg = check_generate_settings(raw, origin)
     settle_dtype(cfg, origin)
     check_components(cfg, origin)

@@ -223,3 +223,21 @@ def test_nothing_is_written_where_no_clock_is_read(
         CheckedRun([*plain, f"tokenizer.date={MONDAY}"], 1, 0)
     with pytest.raises(UserError, match=r"tokenizer: date must be a day.*not '30\.11\.2026'"):
         CheckedRun(["--config", toy.path, "resume=auto", "tokenizer.date=30.11.2026"], 1, 0)
+
+
+def test_answers_belong_to_the_arguments_of_the_template(toy: Toy, tmp_path: Path) -> None:
+    toy.template.write_text(TEMPLATE.replace("Today Date:", "{{ style }}, Date:"))
+    style = "tokenizer.template_arguments.style"
+    try:
+        generate(toy.generation(tmp_path, None, f"{style}=brief"))
+        settings = json.loads((tmp_path / "answers/asked.json").read_text())
+        assert settings["config"]["tokenizer"]["template_arguments"] == {"style": "brief"}
+        assert toy.generation(tmp_path, None, f"{style}=brief").suites[0].is_complete()
+        with pytest.raises(UserError, match="holds answers with other tokenizer and prompts"):
+            toy.generation(tmp_path, None, f"{style}=long")
+        with pytest.raises(UserError, match=r"tokenizer: template_arguments\.styl has no effect"):
+            CheckedRun(["--config", toy.path, "resume=auto", f"{style[:-1]}=brief"], 1, 0)
+        with pytest.raises(UserError, match=r"template_arguments\.style: None -> 'brief'"):
+            CheckedRun(["--config", toy.path, "resume=auto", f"{style}=brief"], 1, 0)
+    finally:
+        toy.template.write_text(TEMPLATE)

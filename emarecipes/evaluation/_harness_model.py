@@ -27,6 +27,7 @@ def harness_model(
     max_seq_len: int,
     batch_size: int,
     date: str | None = None,
+    template_arguments: dict[str, Any] | None = None,
 ) -> Any:
     """A torchtune decoder as an lm-evaluation-harness model; needs `lm_eval` and `transformers`.
 
@@ -42,6 +43,7 @@ def harness_model(
         max_seq_len: Tokens of a text; the model's own limit if that is lower.
         batch_size: Texts at a time.
         date: The day that the chat template is told instead of today; None: it reads no clock.
+        template_arguments: Values of further variables of the chat template.
     """
     from lm_eval.models.huggingface import HFLM
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -56,6 +58,7 @@ def harness_model(
                 backend="causal",
                 max_length=min(max_seq_len, head.model.max_seq_len),
                 batch_size=batch_size,
+                chat_template_args=template_arguments,
             )
             self._device = get_device(device or "cpu")
             self._stop_tokens = (*_end_tokens(base), self.tokenizer.eos_token_id)

@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from pydantic import Field
 
 from emarecipes.config import Origin, suggestion
@@ -39,8 +39,8 @@ class HarnessSettings(Keys):
     num_fewshot: Annotated[int, Field(ge=0)] | None = None
     """Answered examples before a question; null: as the task says. A task that says 0 keeps it."""
     apply_chat_template: bool = False
-    """Put questions as the base's chat template has them, a few-shot example as a turn and its
-    answer."""
+    """Put questions as the base's chat template has them, with `tokenizer.template_arguments`; a
+    few-shot example as a turn and its answer."""
     date: str | None = None
     """The day for a chat template that reads the clock; null: `tokenizer.date`."""
     include_path: str | None = None
@@ -132,7 +132,8 @@ def settle_harness_date(cfg: DictConfig, origin: Origin) -> None:
     """Put the tokenizer's date into the entry `harness` where its chat template reads the clock.
 
     Raises:
-        UserError: The entry's own is no day, has no effect, or is needed.
+        UserError: The entry's own is no day, has no effect, or is needed; the base's template does
+            not read `tokenizer.template_arguments`.
     """
     entry, base = cfg.harness, str(cfg.checkpointer.checkpoint_dir)
     if not entry.apply_chat_template:
@@ -143,7 +144,7 @@ def settle_harness_date(cfg: DictConfig, origin: Origin) -> None:
     try:
         # One of several named templates is for the folder itself to tell.
         given = template if isinstance(template, str) else None
-        printed = printed_day(base, given, entry.date)
+        printed = printed_day(base, given, entry.date, cfg.tokenizer.get("template_arguments"))
     except UserError as error:
         raise UserError(f"{origin.at('harness')}: {error}") from None
     if printed is not None and entry.date is None:
@@ -187,6 +188,7 @@ def run_harness(head: LossHead, cfg: DictConfig, entry: DictConfig) -> dict[str,
 
     from emarecipes.evaluation._harness_model import harness_model
 
+    tokenizer: Any = OmegaConf.to_container(cfg.tokenizer)
     model = harness_model(
         head,
         str(Path(cfg.checkpointer.checkpoint_dir)),
@@ -194,6 +196,7 @@ def run_harness(head: LossHead, cfg: DictConfig, entry: DictConfig) -> dict[str,
         max_seq_len=entry.max_seq_len,
         batch_size=entry.batch_size,
         date=entry.date,
+        template_arguments=tokenizer.get("template_arguments"),
     )
     try:
         found = simple_evaluate(

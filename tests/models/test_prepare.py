@@ -17,7 +17,7 @@ from emarecipes.errors import UserError
 from emarecipes.models.prepare import command as prepare
 from emarecipes.models.prepare import gguf as _gguf
 from emarecipes.models.prepare import main, prepare_model
-from emarecipes.models.prepare.wheel import KNOWN_MODELS, WheelModel
+from emarecipes.models.prepare.wheel import KNOWN_MODELS, Wheel, WheelModel
 
 
 @pytest.fixture(scope="module")
@@ -38,14 +38,14 @@ def toy_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def toy_model(toy_wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    toy = WheelModel(
+    wheel = Wheel(
         requirement="emarecipes-toy-model==1",
-        wheel=toy_wheel.name,
-        wheel_sha256=hashlib.sha256(toy_wheel.read_bytes()).hexdigest(),
-        wheel_bytes=toy_wheel.stat().st_size,
-        gguf="toy/toy.gguf",
-        notice="A toy.\n",
+        file=toy_wheel.name,
+        sha256=hashlib.sha256(toy_wheel.read_bytes()).hexdigest(),
+        size=toy_wheel.stat().st_size,
+        member="toy/toy.gguf",
     )
+    toy = WheelModel((wheel,), notice="A toy.\n")
     monkeypatch.setitem(KNOWN_MODELS, "toy", toy)
 
 
@@ -171,9 +171,9 @@ def test_runs_that_meet_write_once(
     built = []
     build = prepare._build
 
-    def counted(model: WheelModel, wheel: Path | None, work: Path) -> None:
+    def counted(model: WheelModel, given: list[Path], work: Path) -> None:
         built.append(work)
-        build(model, wheel, work)
+        build(model, given, work)
 
     monkeypatch.setattr(prepare, "_build", counted)
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
@@ -213,7 +213,7 @@ def test_leftovers_of_a_killed_run_are_cleaned(toy_wheel: Path, tmp_path: Path) 
 import time
 from pathlib import Path
 from emarecipes.models.prepare import gguf as _gguf, command as prepare
-from emarecipes.models.prepare.wheel import KNOWN_MODELS, WheelModel
+from emarecipes.models.prepare.wheel import KNOWN_MODELS, Wheel, WheelModel
 def convert(gguf_file, folder):
     (folder / "config.json").write_text("half")
     print("converting", flush=True)
@@ -245,9 +245,9 @@ def assert_one_line(capsys: pytest.CaptureFixture, *parts: str) -> None:
 def test_wrong_checksum(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     wheel = tmp_path / "other.whl"
     wheel.write_bytes(b"another file")
-    found, toy = hashlib.sha256(b"another file").hexdigest(), KNOWN_MODELS["toy"]
+    found, toy = hashlib.sha256(b"another file").hexdigest(), KNOWN_MODELS["toy"].wheels[0]
     assert run("toy", "--output", tmp_path / "toy", "--from", wheel) == 1
-    assert_one_line(capsys, f"other.whl is not {toy.wheel}:", found, toy.wheel_sha256)
+    assert_one_line(capsys, f"other.whl is not {toy.file}:", found, toy.sha256)
     assert list(tmp_path.iterdir()) == [wheel]
 
 

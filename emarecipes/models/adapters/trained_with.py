@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -77,20 +78,28 @@ def warn_of_another_form(adapter: Path, tokenizer: DictConfig, where: str) -> No
     try:
         run: Any = OmegaConf.load(config)
         trained = run.get("tokenizer") or {}
-        forms = [
-            (str(entry.get("_component_")), template and template_text(str(template)))
-            for entry in (trained, tokenizer)
-            for template in [entry.get("chat_template")]
-        ]
+        forms = [_form(entry) for entry in (trained, tokenizer)]
     except (OSError, ValueError, AttributeError):
         return  # Not a run's folder, or a template that has gone.
-    if forms[0] == forms[1]:
+    different = [key for key in forms[0] if forms[0][key] != forms[1][key]]
+    if not different:
         return
-    key, place = ("_component_", 0) if forms[0][0] != forms[1][0] else ("chat_template", 1)
-    was, now = (form[place] or "the folder's own" for form in forms)
+    key = different[0]
+    was, now = (form[key] for form in forms)
     utils.log_rank_zero(
         log,
         f"{where}: {adapter} was trained with tokenizer.{key} {was:.60}, and is asked here with "
         f"{now:.60}: in another form than it was trained in",
         level=logging.WARNING,
     )
+
+
+def _form(tokenizer: Any) -> dict[str, str]:
+    """What of a config's `tokenizer` shapes a conversation, as text."""
+    template, arguments = (tokenizer.get(key) for key in ("chat_template", "template_arguments"))
+    given = OmegaConf.to_container(arguments) if OmegaConf.is_config(arguments) else arguments
+    return {
+        "_component_": str(tokenizer.get("_component_")),
+        "chat_template": template_text(str(template)) if template else "the folder's own",
+        "template_arguments": json.dumps(given, sort_keys=True) if given else "none",
+    }

@@ -6,6 +6,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 
 from emarecipes.errors import UserError
@@ -73,6 +74,7 @@ class Conversation:
         in_text = _alternatives(encoder.special_tokens, self._text)
         self._longest_control = max(map(len, encoder.special_tokens), default=0)
         self._control_token = re.compile(f"(?<!{self._guard}){in_text}")
+        self._prompted = add_generation_prompt
         self._layout = find_layout(template, (m["role"] for m in messages), add_generation_prompt)
         self._places = self._read_places()
         if self._places is None:
@@ -88,26 +90,71 @@ class Conversation:
         """Number of characters."""
         return self._unguarded(len(self._text))
 
-    def answer_span(self, index: int) -> tuple[int, int]:
+    @property
+    def answers_are_marked(self) -> bool:
+        """Whether the template says by ``{% generation %}`` what of a message is the answer."""
+        return self._template.marks_answers
+
+    def answer_spans(self, index: int) -> list[tuple[int, int]]:
         """Return the (start, end) of what the model has to produce as message ``index``.
 
         It starts where the generation prompt after the messages before it ends, and ends with the
-        control token that closes the answer.
+        control token that closes the answer. Where the template marks its answers, it is what is
+        marked, perhaps in several pieces.
 
         Raises:
             UserError: the template does not show the answer, or shows what comes before it
-                differently once the answer follows.
+                differently once the answer follows; it marks others and not this one.
         """
         at, prompt = self._broken_off(index, add_generation_prompt=True)
         same = self._common_from(at, prompt)
         # Templates may write another opening before an answer than they prompt for (an empty
         # thinking block), but what they make of the earlier messages must be the same.
-        if same < len(prompt) and same < _common_prefix(prompt, self._broken_off(index)[1]):
-            raise self._template.fail(
-                f"renders the messages before answer {index} differently once the answer follows, "
-                "so training would not match use; pass a chat_template that does not"
+        if same < len(prompt):
+            # An answer may begin as what is missing does, which is the answer's.
+            marked = [*self._messages[:index], self._with(index, before=self._probe)]
+            same = min(same, _common_prefix(prompt, self._template.render(marked)[at:]))
+            if same < _common_prefix(prompt, self._broken_off(index)[1]):
+                raise self._template.fail(
+                    f"renders the messages before answer {index} differently once the answer "
+                    "follows, so training would not match use; pass a chat_template that does not"
+                )
+            self._template.warn_once(
+                f"asks for an answer with {prompt[same:]!r} and shows message {index} without: an "
+                "answer like it is trained on, or scored, behind another prompt than it is sampled "
+                "behind; template_arguments may change that, or training on last answers alone"
             )
-        return self._unguarded(at + same), self.turn_end(index)
+        if self.answers_are_marked:
+            return self._marked_spans(index)
+        return [(self._unguarded(at + same), self.turn_end(index))]
+
+    def _marked_spans(self, index: int) -> list[tuple[int, int]]:
+        behind = self._content_end(index - 1) if index else 0
+        end = self._content_end(index)
+        found = [span for span in self._marked if behind <= span[0] <= end]
+        if not found:
+            raise self._template.fail(
+                f"marks answers with generation tags, and not answer {index}: nothing of it would "
+                "be trained; pass a chat_template that marks it, or none"
+            )
+        return [(self._unguarded(start), self._unguarded(end)) for start, end in found]
+
+    @cached_property
+    def _marked(self) -> list[tuple[int, int]]:
+        """The (start, end) in the guarded text of all that the template marks as answers."""
+        marks = _unused_characters(self._text, 2)
+        rendered = self._template.render(self._messages, self._prompted, (marks[0], marks[1]))
+        pieces = re.split(f"([{''.join(marks)}])", rendered)
+        if "".join(pieces[::2]) != self._text:
+            raise self._template.fail("changes with the marks that its generation tags stand for")
+        spans, position, starts = [], 0, []
+        for text, mark in zip(pieces[::2], [*pieces[1::2], ""], strict=True):
+            position += len(text)
+            if mark == marks[0]:
+                starts.append(position)
+            elif mark == marks[1]:
+                spans.append((starts.pop(), position))
+        return spans
 
     def turn_end(self, index: int) -> int:
         """Return where message ``index`` ends, the control token that closes it included.
@@ -164,12 +211,16 @@ class Conversation:
         if self._places is not None:
             return self._places[index][1]
         longer = list(self._messages)
-        longer[index] = {**longer[index], "content": longer[index]["content"] + self._probe}
+        longer[index] = self._with(index, behind=self._probe)
         text = self._template.render(longer)
         if text == self._text:
             role = self._messages[index]["role"]
             raise self._template.fail(f"leaves out the text of message {index} ({role})")
         return _common_prefix(text, self._text)
+
+    def _with(self, index: int, before: str = "", behind: str = "") -> dict[str, str]:
+        message = self._messages[index]
+        return {**message, "content": before + message["content"] + behind}
 
     def _broken_off(self, count: int, add_generation_prompt: bool = False) -> tuple[int, str]:
         """Return an offset, and how the conversation of the first ``count`` messages goes on there.

