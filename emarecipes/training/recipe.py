@@ -276,7 +276,8 @@ class LoRATraining:
         self._optimizer.zero_grad(set_to_none=True)
         if self._scheduler is not None:
             self._scheduler.step()
-        for name, defense in self.run.defenses.items():
+        defenses = self.run.defenses.items()
+        for name, defense in sorted(defenses, key=lambda named: named[1].has("saved_adapter")):
             defense.after_step(self._model, step)
             figures |= {f"{name}_{key}": value for key, value in defense.figures().items()}
         return figures
