@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -29,8 +30,8 @@ def run_files(folder: Path) -> list[str]:
     config = folder / "config.yaml"
     if config.is_file() and any(folder.glob(further_adapter("*"))):
         # Of the run's defenses: any other such folder is the user's.
-        defenses = OmegaConf.create(config.read_text(encoding="utf-8")).get("defenses") or {}
-        names += [further_adapter(name) for name in defenses]
+        run: Any = OmegaConf.load(config)
+        names += [further_adapter(name) for name in run.get("defenses") or ()]
     return [name for name in names if (folder / name).exists()]
 
 
