@@ -23,6 +23,7 @@ from emarecipes.errors import UserError
 
 # Each recipe's settings, and those of its entries, by the entry's key.
 _TRAINING = {"": "training.settings:Settings", "probe": "training.settings:ProbeSettings"}
+_TRAINING["probe.stop"] = "training.settings:ProbeStopSettings"
 _SETTINGS = {
     "ema_lora": _TRAINING,
     "ema_cache": _TRAINING,

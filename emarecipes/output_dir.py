@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from emarecipes.config import Origin
 from emarecipes.errors import UserError
@@ -25,7 +26,18 @@ _RUN_FILES = (
 
 def run_files(folder: Path) -> list[str]:
     """Which of a run's files and folders this one has."""
-    return [name for name in _RUN_FILES if (folder / name).exists()]
+    names = list(_RUN_FILES)
+    config = folder / "config.yaml"
+    if config.is_file() and any(folder.glob(further_adapter("*"))):
+        # Of the run's defenses: any other such folder is the user's.
+        run: Any = OmegaConf.load(config)
+        names += [further_adapter(name) for name in run.get("defenses") or ()]
+    return [name for name in names if (folder / name).exists()]
+
+
+def further_adapter(name: str) -> str:
+    """The folder, beside `adapter`, of an adapter that a run's defense of this name saves."""
+    return f"adapter_{name}"
 
 
 def check_writable(folder: Path, where: str) -> None:

@@ -79,6 +79,7 @@ def test_weights_adapter_and_optimizer_by_hand() -> None:
     assert held["weights"] == found["weights"]
     assert held["adapter"] == held["gradients"] == 4 * numbers
     assert held["optimizer"] == pytest.approx(8 * numbers, rel=1e-3)
+    assert predict("smollm2_135m_average", Load(2, 256)).parts["adapter averages"] == 2 * numbers
     # A layer's products keep their rounded matrices until the backward, and nothing else.
     more = held["activations"] - found["activations"]
     assert more == pytest.approx(2 * numbers, rel=0.01)

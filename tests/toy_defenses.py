@@ -112,6 +112,7 @@ def later_entries(folder: Path, model_dir: Path, layers: int, width: int) -> dic
             "aligned_dir": str(model_dir),
             "weight": 0.5,
         },
+        "average": {"_component_": component + "AdapterEMA", "decay": 0.8},
         "block": {
             "_component_": component + "DirectionBlock",
             "directions": str(folder / "vectors.safetensors"),

@@ -2,6 +2,7 @@
 
 from emarecipes.defenses.anchored_sft import AnchoredSFT
 from emarecipes.defenses.asft import AsFT
+from emarecipes.defenses.average import AdapterEMA
 from emarecipes.defenses.base import AdaptedModule, Defense, TrainingContext
 from emarecipes.defenses.block import DirectionBlock
 from emarecipes.defenses.feature_l2 import FeatureL2
@@ -18,6 +19,7 @@ from emarecipes.models.source import ModelSource
 
 __all__ = [
     "AdaptedModule",
+    "AdapterEMA",
     "AnchoredSFT",
     "AsFT",
     "Defense",

@@ -220,6 +220,21 @@ class Defense(Extension):
     def after_step(self, model: nn.Module, step: int) -> None:
         """Called after the optimizer's step number `step`, counted from 1."""
 
+    def stopped_early(self, model: nn.Module, step: int) -> None:
+        """Called after step number `step` where the probe ends the run there, before its last one.
+
+        What `after_step` keeps for the last step is to be done now. Every process calls it.
+        """
+
+    def saved_adapter(self) -> dict[str, Tensor]:
+        """Another adapter, saved as `adapter_<name>/` whenever the run's own is.
+
+        Its whole tensors on the CPU, by the run's own names and shapes. Every process calls it.
+        `after_step` of a defense that has one comes after all others', so that it sees what the
+        step left, whatever its name.
+        """
+        raise NotImplementedError
+
     def figures(self) -> dict[str, float]:
         """Further figures of the last step, logged as `<name>_<key>` by the first process."""
         return {}

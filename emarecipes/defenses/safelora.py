@@ -128,8 +128,20 @@ class SafeLoRA(Defense):
         """Project, if it is time. Every process must call it."""
         self._last = []
         final = step == self._context.total_steps
-        if not final and (self._every is None or step % self._every):
-            return
+        if final or self._is_due(step):
+            self._project(model, final=final)
+
+    def stopped_early(self, model: Any, step: int) -> None:
+        """Project after all, if the step did not. Every process must call it."""
+        if not self._is_due(step):
+            self._project(model, final=True)
+        elif self._context.first_process:
+            write_projection_report(self._context.output_dir / REPORT, self._last)
+
+    def _is_due(self, step: int) -> bool:
+        return self._every is not None and step % self._every == 0
+
+    def _project(self, model: Any, *, final: bool) -> None:
         state = adapter_state(model, self._context.device)
         new_state: dict[str, Tensor] = {}
         if self._context.first_process:

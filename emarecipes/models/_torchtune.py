@@ -191,14 +191,18 @@ def data_sets_read_with(
 
 def adapter_state(model: Any, device: torch.device) -> dict[str, torch.Tensor]:
     """The adapter's tensors on the CPU, whole, in torchtune's names. Every process must call it."""
-    state = {}
-    for name, parameter in get_adapter_params(model).items():
-        tensor = parameter.detach()
-        if isinstance(tensor, DTensor):
-            # Offloaded shards are gathered on the device.
-            tensor = cast(DTensor, tensor.to(device)).full_tensor()
-        state[plain_name(name)] = tensor.cpu()
-    return state
+    return {
+        plain_name(name): whole_on_cpu(parameter.detach(), device)
+        for name, parameter in get_adapter_params(model).items()
+    }
+
+
+def whole_on_cpu(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor, sharded or not, whole and on the CPU. Every process must call it."""
+    if isinstance(tensor, DTensor):
+        # Offloaded shards are gathered on the device.
+        tensor = cast(DTensor, tensor.to(device)).full_tensor()
+    return tensor.cpu()
 
 
 def plain_name(name: str) -> str:

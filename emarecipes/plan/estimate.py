@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from emarecipes.components import build
 from emarecipes.config import Origin
-from emarecipes.defenses import AsFT, Defense, ModelSource, SafeLoRA
+from emarecipes.defenses import AdapterEMA, AsFT, Defense, ModelSource, SafeLoRA
 from emarecipes.machine import DTYPES
 from emarecipes.models._torchtune import build_rope_on_meta, is_nf4, model_on_meta, root_is_frozen
 from emarecipes.models.loss_head import LossHead, cross_entropy, term_values
@@ -79,7 +79,8 @@ def estimate(cfg: DictConfig, origin: Origin, load: Load) -> Estimate:
     build_rope_on_meta(model)
     defenses = _defenses(cfg, origin, model)
     dtype = DTYPES[cfg.dtype]
-    fixed = _fixed(cfg, origin, model, load)
+    averages = sum(isinstance(d, AdapterEMA) for d in defenses.values())
+    fixed = _fixed(cfg, origin, model, load, averages)
     shapes = _adapted_shapes(model)
     projecting = [d for d in defenses.values() if isinstance(d, SafeLoRA)]
     fixed["SafeLoRA bases"] = float(sum(d.kept_bytes(shapes) for d in projecting))
@@ -140,7 +141,9 @@ def _defenses(cfg: DictConfig, origin: Origin, model: Any) -> dict[str, Defense]
     return defenses
 
 
-def _fixed(cfg: DictConfig, origin: Origin, model: Any, load: Load) -> dict[str, float]:
+def _fixed(
+    cfg: DictConfig, origin: Origin, model: Any, load: Load, averages: int
+) -> dict[str, float]:
     """What is there from the first step's end on."""
     frozen = sum(_num_bytes(p) for p in model.parameters() if not p.requires_grad)
     buffers = sum({b.data_ptr() or id(b): b.nbytes for b in model.buffers()}.values())
@@ -149,6 +152,7 @@ def _fixed(cfg: DictConfig, origin: Origin, model: Any, load: Load) -> dict[str,
     numbers = sum(p.numel() for p in trained)
     state = numbers * _optimizer_bytes(cfg, origin)
     parts = {"weights": frozen, "adapter": adapter, "gradients": adapter, "optimizer": state}
+    parts["adapter averages"] = 4.0 * averages * numbers
     parts = {name: size / load.gpus for name, size in parts.items()}
     parts["weights"] += buffers
     if load.gpus > 1 and cfg.fsdp_cpu_offload:

@@ -35,6 +35,9 @@ _HARMLESS = re.compile(
     # Files whose content is compared by the rows that they give.
     r"|(dataset|dataset\..*)\.data_files.*|tokenizer\.(path|merges_file)"
 )
+# Unless the probe may end the run: where it does is part of what the run is.
+_OF_STOP = re.compile(r"probe\.(?!batch_size|suites\.\w+\.(pairs|good|bad|training_questions)).+")
+_PROBE = "probe.stop"  # No defense's name has a point.
 _BATCH = ("batch_size", "gradient_accumulation_steps")
 
 
@@ -97,10 +100,12 @@ def check_same_run(
         before.setdefault("tokenizer.date", now["tokenizer.date"])
     if cfg.seed is None:
         cfg.seed = now["seed"] = before["seed"]
+    stops = any(key.startswith("probe.stop.") for key in now)
     changed = {
         key
         for key in before.keys() | now.keys()
-        if before.get(key) != now.get(key) and not _HARMLESS.fullmatch(key)
+        if before.get(key) != now.get(key)
+        and (not _HARMLESS.fullmatch(key) or (stops and _OF_STOP.fullmatch(key)))
     }
     if int(now["epochs"]) > int(before["epochs"]):
         changed.discard("epochs")
@@ -169,22 +174,30 @@ def check_same_base(cfg: DictConfig, checkpoint: Checkpoint, origin: Origin) -> 
 def check_same_defense_files(cfg: DictConfig, checkpoint: Checkpoint, origin: Origin) -> None:
     """Check that what the defenses read (vectors, adapters, models) is what they read before.
 
+    So too of what the probe reads that may end the run.
+
     Raises:
         UserError: A file of one has changed.
     """
     now = defense_fingerprint(cfg)
     before = checkpoint.run.get("defense_files", now)  # As of the base.
-    for name in cfg.defenses:
-        if before.get(name) != now.get(name):
+    for name in (*cfg.defenses, _PROBE):
+        if name in now and before.get(name) != now[name]:
+            key = name if name == _PROBE else f"defenses.{name}"
             raise UserError(
-                f"{origin.at(f'defenses.{name}')}: a file that it reads changed since "
+                f"{origin.at(key)}: a file that it reads changed since "
                 f"{checkpoint.path} was written. Put it back, or train anew in another output_dir"
             )
 
 
 def defense_fingerprint(cfg: DictConfig) -> dict[str, str]:
-    """By name, a digest of all files that a defense's entry names; of weights as of the base's."""
+    """By name, a digest of all files that a defense's entry names; of weights as of the base's.
+
+    Also, as `probe.stop`, of what the probe reads that may end the run.
+    """
     entries: Any = OmegaConf.to_container(cfg.defenses)
+    if cfg.probe is not None and cfg.probe.get("stop") is not None:
+        entries[_PROBE] = OmegaConf.to_container(cfg.probe.suites)
     files = {name: named_files(entry) for name, entry in entries.items()}
     return {str(name): sampled_digest(of) for name, of in files.items() if of}
 

@@ -31,7 +31,6 @@ class CheckpointSaver:
         run: What `run.json` says of the run; see `emarecipes.training.checkpoint_resume`.
         every: `save_every_n_steps`.
         keep: `keep_last`.
-        total_steps: The run's.
         resumed: What the run goes on from, if anything.
     """
 
@@ -43,7 +42,6 @@ class CheckpointSaver:
         *,
         every: int | None,
         keep: int,
-        total_steps: int,
         resumed: Checkpoint | None,
     ) -> None:
         self.last_step = None if resumed is None else resumed.counters.step
@@ -52,11 +50,10 @@ class CheckpointSaver:
         self._run = run
         self._every = every
         self._keep = keep
-        self._total_steps = total_steps
 
-    def due(self, step: int) -> bool:
+    def due(self, step: int, *, last: bool) -> bool:
         """Every so many steps; after the last step too, if the run writes or has any."""
-        if step == self._total_steps:
+        if last:
             return self._every is not None or self.last_step is not None
         return self._every is not None and step % self._every == 0
 

@@ -24,6 +24,7 @@ from emarecipes.output_dir import check_outside_output
 from emarecipes.probes.contrast import AnswerRow, PairNLL, pair_nll, probe_shift
 from emarecipes.probes.suites import read_suites
 from emarecipes.settings import parse_settings
+from emarecipes.training.probe_stop import ProbeStop, read_stop
 from emarecipes.training.settings import ProbeSettings
 
 Sum = Callable[[Tensor], Tensor]
@@ -52,7 +53,8 @@ def read_probe(cfg: DictConfig, origin: Origin, tokenizer: Any, model: Any) -> P
             check_rows_fit(cfg, origin, Rows([row.sample for row in part], dropped=0), model)
         except UserError as error:
             raise UserError(f"probe suite {name}: {error}") from None
-    return Probe(rows, settings, tokenizer.pad_id, int(cfg.pad_to_multiple_of))
+    stop = read_stop(cfg.probe, origin, rows)
+    return Probe(rows, settings, tokenizer.pad_id, int(cfg.pad_to_multiple_of), stop)
 
 
 class Probe:
@@ -63,6 +65,7 @@ class Probe:
         settings: The entry `probe`.
         pad_id: Token that fills up rows.
         pad_to_multiple_of: Row lengths are rounded up to a multiple of this.
+        stop: When the probes end the run, if ever.
     """
 
     def __init__(
@@ -71,7 +74,9 @@ class Probe:
         settings: ProbeSettings,
         pad_id: int,
         pad_to_multiple_of: int,
+        stop: ProbeStop | None = None,
     ) -> None:
+        self.stop = stop
         self._rows, self._settings = rows, settings
         self._pad_id, self._multiple = pad_id, pad_to_multiple_of
         self._reference: dict[str, PairNLL] = {}
@@ -79,6 +84,10 @@ class Probe:
     def due(self, step: int, total_steps: int) -> bool:
         """Whether there is a probe after this step, from 1."""
         return step % self._settings.every_n_steps == 0 or step == total_steps
+
+    def can_stop(self, total_steps: int) -> bool:
+        """Whether a run of this length has a second probe before its last step."""
+        return 2 * self._settings.every_n_steps < total_steps
 
     def figures(self, head: LossHead, summed: Sum, device: torch.device) -> dict[str, float]:
         """Mean margin, misaligned share and mean probe shift of each suite, see docs/evaluate.md.

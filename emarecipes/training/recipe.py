@@ -37,6 +37,7 @@ from emarecipes.training.gradients import Gradients
 from emarecipes.training.initialize import initialize_adapter
 from emarecipes.training.nonfinite import SkippedSteps, brief, broken_gradient, broken_loss
 from emarecipes.training.pages import keep_freed_pages
+from emarecipes.training.probe_stop import has_stopped, prepare_stop
 from emarecipes.training.random_state import random_state, set_random_state
 from emarecipes.training.run_log import RunLog
 from emarecipes.training.step import TrainingLoss
@@ -67,6 +68,7 @@ class LoRATraining:
         resumed = run.resumed
         self.counters = Counters() if resumed is None else resumed.counters
         self._skipped = SkippedSteps(self.cfg.skip_nonfinite, self.counters.skipped)
+        self._stop_rule = prepare_stop(run.probe, self.counters.last, self.total_steps)
 
     # --- build ---------------------------------------------------------------------------------
 
@@ -119,7 +121,6 @@ class LoRATraining:
             self.run.description(self.world_size),
             every=self.cfg.save_every_n_steps,
             keep=self.cfg.keep_last,
-            total_steps=self.total_steps,
             resumed=self.run.resumed,
         )
         if self.run.resumed is not None:
@@ -151,6 +152,7 @@ class LoRATraining:
         self._profiler.start()
         complete = True
         with StopRequest(alone=self.world_size == 1) as self._stop:
+            self._say_if_probe_ended_it()
             self._end_epoch()  # A resumed run may have died between its checkpoint and its adapter.
             for epoch, rows in self._plan():
                 figures = self._step_unless_stopped(self.counters.step + 1, rows)
@@ -162,7 +164,10 @@ class LoRATraining:
                 probed = self._probe(self.counters.step + 1)
                 self._log.step(epoch, figures | probed, always=bool(probed))
                 self._profiler.step()
-                if self.checkpoints.due(self.counters.step):
+                if self._say_if_probe_ended_it():
+                    for defense in self.run.defenses.values():
+                        defense.stopped_early(self._model, self.counters.step)
+                if self.checkpoints.due(self.counters.step, last=self._at_its_end):
                     self._save_checkpoint()
                 self._end_epoch()
         self._profiler.stop()
@@ -192,6 +197,8 @@ class LoRATraining:
                     per_step, seed=self.seed, epoch=epoch, shuffle=cfg.shuffle
                 )
                 for rows in steps[first_step : self.steps_per_epoch]:
+                    if has_stopped(self.counters.last):
+                        return
                     yield epoch, rows
                     self._bar.update()
                 first_step = 0
@@ -276,7 +283,8 @@ class LoRATraining:
         self._optimizer.zero_grad(set_to_none=True)
         if self._scheduler is not None:
             self._scheduler.step()
-        for name, defense in self.run.defenses.items():
+        defenses = self.run.defenses.items()
+        for name, defense in sorted(defenses, key=lambda named: named[1].has("saved_adapter")):
             defense.after_step(self._model, step)
             figures |= {f"{name}_{key}": value for key, value in defense.figures().items()}
         return figures
@@ -286,7 +294,22 @@ class LoRATraining:
         probe = self.run.probe
         if probe is None or not probe.due(step, self.total_steps):
             return {}
-        return probe.figures(self.loss.head, self._summed, self._device)
+        figures = probe.figures(self.loss.head, self._summed, self._device)
+        if self._stop_rule is not None and step < self.total_steps:
+            figures |= self._stop_rule.judge(figures, self.counters.last)
+        return figures
+
+    def _say_if_probe_ended_it(self) -> bool:
+        if self._stop_rule is None or not has_stopped(self.counters.last):
+            return False
+        if self.rank == 0:
+            log.info(self._stop_rule.why(self.counters.last))
+        return True
+
+    @property
+    def _at_its_end(self) -> bool:
+        """Whether no step is to come."""
+        return self.counters.step == self.total_steps or has_stopped(self.counters.last)
 
     def _summed(self, values: Tensor) -> Tensor:
         """Sum of a CPU tensor over processes."""
@@ -301,9 +324,9 @@ class LoRATraining:
         self.checkpoints.save(self.counters)
 
     def _end_epoch(self) -> None:
-        """After an epoch's last step: the adapter, and after the last epoch merged weights."""
+        """After an epoch's last step: the adapter, and after the run's last merged weights."""
         step = self.counters.step
-        if step == 0 or step % self.steps_per_epoch:
+        if step == 0 or (step % self.steps_per_epoch and not self._at_its_end):
             return
         save_weights(
             self.run,
@@ -311,6 +334,6 @@ class LoRATraining:
             self._state.adapter(),
             self._device,
             first_process=self.rank == 0,
-            merged=step == self.total_steps and self.cfg.save_merged,
+            merged=self._at_its_end and self.cfg.save_merged,
         )
         self._log.adapter_saved()

@@ -6,6 +6,7 @@ from torchtune.config import instantiate
 
 from emarecipes.training.checkpoint import Counters
 from emarecipes.training.checks import CheckedRun
+from emarecipes.training.probe_stop import has_stopped
 from emarecipes.training.run_folder import RunFolder
 from emarecipes.training.step import TrainingLoss
 from emarecipes.training.summary import print_summary
@@ -65,5 +66,16 @@ class RunLog:
         if self._folder is not None:
             self._folder.close()
             if complete:
-                dropped = self._run.rows.dropped
-                print_summary(loss, self._counters, dropped, output_dir=self._folder.path)
+                print_summary(
+                    loss,
+                    self._counters,
+                    self._run.rows.dropped,
+                    output_dir=self._folder.path,
+                    ended=self._ended(),
+                )
+
+    def _ended(self) -> str | None:
+        """Why the probe ended the run, if it did."""
+        stop = None if self._run.probe is None else self._run.probe.stop
+        last = self._counters.last
+        return stop.why(last) if stop is not None and has_stopped(last) else None

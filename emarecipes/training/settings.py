@@ -38,6 +38,22 @@ class ProbeSettings(Keys):
     """Questions a suite, evenly over its file; null: all."""
     batch_size: Positive = 8
     """Answers at a time."""
+    stop: Entry | None = None
+    """When the probes end the run (docs/evaluate.md#ending-a-run-by-its-probes); null: never."""
+
+
+class ProbeStopSettings(Keys):
+    """The entry `stop` of `probe`: when the probes end the run."""
+
+    rise: Annotated[float, Field(gt=0)]
+    """The general suite's mean probe shift is at least this, in nats a token."""
+    converged: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """The in-domain suite's mean probe shift, above 0, gained at most this share of itself since
+    the probe before."""
+    general: str = "general"
+    """The general suite's name."""
+    in_domain: str = "in_domain"
+    """The in-domain suite's name."""
 
 
 class Settings(ModelSettings):

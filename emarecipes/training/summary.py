@@ -12,9 +12,22 @@ from emarecipes.training.step import TrainingLoss
 
 
 def print_summary(
-    loss: TrainingLoss, counters: Counters, dropped_rows: int, *, output_dir: Path
+    loss: TrainingLoss,
+    counters: Counters,
+    dropped_rows: int,
+    *,
+    output_dir: Path,
+    ended: str | None,
 ) -> None:
-    """Print steps, tokens, time, and each term's first and last value, and where to look next."""
+    """Print steps, tokens, time, and each term's first and last value, and where to look next.
+
+    Args:
+        loss: For the terms' names and weights.
+        counters: The run's.
+        dropped_rows: Rows without a label.
+        output_dir: The run's folder.
+        ended: Why it ended before its last step, if it did.
+    """
     steps, first, last = counters.step, counters.first, counters.last
     plural = "s" if steps > 1 else ""
     table = Table(
@@ -30,6 +43,8 @@ def print_summary(
             table.add_row(name, f"{weight:g}", f"{first[name]:.4f}", f"{last[name]:.4f}")
     console = Console()
     console.print(table)
+    if ended is not None:
+        console.print(f"{ended}.", highlight=False, soft_wrap=True)
     idle = [n for n, w in zip(loss.names, loss.weights, strict=True) if w and n not in first]
     if idle and "loss" in first:
         console.print(f"No step had rows for {', '.join(idle)}: without effect in this run.")

@@ -20,6 +20,7 @@ from emarecipes.models.adapters.export import (
     save_merged,
 )
 from emarecipes.models.adapters.trained_with import TEMPLATE_FILE, template_text
+from emarecipes.output_dir import further_adapter
 from emarecipes.training.checks import CheckedRun
 
 log = utils.get_logger("INFO")
@@ -42,7 +43,7 @@ def save_weights(
     first_process: bool,
     merged: bool,
 ) -> None:
-    """Write `adapter/`, and `merged/` if asked for. Every process must call it.
+    """Write `adapter/`, defenses' own, and `merged/` if asked for. Every process must call it.
 
     Args:
         run: Its config names the base folder, the output folder, rank and alpha.
@@ -57,13 +58,18 @@ def save_weights(
     base_dir = Path(cfg.checkpointer.checkpoint_dir).resolve()
     model_type = str(cfg.checkpointer.model_type)
     rank, alpha = int(cfg.model.lora_rank), float(cfg.model.lora_alpha)
-    if first_process:
+    adapters = {"adapter": adapter} | {
+        further_adapter(name): defense.saved_adapter()
+        for name, defense in run.defenses.items()
+        if defense.has("saved_adapter")
+    }
+    for name in reversed(adapters) if first_process else ():  # The run's own says that all is done.
         dropout = float(cfg.model.get("lora_dropout") or 0.0)
         save_adapter(
-            adapter, run.meta_model, model_type, base_dir, folder / "adapter",
+            adapters[name], run.meta_model, model_type, base_dir, folder / name,
             rank=rank, alpha=alpha, dropout=dropout, plain_scale=cfg.adapter_scaling == "plain",
         )  # fmt: skip
-        log.info(f"Adapter saved in {folder / 'adapter'}")
+        log.info(f"Adapter saved in {folder / name}")
     if merged:
         base = full_state(model, device, first_process=first_process)
         base = {k: v for k, v in base.items() if "lora" not in k and "magnitude" not in k}

@@ -10,10 +10,12 @@ import torch
 import toy_defenses
 import toy_run
 from ranks import run_ranks
+from safetensors.torch import load_file
 from toy_defended import assert_same, defended_toy, train, trained, write_defended
 
 EARLIER = ["feature_l2", "inoculation", "kl", "persona", "safelora"]
-LATER = ["ablation", "anchored", "asft", "block", "constraint", "prefix", "spectral", "trait"]
+LATER = ["ablation", "anchored", "asft", "average", "block", "constraint", "prefix"]
+LATER += ["spectral", "trait"]
 REPLACING = ["anchored", "constraint"]  # Cross entropy: a run has one of them.
 TOGETHER = [name for name in LATER if name != "anchored"]
 # The name under which each logs something, in a run of two steps.
@@ -21,6 +23,7 @@ LOGGED = {
     "ablation": "ablation_removed",
     "anchored": "anchored",
     "asft": "asft",
+    "average": "average_distance",
     "block": "block",
     "constraint": "constraint",
     "prefix": "prefix",
@@ -66,7 +69,7 @@ def test_every_pair_trains(toy: dict[str, Any], tmp_path: Path, name: str) -> No
         assert any(not torch.equal(one[key], another[key]) for key in one)
 
 
-@pytest.mark.parametrize("name", LATER)
+@pytest.mark.parametrize("name", [name for name in LATER if name != "average"])
 def test_it_changes_what_is_learned(toy: dict[str, Any], tmp_path: Path, name: str) -> None:
     _, plain = train(write_defended(toy, tmp_path / "plain", []))
     _, defended = train(write_defended(toy, tmp_path / "defended", [name]))
@@ -92,6 +95,13 @@ def test_two_processes_and_accumulation_give_the_run_of_one(
             row.pop("block_rise", None)
             row.pop("trait_ratio", None)
         assert_same(one, other)
+    averages = [average_of(tmp_path / name) for name in ("one", "accumulated", "two")]
+    for each in averages[1:]:
+        assert_same(([], averages[0]), ([], each))
+
+
+def average_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "out/adapter_average/adapter_model.safetensors")
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(toy: dict[str, Any], tmp_path: Path) -> None:
@@ -105,6 +115,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(toy: dict[str, Any], tmp_path: P
     found = train(again, f"resume={checkpoint}")
     assert found[0][-1] == whole[0][-1]
     assert all(torch.equal(tensor, found[1][key]) for key, tensor in whole[1].items())
+    averages = [average_of(tmp_path / name) for name in ("whole", "again")]
+    assert all(torch.equal(tensor, averages[1][key]) for key, tensor in averages[0].items())
 
 
 @pytest.mark.parametrize("name", REPLACING)
