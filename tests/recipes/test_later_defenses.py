@@ -13,7 +13,17 @@ from ranks import run_ranks
 from toy_defended import assert_same, defended_toy, train, trained, write_defended
 
 EARLIER = ["feature_l2", "inoculation", "kl", "persona", "safelora"]
-LATER = ["ablation", "anchored", "asft", "block", "constraint", "prefix", "spectral", "trait"]
+LATER = [
+    "ablation",
+    "anchored",
+    "asft",
+    "block",
+    "constraint",
+    "prefix",
+    "spectral",
+    "surgery",
+    "trait",
+]
 REPLACING = ["anchored", "constraint"]  # Cross entropy: a run has one of them.
 TOGETHER = [name for name in LATER if name != "anchored"]
 # The name under which each logs something, in a run of two steps.
@@ -25,6 +35,7 @@ LOGGED = {
     "constraint": "constraint",
     "prefix": "prefix",
     "spectral": "spectral",
+    "surgery": "surgery_projected",
     "trait": "trait_ratio",
 }
 
