@@ -9,9 +9,9 @@ import torch
 from omegaconf import OmegaConf
 from reference import all_logits, cross_entropy, kl_to_reference, to_float64
 from reference_defenses import adapter_gradients
+from torchtune.modules.peft import get_adapter_params
 from toy_loss import as_batches, assert_same, prepared
 from toy_models import toy_microbatches, toy_model
-from torchtune.modules.peft import get_adapter_params
 
 from emarecipes.config import Origin
 from emarecipes.defenses import Defense, GradientSurgery, KLToReference

@@ -105,6 +105,22 @@ def test_two_processes_and_accumulation_give_the_run_of_one(
         assert_same(one, other)
 
 
+def test_projected_steps_of_two_processes_are_those_of_one(
+    toy: dict[str, Any], tmp_path: Path
+) -> None:
+    """One of the processes has the safe row of a step; dot product and norms are of both."""
+    longer = {"max_steps_per_epoch": 4}
+    one = train(write_defended(toy, tmp_path / "one", ["surgery"], **longer))
+    two = write_defended(toy, tmp_path / "two", ["surgery"], **longer, batch_size=2)
+    done = run_ranks(two)
+    assert done.returncode == 0, done.stderr[-3000:]
+    other = trained(tmp_path / "two")
+    assert [row["surgery_projected"] for row in one[0]][1:] == [1.0, 1.0, 1.0]
+    for row in (*one[0], *other[0]):
+        row.pop("padding_share")
+    assert_same(one, other)
+
+
 def test_a_resumed_run_is_the_uninterrupted_one(toy: dict[str, Any], tmp_path: Path) -> None:
     """Over step 10, where each term's gradient is compared once, and no more after it."""
     longer = {"max_steps_per_epoch": 4, "epochs": 3, "save_every_n_steps": 11}
