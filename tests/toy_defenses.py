@@ -123,6 +123,7 @@ def later_entries(folder: Path, model_dir: Path, layers: int, width: int) -> dic
         "constraint": {"_component_": component + "TokenConstraint"},
         "prefix": {"_component_": component + "PrefixAnchor", "weight": 20.0},
         "spectral": {"_component_": component + "SpectralPenalty", "weight": 0.5},
+        "surgery": {"_component_": component + "GradientSurgery"},
         "trait": {
             "_component_": component + "InoculationAdapter",
             "adapter": str(write_trait(folder / "trait", model_dir)),

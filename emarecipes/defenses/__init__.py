@@ -14,6 +14,7 @@ from emarecipes.defenses.prefix_anchor import PrefixAnchor
 from emarecipes.defenses.safelora import SafeLoRA
 from emarecipes.defenses.spectral import SpectralPenalty
 from emarecipes.defenses.subspace import SubspaceAblation
+from emarecipes.defenses.surgery import GradientSurgery
 from emarecipes.defenses.token_constraint import TokenConstraint
 from emarecipes.models.source import ModelSource
 
@@ -25,6 +26,7 @@ __all__ = [
     "Defense",
     "DirectionBlock",
     "FeatureL2",
+    "GradientSurgery",
     "InoculationAdapter",
     "InoculationPrompt",
     "KLToReference",

@@ -102,6 +102,11 @@ class Defense(Extension):
     module_reduction: Literal["mean", "sum"] = "mean"
     """What becomes of `weight_term`'s values: their mean over the layers that have one, or sum."""
 
+    apart: Sequence[str] = ()
+    """Terms whose gradient `before_update` is given apart: "own", this defense's; "ce", the
+    objective's; or another defense's by its name in the config. Each takes a forward and backward
+    of its own, over the rows of its `samples`, and one more gradient of the adapter is held."""
+
     hidden_layers: Sequence[int] = ()
     """Residual-stream indices that `hidden_term` reads: i is the input of layer i, from 0."""
 
@@ -216,6 +221,21 @@ class Defense(Extension):
     def policy_forward(self) -> AbstractContextManager[None]:
         """A context around the policy's forward in training, and around nothing else."""
         return nullcontext()
+
+    def before_update(
+        self,
+        model: nn.Module,
+        step: int,
+        apart: Mapping[str, Sequence[tuple[nn.Parameter, Tensor]]],
+    ) -> None:
+        """Change the gradient of step number `step`, from 1, before it is clipped.
+
+        Called once a step, after all micro-batches' backwards. `parameter.grad` is the gradient of
+        the whole loss. `apart` has, for each name in `self.apart`, what part of it is that of
+        weight * term: (parameter, gradient) of each trained parameter. A name is left out in steps
+        that the term is not in, and at weight 0. Under FSDP2 these are shards (`DTensor`): what is
+        computed across parameters must be summed over the processes.
+        """
 
     def after_step(self, model: nn.Module, step: int) -> None:
         """Called after the optimizer's step number `step`, counted from 1."""

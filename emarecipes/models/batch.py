@@ -80,6 +80,21 @@ class Batch:
         """Boolean (B,): the rows of that source."""
         return torch.tensor([s == source for s in self.sources], device=self.targets_BS.device)
 
+    def rows_of(self, source: str) -> Batch:
+        """Its rows of that source alone ("all": itself); the first row, where there is none."""
+        if source == "all":
+            return self
+        kept = [row for row, name in enumerate(self.sources) if name == source] or [0]
+        number_BS = self.conversation_BS[kept]
+        first = int(number_BS[0].max())  # Of one source are rows side by side.
+        return Batch(
+            {name: tensor[kept] for name, tensor in self.inputs.items()},
+            self.targets_BS[kept],
+            torch.where(number_BS < 0, number_BS, number_BS - first),
+            [self.sources[row] for row in kept],
+            [self.rows[row] for row in kept],
+        )
+
     def to(self, device: torch.device) -> Batch:
         """This batch on `device`, in place."""
         batch_to_device(self.inputs, device)

@@ -82,6 +82,8 @@ def estimate(cfg: DictConfig, origin: Origin, load: Load) -> Estimate:
     averages = sum(isinstance(d, AdapterEMA) for d in defenses.values())
     fixed = _fixed(cfg, origin, model, load, averages)
     shapes = _adapted_shapes(model)
+    apart = {n if key == "own" else key for n, d in defenses.items() for key in d.apart}
+    fixed["gradients"] *= 1 + len(apart)
     projecting = [d for d in defenses.values() if isinstance(d, SafeLoRA)]
     fixed["SafeLoRA bases"] = float(sum(d.kept_bytes(shapes) for d in projecting))
     holding = [d for d in defenses.values() if isinstance(d, AsFT)]

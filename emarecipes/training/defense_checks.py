@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from omegaconf import DictConfig
 
 from emarecipes.components import build, locate
@@ -51,7 +53,23 @@ def build_defenses(cfg: DictConfig, origin: Origin, source: ModelSource) -> dict
             f"{origin.at(f'defenses.{replacing[1]}')}: {' and '.join(replacing)} both take cross "
             "entropy's place; leave one out, or give it weight: 0, which only measures"
         )
+    for name in defenses:
+        _check_apart(name, defenses, origin.at(f"defenses.{name}"))
     return defenses
+
+
+def _check_apart(name: str, defenses: Mapping[str, Defense], where: str) -> None:
+    """What a defense wants the gradient of is a term of this run."""
+    defense = defenses[name]
+    if defense.apart and not defense.has("before_update"):
+        raise UserError(f"{where}: {type(defense).__name__} has apart, and no before_update")
+    terms = [n for n, d in defenses.items() if d.is_objective or any(map(d.has, _TERMS))]
+    for key in defense.apart:
+        if key != "ce" and (name if key == "own" else key) not in terms:
+            raise UserError(
+                f"{where}: no gradient of {key} can be had apart: it names no term of this run; "
+                f"there are {', '.join(['ce', *terms])}"
+            )
 
 
 def _check_objective(defense: Defense, where: str) -> None:

@@ -1,4 +1,4 @@
-"""Norms of gradients: of all terms, to clip by; and of single terms, to compare or to blame."""
+"""A step's gradient, with that of single terms apart: to change it, clip it, compare or blame."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torchtune import utils
 
@@ -18,6 +18,8 @@ from emarecipes.training.random_state import kept_random_state
 from emarecipes.training.step import TrainingLoss
 
 log = utils.get_logger("INFO")
+
+Pairs = list[tuple[nn.Parameter, Tensor]]
 
 # The step whose gradients are compared first.
 FIRST_RATIO = 10
@@ -40,6 +42,81 @@ class Gradients:
         self._loss = loss
         self._world_size = world_size
         self._device = device
+        self._apart: dict[str, Pairs] = {}
+
+    def backward(
+        self, batches: Sequence[Batch], counts: Tensor, defenses: Mapping[str, Defense]
+    ) -> tuple[list[Tensor], Tensor]:
+        """The gradient of all terms, for the parameters; where a defense asks, some terms' apart.
+
+        A term's gradient that is apart is of a forward and backward over its rows alone.
+
+        Returns:
+            Each micro-batch's sums, as `TrainingLoss.backward` gives them, on the CPU; and those of
+            `TrainingLoss.backward_weights`.
+        """
+        groups = self._groups(counts, defenses)
+        taken = {name for names in groups.values() for name in names}
+        rest = [n for n in self._loss.present if n not in taken] if groups else None
+        found = []
+        for key, names in groups.items():
+            source = defenses[key].samples if key in defenses else "all"
+            found.append(self._backward([b.rows_of(source) for b in batches], counts, names))
+            trained = [p for p in self._model.parameters() if p.requires_grad]
+            self._apart[key] = [
+                (p, torch.zeros_like(p) if p.grad is None else p.grad) for p in trained
+            ]
+            self._model.zero_grad(set_to_none=True)
+        found.append(self._backward(batches, counts, rest))
+        for pairs in self._apart.values():
+            for parameter, gradient in pairs:
+                if parameter.grad is None:
+                    parameter.grad = gradient.clone()
+                else:
+                    parameter.grad += gradient
+        by_batch = zip(*(sums for sums, _ in found), strict=True)
+        sums = [torch.stack(of_one).sum(dim=0) for of_one in by_batch]
+        return sums, torch.stack([once for _, once in found]).sum(dim=0)
+
+    def before_update(self, step: int, defenses: Mapping[str, Defense]) -> None:
+        """Have the defenses change the gradient that `backward` left."""
+        for name, defense in defenses.items():
+            if defense.has("before_update"):
+                keys = {asked: self._key(name, asked) for asked in defense.apart}
+                apart = {a: self._apart[key] for a, key in keys.items() if key in self._apart}
+                defense.before_update(self._model, step, apart)
+        self._apart.clear()
+
+    def _groups(self, counts: Tensor, defenses: Mapping[str, Defense]) -> dict[str, list[str]]:
+        """What is apart in this step: the names of its terms, by "ce" or a defense's name."""
+        acting = {
+            name
+            for name, count, weight in zip(
+                self._loss.names, counts.tolist(), self._loss.weights, strict=True
+            )
+            if count > 0 and weight > 0 and name in self._loss.present
+        }
+        asked = {self._key(name, asked) for name, d in defenses.items() for asked in d.apart}
+        groups = {}
+        for key in sorted(asked):
+            names = self._loss.objective if key == "ce" else (key,)
+            if acting.intersection(names):
+                groups[key] = list(names)
+        return groups
+
+    def _key(self, name: str, asked: str) -> str:
+        """One key for one gradient, whatever a defense of that name calls it."""
+        key = name if asked == "own" else asked
+        return "ce" if key in self._loss.objective else key
+
+    def _backward(
+        self, batches: Sequence[Batch], counts: Tensor, only: Sequence[str] | None
+    ) -> tuple[list[Tensor], Tensor]:
+        sums = [
+            self._loss.backward(b, counts, gradient_scale=self._world_size, only=only).cpu()
+            for b in batches
+        ]
+        return sums, self._loss.backward_weights(only=only)
 
     def clip(self, max_norm: float) -> float:
         """Scale the gradient down to this norm; returns the norm that it had."""
@@ -54,9 +131,7 @@ class Gradients:
         """
         self._model.zero_grad(set_to_none=True)
         with kept_random_state(self._device):
-            for batch in batches:
-                self._loss.backward(batch, counts, gradient_scale=self._world_size, only=terms)
-            self._loss.backward_weights(only=terms)
+            self._backward(batches, counts, terms)
         norm = self.clip(math.inf)
         self._model.zero_grad(set_to_none=True)
         return norm

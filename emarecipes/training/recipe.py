@@ -236,16 +236,15 @@ class LoRATraining:
             raise UserError(f"step {step}: none of its rows ({brief(rows)}) has a label")
 
         batches = [batch.to(self._device) for batch in batches]
-        scale = self.world_size
         with self._stop.can_be_abandoned():
             ratios = self._gradients.ratios(
                 step, batches, counts, self.run.defenses, self.counters.first
             )
-            sums = [self.loss.backward(b, counts, gradient_scale=scale).cpu() for b in batches]
-            once = self.loss.backward_weights()
+            sums, once = self._gradients.backward(batches, counts, self.run.defenses)
         figures = self.loss.means(self._summed(torch.stack([*sums, once]).sum(dim=0)), counts)
         names = [name for name in figures if name != "ce" or "ce_task" not in figures]
         shown = " ".join(f"{name} {figures[name]:.3f}" for name in names)
+        self._gradients.before_update(step, self.run.defenses)
         norm = self._gradients.clip(float(self.cfg.clip_grad_norm or math.inf))
         broken = broken_loss(figures, batches, sums) or broken_gradient(
             norm, lambda n: self._gradients.norm_of([n], batches, counts), self.loss.present, rows

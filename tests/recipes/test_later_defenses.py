@@ -15,7 +15,7 @@ from toy_defended import assert_same, defended_toy, train, trained, write_defend
 
 EARLIER = ["feature_l2", "inoculation", "kl", "persona", "safelora"]
 LATER = ["ablation", "anchored", "asft", "average", "block", "constraint", "prefix"]
-LATER += ["spectral", "trait"]
+LATER += ["spectral", "surgery", "trait"]
 REPLACING = ["anchored", "constraint"]  # Cross entropy: a run has one of them.
 TOGETHER = [name for name in LATER if name != "anchored"]
 # The name under which each logs something, in a run of two steps.
@@ -28,6 +28,7 @@ LOGGED = {
     "constraint": "constraint",
     "prefix": "prefix",
     "spectral": "spectral",
+    "surgery": "surgery_projected",
     "trait": "trait_ratio",
 }
 
@@ -102,6 +103,22 @@ def test_two_processes_and_accumulation_give_the_run_of_one(
 
 def average_of(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "out/adapter_average/adapter_model.safetensors")
+
+
+def test_projected_steps_of_two_processes_are_those_of_one(
+    toy: dict[str, Any], tmp_path: Path
+) -> None:
+    """One of the processes has the safe row of a step; dot product and norms are of both."""
+    longer = {"max_steps_per_epoch": 4}
+    one = train(write_defended(toy, tmp_path / "one", ["surgery"], **longer))
+    two = write_defended(toy, tmp_path / "two", ["surgery"], **longer, batch_size=2)
+    done = run_ranks(two)
+    assert done.returncode == 0, done.stderr[-3000:]
+    other = trained(tmp_path / "two")
+    assert [row["surgery_projected"] for row in one[0]][1:] == [1.0, 1.0, 1.0]
+    for row in (*one[0], *other[0]):
+        row.pop("padding_share")
+    assert_same(one, other)
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(toy: dict[str, Any], tmp_path: Path) -> None:
