@@ -11,9 +11,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from emarecipes import defenses
 from emarecipes.comparison.arms import Arm, Job, expand_arms, make_jobs
-from emarecipes.comparison.checks import check_tasks
 from emarecipes.comparison.execute import evaluation_overrides
 from emarecipes.comparison.settings import Plan, check_compare_settings
+from emarecipes.comparison.tasks import check_tasks
 from emarecipes.components import build, check_components
 from emarecipes.config import Origin, load_config
 from emarecipes.datasets.questions import load_questions
@@ -21,13 +21,13 @@ from emarecipes.datasets.refusals import REFUSAL_WORDS
 from emarecipes.defenses import Defense, KLToReference, SafeLoRA
 from emarecipes.defenses.safelora_run import ProjectionSettings
 from emarecipes.evaluation.settings import check_eval_settings
-from emarecipes.generation.checks import check_generate_settings
+from emarecipes.generation.checked import check_generate_settings
 from emarecipes.machine import settle_dtype
 from emarecipes.models._torchtune import model_on_meta
-from emarecipes.persona.checks import check_persona_settings
+from emarecipes.persona.checked import check_persona_settings
 from emarecipes.persona.prompts import load_prompts
 from emarecipes.probes.suites import read_suites
-from emarecipes.selection.settings import check_select_settings
+from emarecipes.selection.checked import check_select_settings
 from emarecipes.settings import parse_settings
 from emarecipes.training.settings import Settings, check_settings
 

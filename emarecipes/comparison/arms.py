@@ -9,8 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from emarecipes.comparison.dates import settle_dates
-from emarecipes.comparison.precision import settle_dtypes
+from emarecipes.comparison.in_common import settle_dates, settle_dtypes
 from emarecipes.comparison.settings import ArmSettings, Plan, Role
 from emarecipes.components import check_components
 from emarecipes.config import Origin, load_config

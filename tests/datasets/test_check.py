@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import toy_run
 
-from emarecipes.datasets._similarity import distinct, ngrams, similarity_blocks
+from emarecipes.datasets._overlaps import distinct, ngrams, similarity_blocks
 from emarecipes.datasets.check import check_data, main
 
 PUBLISHED = toy_run.REPO.parent / "shared/published"

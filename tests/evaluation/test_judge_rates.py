@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from emarecipes.evaluation.answers import Answer
+from emarecipes.evaluation.figures import print_figures
 from emarecipes.evaluation.judge_rates import (
     Thresholds,
     agreement,
@@ -15,7 +16,6 @@ from emarecipes.evaluation.judge_rates import (
     sensitivity,
 )
 from emarecipes.evaluation.judging import Judged
-from emarecipes.evaluation.report import print_figures
 from emarecipes.evaluation.statistics import alpha_bootstrap
 from emarecipes.judges.reply import Reply, read_kind
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from emarecipes.config import Origin
 from emarecipes.errors import UserError
-from emarecipes.evaluation.checks import _check_sampled_from
+from emarecipes.evaluation.checked import _check_sampled_from
 from emarecipes.fingerprint import adapter_digest
 from emarecipes.models.adapters.trained_with import warn_of_another_base, warn_of_another_form
 from emarecipes.training.weights import tokenizer_files

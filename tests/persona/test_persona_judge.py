@@ -18,7 +18,7 @@ from emarecipes.judges import calls as judge
 from emarecipes.judges import reply as judge_reply
 from emarecipes.judges.calls import fill
 from emarecipes.persona import run_persona
-from emarecipes.persona.judged import Grades
+from emarecipes.persona.kept import Grades
 from emarecipes.persona.prompts import load_prompts
 
 TRAIT = "Trait of <{answer}> to <{question}>?"

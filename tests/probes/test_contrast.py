@@ -26,18 +26,14 @@ from emarecipes.models.batch import Batch
 from emarecipes.models.likelihoods import row_nll, token_nll
 from emarecipes.models.loss_head import LossHead
 from emarecipes.models.model_checks import check_model
-from emarecipes.probes.contrast import (
+from emarecipes.probes.contrast import AnswerRow, nll_change, pair_nll, probe_shift, tokenize_pairs
+from emarecipes.probes.pairs import (
     CONDITIONS,
     OPPOSITE_PROMPT,
-    AnswerRow,
     ContrastPair,
     make_condition,
-    nll_change,
-    pair_nll,
-    probe_shift,
     read_contrast_file,
     read_sibling_files,
-    tokenize_pairs,
 )
 
 PAIRS = [

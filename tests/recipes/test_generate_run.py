@@ -20,7 +20,7 @@ from emarecipes.generation.run import run_generate
 from emarecipes.generation.served import base_urls
 from emarecipes.models.adapters.export import merge_adapter, save_merged
 from emarecipes.models.adapters.read import load_adapter
-from emarecipes.models.load import load_model
+from emarecipes.models.source import load_model
 
 RECIPE = "recipes/ema_generate.py"
 QUESTIONS = """\

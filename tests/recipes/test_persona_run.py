@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 from emarecipes.components import build
 from emarecipes.config import load_config
-from emarecipes.models.load import load_model
+from emarecipes.models.source import load_model
 from emarecipes.persona import run_persona
 from emarecipes.persona.prompts import load_prompts
 from emarecipes.training import run_lora

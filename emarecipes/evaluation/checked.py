@@ -13,8 +13,7 @@ from emarecipes.config import Origin
 from emarecipes.errors import UserError
 from emarecipes.evaluation.answers import Answer, read_answers
 from emarecipes.evaluation.figures import SCORES, SUMMARY
-from emarecipes.evaluation.named_suites import named_suites
-from emarecipes.evaluation.settings import check_eval_settings
+from emarecipes.evaluation.settings import check_eval_settings, named_suites
 from emarecipes.evaluation.suite import Suite
 from emarecipes.evaluation.suite_context import SuiteContext
 from emarecipes.fingerprint import adapter_digest

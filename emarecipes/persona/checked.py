@@ -16,7 +16,7 @@ from emarecipes.judges.calls import check_judge
 from emarecipes.models.sampling.draw import derived_seed
 from emarecipes.models.sampling.prompts import check_prompts
 from emarecipes.output_dir import check_output_dir
-from emarecipes.persona.judged import CALLS_AN_ANSWER
+from emarecipes.persona.kept import CALLS_AN_ANSWER
 from emarecipes.persona.prompts import PersonaPrompts, load_prompts
 from emarecipes.settings import Entry, ModelSettings, Positive, Seed, parse_settings
 

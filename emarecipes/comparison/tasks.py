@@ -9,13 +9,12 @@ from typing import Any, TypeVar
 from emarecipes.comparison.criterion import SHARE, CriterionSettings
 from emarecipes.comparison.execute import evaluation_overrides
 from emarecipes.comparison.outcome import Half
-from emarecipes.comparison.settings import GenerateSettings, Plan, TaskSettings
+from emarecipes.comparison.settings import AnswersSettings, Plan, TaskSettings
 from emarecipes.config import Origin, load_config, suggestion
 from emarecipes.errors import UserError
-from emarecipes.evaluation.named_suites import named_suites
-from emarecipes.evaluation.settings import check_eval_settings
+from emarecipes.evaluation.settings import check_eval_settings, named_suites
 from emarecipes.evaluation.suite import Suite
-from emarecipes.generation.checks import check_generate_settings
+from emarecipes.generation.checked import check_generate_settings
 
 T = TypeVar("T")
 
@@ -139,7 +138,7 @@ def _check_sampled(
         )
 
 
-def _check_generation(generate: GenerateSettings) -> None:
+def _check_generation(generate: AnswersSettings) -> None:
     overrides = [*generate.overrides, "adapter=null"]
     cfg, own = load_config(["--config", generate.config, *overrides])
     check_generate_settings(cfg, own)

@@ -1,19 +1,23 @@
-"""What of a data set is not trained: told before hours are spent on the rest."""
+"""A data set made tokens, and what of it is not trained: told before hours go into the rest."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch.utils.data import Dataset
 from torchtune import utils
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
+from tqdm import tqdm
 
-if TYPE_CHECKING:
-    from emarecipes.datasets.rows import Rows
+from emarecipes.datasets.interleaved import InterleavedDataset
+from emarecipes.datasets.loading import FileRows
+from emarecipes.datasets.row_messages import ROW_ERRORS
+from emarecipes.errors import RowError, UserError, reason
 
 log = utils.get_logger("INFO")
 
@@ -88,22 +92,70 @@ def _conversations(samples: Sequence[dict[str, Any]]) -> Iterator[NDArray[Any]]:
         yield waiting
 
 
-def tell_losses(rows: Rows, where: str) -> None:
+def tell_losses(ends: Ends, dropped: int, packed: bool, where: str) -> None:
     """Say what part of a data set is not trained, or not to its end.
 
     Args:
-        rows: The rows.
+        ends: Of its rows.
+        dropped: How many had no label left.
+        packed: Whether a row holds several conversations.
         where: The data set's place in the config.
     """
-    what = "packed conversations" if rows.packed else "rows"
-    total = rows.ends.conversations + rows.dropped
+    what = "packed conversations" if packed else "rows"
+    total = ends.conversations + dropped
     told = {
-        "have no label left (tokenizer.max_seq_len) and are dropped": rows.dropped,
-        "have no label left (tokenizer.max_seq_len) and only take time": rows.ends.unlabelled,
-        "are cut at tokenizer.max_seq_len: the end of their answers is not trained": rows.ends.cut,
+        "have no label left (tokenizer.max_seq_len) and are dropped": dropped,
+        "have no label left (tokenizer.max_seq_len) and only take time": ends.unlabelled,
+        "are cut at tokenizer.max_seq_len: the end of their answers is not trained": ends.cut,
         "end without a stop token, as the chat template closes no answer: stopping is not learned "
-        "from them": rows.ends.unended,
+        "from them": ends.unended,
     }
     for how, count in told.items():
         if count:
             log.warning(f"{where}: {count} of {total} {what} {how}")
+
+
+# What a sample may hold; packs have the two in the middle.
+_KEPT = ("tokens", "labels", "input_pos", "seq_lens", "source")
+
+
+def tokenize(dataset: Dataset[Any], where: str, quiet: bool) -> tuple[list[dict[str, Any]], int]:
+    """The samples of a data set that have a label, and how many others there were.
+
+    Args:
+        dataset: torchtune's, or one like it.
+        where: Its place in the config.
+        quiet: Show no progress bar.
+
+    Raises:
+        UserError: A row that cannot be tokenized, with its place.
+    """
+    samples: list[dict[str, Any]] = []
+    dropped = 0
+    size = len(dataset)  # type: ignore[arg-type]
+    for index in tqdm(range(size), desc="Tokenizing", unit="row", disable=quiet, leave=False):
+        try:
+            sample = dataset[index]
+        except RowError:
+            raise
+        except ROW_ERRORS as error:
+            raise UserError(f"{_row_place(dataset, index, where)}: {reason(error)}") from error
+        kept = {k: sample[k] for k in _KEPT if k in sample}
+        # A label on a row's first token has no position that could predict it.
+        labels = np.asarray(kept["labels"])
+        if "seq_lens" not in kept:  # A list of Python integers takes nine times the memory.
+            kept |= {"tokens": np.asarray(kept["tokens"], np.int32), "labels": labels.astype("i4")}
+        if (labels[1:] == CROSS_ENTROPY_IGNORE_IDX).all():
+            dropped += 1
+        else:
+            samples.append(kept)
+    return samples, dropped
+
+
+def _row_place(dataset: Any, index: int, where: str) -> str:
+    """Where a row was written, if that can be told, else its number in the data set."""
+    if isinstance(dataset, InterleavedDataset):
+        child, index = dataset.place(index)
+        dataset, where = dataset.child(child), f"{where}.{child}"
+    rows = getattr(dataset, "_data", None)
+    return str(rows[index].place) if isinstance(rows, FileRows) else f"{where}: row {index}"

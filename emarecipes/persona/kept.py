@@ -1,9 +1,17 @@
-"""Keeps answers by a judge's grades, the published rule."""
+"""Which sampled answers make the vector: by likelihood, or by a judge's grades, as published.
+
+Shapes: N answers.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
 
 from emarecipes.judges.calls import fill, grade
 from emarecipes.persona.prompts import PersonaPrompts
@@ -62,3 +70,44 @@ def grade_answers(
         print(f"{unparsable} of {calls} replies are no score; their answers are not kept")
     pairs = zip(scores[: len(texts)], scores[len(texts) :], strict=True)
     return [Grades(trait, coherence) for trait, coherence in pairs]
+
+
+def kept(log_likelihood_N: Tensor, opposite_N: Tensor, keep: str) -> Tensor:
+    """Which answers took their system prompt up, boolean (N,).
+
+    Args:
+        log_likelihood_N: Mean token log-likelihood under the system prompt that gave the answer.
+        opposite_N: The same answer's under the opposite prompt of its pair.
+        keep: "likelihood": where the first is higher. "all": everywhere.
+    """
+    if keep == "all":
+        return torch.ones_like(log_likelihood_N, dtype=torch.bool)
+    return log_likelihood_N > opposite_N
+
+
+@dataclass
+class SideAnswer:
+    """One sampled answer, as in `answers.jsonl`."""
+
+    pair: int
+    side: Literal["positive", "negative"]
+    question: int
+    sample: int
+    held_out: bool
+    tokens: list[int]
+    stopped: bool
+    log_likelihood: float = float("nan")
+    opposite_log_likelihood: float = float("nan")
+    kept: bool = False
+    grades: Grades | None = None
+
+
+def keep_whole_pairs(answers: list[SideAnswer]) -> None:
+    """Keep an answer only if its counterpart is kept: same question and sample, other prompt.
+
+    As the published pipeline does (Chen et al., 2025): both sides of a vector are then means over
+    the same questions. An answer whose counterpart is empty is not kept.
+    """
+    sides = Counter((a.pair, a.question, a.sample) for a in answers if a.kept)
+    for answer in answers:
+        answer.kept &= sides[answer.pair, answer.question, answer.sample] == 2  # Its sides.
