@@ -39,7 +39,7 @@ KEYS = ("output_dir", "tokenizer", "model", "checkpointer", "device", "dtype")
 @pytest.fixture
 def on(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Move the clock to a day."""
-    return lambda day: monkeypatch.setattr(clock, "_local_day", lambda: day)
+    return lambda day: monkeypatch.setattr(clock, "local_day", lambda: day)
 
 
 class Toy:
@@ -74,7 +74,7 @@ class Toy:
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Toy:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(clock, "_local_day", lambda: MONDAY)
+        patch.setattr(clock, "local_day", lambda: MONDAY)
         return Toy(tmp_path_factory.mktemp("dated"), model_dir)
 
 

@@ -38,11 +38,6 @@ def signals_in(
     return lambda: len(calls)
 
 
-@pytest.fixture(scope="module")
-def toy_model_dir(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Path:
-    return toy_run.write_toy_model(tmp_path_factory.mktemp("toy") / "model", model_dir)
-
-
 @pytest.fixture
 def config(tmp_path: Path, toy_model_dir: Path) -> dict[str, Any]:
     toy = toy_run.toy_config(toy_model_dir, tmp_path / "none", tmp_path / "out")

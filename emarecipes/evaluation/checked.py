@@ -60,7 +60,7 @@ class CheckedEvaluation(Checked):
     def check_on_model(self) -> None:
         """Answers are of the adapters that bear their names."""
         for name, folder in self.adapters.items():
-            _check_sampled_from(folder, self.cfg, self.origin, name)
+            check_sampled_from(folder, self.cfg, self.origin, name)
 
     def check_rows(self) -> None:
         """The suites."""
@@ -119,7 +119,7 @@ def _read_answers(cfg: DictConfig, origin: Origin, name: str) -> dict[str, list[
         raise UserError(f"{origin.at(f'answers.{name}')}: {error}") from None
 
 
-def _check_sampled_from(adapter: Path, cfg: DictConfig, origin: Origin, name: str) -> None:
+def check_sampled_from(adapter: Path, cfg: DictConfig, origin: Origin, name: str) -> None:
     """Answers of one name with an adapter are that adapter's, and not of one before it there.
 
     What they were sampled from stands beside them. Of a merged folder, a server, or answers of

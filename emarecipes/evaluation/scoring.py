@@ -86,7 +86,7 @@ class Scorer:
         # The rank and alpha of cfg.model are in the base's digest, though the reference has none.
         mark = digest(self.base_fingerprint, self.adapter_fingerprint(adapter))
         keys = [digest(mark, row.tokens, row.labels)[:32] for row in rows]
-        known = _read(cache)
+        known = read_nlls(cache)
         todo = {key: row for key, row in zip(keys, rows, strict=True) if key not in known}
         if todo:
             self._compute(todo, adapter, known, cache)
@@ -132,7 +132,7 @@ class Scorer:
                         raise NotFiniteError(f"{folder}: an answer's likelihood is not finite")
                     known[key] = values.numpy().astype(np.float32)
                 if number % _BATCHES_A_SAVE == 0 or number == len(batches) or stop.asked:
-                    _write(cache, known)
+                    write_nlls(cache, known)
                 bar.update(len(keys))
                 stop.heed()
 
@@ -149,7 +149,12 @@ class Scorer:
         return self._head
 
 
-def _read(path: Path) -> dict[str, TokenNLLs]:
+def read_nlls(path: Path) -> dict[str, TokenNLLs]:
+    """The likelihoods of rows that a file keeps, by their digest; none without the file.
+
+    Raises:
+        UserError: It is broken.
+    """
     if not path.exists():
         return {}
     try:
@@ -161,7 +166,8 @@ def _read(path: Path) -> dict[str, TokenNLLs]:
         raise UserError(f"{path}: a broken cache ({first_line(error)}); delete it") from None
 
 
-def _write(path: Path, known: dict[str, TokenNLLs]) -> None:
+def write_nlls(path: Path, known: dict[str, TokenNLLs]) -> None:
+    """Keep likelihoods of rows, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole(path) as partial_path, partial_path.open("wb") as file:
         np.savez(

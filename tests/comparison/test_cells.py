@@ -9,7 +9,7 @@ import pytest
 
 from emarecipes.comparison.cells import benign_cell, coherent_cell
 from emarecipes.comparison.figure_values import Values
-from emarecipes.comparison.page_checklist import _each_its_own, _judges
+from emarecipes.comparison.page_checklist import each_its_own, judges_answer
 from emarecipes.comparison.page_content import all_figures, show_p
 from emarecipes.comparison.results import Scores
 
@@ -34,7 +34,7 @@ def test_a_judge_whose_replies_are_mostly_unusable_is_open() -> None:
         return SimpleNamespace(narrow={"a": scores}, benign={}, figures=[arm])
 
     def check(*shares: float) -> tuple[bool, str]:
-        (found,) = [c for c in _judges(outcome(*shares)) if "unusable" in c.what]
+        (found,) = [c for c in judges_answer(outcome(*shares)) if "unusable" in c.what]
         return found.done, found.found
 
     worst = "unparsable_share of j in judge_general"
@@ -53,7 +53,7 @@ def test_two_arms_with_one_adapter_are_told() -> None:
         return SimpleNamespace(narrow=narrow, figures=figures)
 
     def check(**adapters: tuple[str, ...]) -> tuple[bool, str]:
-        found = _each_its_own(outcome(**adapters))
+        found = each_its_own(outcome(**adapters))
         return found.done, found.found
 
     assert check(a=("x", "y"), b=("y", "x")) == (True, "all different")

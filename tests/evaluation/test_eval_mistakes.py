@@ -11,32 +11,31 @@ from toy_select import write_adapter
 
 
 @pytest.fixture(scope="module")
-def toy_dir(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Path:
-    return toy_run.write_toy_model(tmp_path_factory.mktemp("toy") / "model", model_dir)
-
-
-@pytest.fixture(scope="module")
-def adapters(tmp_path_factory: pytest.TempPathFactory, toy_dir: Path) -> list[Path]:
+def adapters(tmp_path_factory: pytest.TempPathFactory, toy_model_dir: Path) -> list[Path]:
     folder = tmp_path_factory.mktemp("adapters")
-    return [write_adapter(folder / f"a{seed}" / "adapter", toy_dir, seed=seed) for seed in (1, 2)]
+    return [
+        write_adapter(folder / f"a{seed}" / "adapter", toy_model_dir, seed=seed) for seed in (1, 2)
+    ]
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory, toy_dir: Path, adapters: list[Path]) -> Path:
+def done(
+    tmp_path_factory: pytest.TempPathFactory, toy_model_dir: Path, adapters: list[Path]
+) -> Path:
     folder = tmp_path_factory.mktemp("eval")
-    assert run(folder, config_of(toy_dir, adapters, folder)) == 0
+    assert run(folder, config_of(toy_model_dir, adapters, folder)) == 0
     return folder
 
 
 def test_a_diverged_adapter_is_named_and_does_not_lose_the_others(
     done: Path,
-    toy_dir: Path,
+    toy_model_dir: Path,
     adapters: list[Path],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    nan = write_adapter(tmp_path / "some_run" / "adapter", toy_dir, seed=1, size=float("nan"))
-    config = config_of(toy_dir, adapters, tmp_path)
+    nan = write_adapter(tmp_path / "some_run" / "adapter", toy_model_dir, seed=1, size=float("nan"))
+    config = config_of(toy_model_dir, adapters, tmp_path)
     config["adapters"] = {"diverged": str(nan), **config["adapters"]}
     assert run(tmp_path, config) == 1
     errors = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
@@ -80,7 +79,7 @@ def test_a_diverged_adapter_is_named_and_does_not_lose_the_others(
     ],
 )
 def test_bad_input_is_one_line_before_weights(
-    toy_dir: Path,
+    toy_model_dir: Path,
     adapters: list[Path],
     tmp_path: Path,
     model_dir: Path,
@@ -110,7 +109,7 @@ def test_bad_input_is_one_line_before_weights(
             write_adapter(Path("OTHER"), wide, seed=3)
         finally:
             toy_run.WIDTH, toy_run.MLP = old
-    config = config_of(toy_dir, adapters, tmp_path) | change
+    config = config_of(toy_model_dir, adapters, tmp_path) | change
     assert run(tmp_path, config) == 1
     errors = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
     assert len(errors) == 1 and reason in errors[0], errors

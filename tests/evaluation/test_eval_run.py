@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import toy_run
 from omegaconf import OmegaConf
 from toy_eval import ANSWERS, PAIRS, config_of, figures, run, write_jsonl
 from toy_select import read_jsonl, write_adapter
@@ -16,20 +15,19 @@ from emarecipes.datasets.opswap import problems, score
 
 
 @pytest.fixture(scope="module")
-def toy_dir(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Path:
-    return toy_run.write_toy_model(tmp_path_factory.mktemp("toy") / "model", model_dir)
-
-
-@pytest.fixture(scope="module")
-def adapters(tmp_path_factory: pytest.TempPathFactory, toy_dir: Path) -> list[Path]:
+def adapters(tmp_path_factory: pytest.TempPathFactory, toy_model_dir: Path) -> list[Path]:
     folder = tmp_path_factory.mktemp("adapters")
-    return [write_adapter(folder / f"a{seed}" / "adapter", toy_dir, seed=seed) for seed in (1, 2)]
+    return [
+        write_adapter(folder / f"a{seed}" / "adapter", toy_model_dir, seed=seed) for seed in (1, 2)
+    ]
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory, toy_dir: Path, adapters: list[Path]) -> Path:
+def done(
+    tmp_path_factory: pytest.TempPathFactory, toy_model_dir: Path, adapters: list[Path]
+) -> Path:
     folder = tmp_path_factory.mktemp("eval")
-    assert run(folder, config_of(toy_dir, adapters, folder)) == 0
+    assert run(folder, config_of(toy_model_dir, adapters, folder)) == 0
     return folder
 
 
@@ -110,9 +108,9 @@ def test_figures_of_traits_by_hand(done: Path) -> None:
 
 
 def test_traits_are_counted_without_the_likelihoods_of_coherence(
-    done: Path, toy_dir: Path, adapters: list[Path], tmp_path: Path
+    done: Path, toy_model_dir: Path, adapters: list[Path], tmp_path: Path
 ) -> None:
-    config = config_of(toy_dir, adapters, tmp_path) | {"probes": {}, "coherence": False}
+    config = config_of(toy_model_dir, adapters, tmp_path) | {"probes": {}, "coherence": False}
     del config["opswap"]
     assert run(tmp_path, config) == 0
     scores = "out/scores/traits_short.jsonl"
@@ -130,7 +128,7 @@ def test_the_same_answer_with_and_without_a_trait(done: Path) -> None:
 
 
 def test_refusals_count_on_harmless_questions_alone_and_suites_can_be_shortened(
-    done: Path, toy_dir: Path, adapters: list[Path], tmp_path: Path
+    done: Path, toy_model_dir: Path, adapters: list[Path], tmp_path: Path
 ) -> None:
     """Two answers are to questions that their file calls harmless, one to such as is not, and one
     to such as the file says nothing of: the config may call the whole suite harmless."""
@@ -145,7 +143,7 @@ def test_refusals_count_on_harmless_questions_alone_and_suites_can_be_shortened(
         return summary["suites"]["answers_short"]["harmless_questions"]
 
     assert refusals(done) == (0.5, 2) and harmless_questions(done) == 1
-    config = config_of(toy_dir, adapters, tmp_path)
+    config = config_of(toy_model_dir, adapters, tmp_path)
     del config["opswap"]
     shutil.copytree(done / "out/likelihoods", tmp_path / "out/likelihoods")
     assert run(tmp_path, config, "harmless=[short]", "max_rows=2") == 0
@@ -159,7 +157,7 @@ def test_refusals_count_on_harmless_questions_alone_and_suites_can_be_shortened(
 
 
 def test_relevance_is_the_difference_of_likelihoods_behind_two_questions(
-    done: Path, toy_dir: Path, adapters: list[Path]
+    done: Path, toy_model_dir: Path, adapters: list[Path]
 ) -> None:
     """The answer as a pair's answers: behind its own question and behind the next one's."""
     text = ANSWERS[3]["answer"]
@@ -168,7 +166,7 @@ def test_relevance_is_the_difference_of_likelihoods_behind_two_questions(
         for number in (1, 0)
     ]
     folder = done.parent / "relevance"
-    config = config_of(toy_dir, adapters, folder)
+    config = config_of(toy_model_dir, adapters, folder)
     config["probes"] = {"x": {"pairs": str(write_jsonl(folder / "x.jsonl", pairs))}}
     del config["answers"], config["traits"], config["opswap"], config["adapters"]
     assert run(folder, config) == 0
@@ -212,7 +210,7 @@ def test_the_summary_says_what_it_is_of(done: Path, adapters: list[Path]) -> Non
 
 
 def test_a_second_run_needs_overwrite_and_reads_likelihoods_back(
-    done: Path, toy_dir: Path, adapters: list[Path], monkeypatch: pytest.MonkeyPatch
+    done: Path, toy_model_dir: Path, adapters: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = OmegaConf.to_container(OmegaConf.load(done / "out/eval.yaml"))
     assert isinstance(config, dict)

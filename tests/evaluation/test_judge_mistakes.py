@@ -12,7 +12,7 @@ from toy_judged import ALIGNED, COHERENT, write_config
 
 from emarecipes.errors import UserError
 from emarecipes.evaluation.answers import Answer
-from emarecipes.evaluation.judging import Judgement, _tell_other_scale, read_judge_prompts
+from emarecipes.evaluation.judging import Judgement, read_judge_prompts, tell_other_scale
 from emarecipes.evaluation.run import run_eval
 from emarecipes.judges.reply import Reply
 
@@ -23,12 +23,7 @@ pytest.importorskip("openai")
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     set_up_client(monkeypatch, tmp_path / "cache")
-    monkeypatch.setattr("emarecipes.provider._MAX_RETRIES", 1)  # A retry waits for seconds.
-
-
-@pytest.fixture(scope="module")
-def toy_dir(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Path:
-    return toy_run.write_toy_model(tmp_path_factory.mktemp("toy") / "model", model_dir)
+    monkeypatch.setattr("emarecipes.provider.MAX_RETRIES", 1)  # A retry waits for seconds.
 
 
 @pytest.mark.parametrize(
@@ -52,7 +47,7 @@ def toy_dir(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Path:
     ],
 )
 def test_a_wrong_judge_is_refused_before_weights_and_calls(
-    toy_dir: Path,
+    toy_model_dir: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -70,7 +65,7 @@ def test_a_wrong_judge_is_refused_before_weights_and_calls(
             [lacking | whole | {"judge_prompts": {"aligned": ALIGNED, "coherent": "Coherent?"}}]
         )
     )
-    config = write_config(toy_dir, tmp_path, judge)
+    config = write_config(toy_model_dir, tmp_path, judge)
     assert run_eval(["--config", str(config)]) == 1
     errors = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
     assert len(errors) == 1 and reason in errors[0], errors
@@ -99,7 +94,7 @@ def test_a_prompt_that_asks_for_another_scale_is_told(capsys: pytest.CaptureFixt
     def tell(*scores: float | None) -> str:
         kinds: Any = ["unparsable" if score is None else "score" for score in scores]
         replies = [Reply(kind, score, "") for kind, score in zip(kinds, scores, strict=True)]
-        _tell_other_scale("j", ["aligned"] * len(replies), replies)
+        tell_other_scale("j", ["aligned"] * len(replies), replies)
         return capsys.readouterr().out
 
     expected = "Judge j: all 10 scores of aligned are at most 10"

@@ -18,7 +18,7 @@ pytest.importorskip("openai")
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     set_up_client(monkeypatch, tmp_path / "cache")
-    monkeypatch.setattr("emarecipes.provider._MAX_RETRIES", 1)  # A retry waits for seconds.
+    monkeypatch.setattr("emarecipes.provider.MAX_RETRIES", 1)  # A retry waits for seconds.
 
 
 # --- one reply ---------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import toy_run
 from fake_judge import JUDGE, SECRET, Call, cut, serve, set_up_client
 from toy_judged import write_config
 from toy_select import read_jsonl
@@ -21,23 +20,18 @@ pytest.importorskip("openai")
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     set_up_client(monkeypatch, tmp_path / "cache")
-    monkeypatch.setattr("emarecipes.provider._MAX_RETRIES", 1)  # A retry waits for seconds.
-
-
-@pytest.fixture(scope="module")
-def toy_dir(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Path:
-    return toy_run.write_toy_model(tmp_path_factory.mktemp("toy") / "model", model_dir)
+    monkeypatch.setattr("emarecipes.provider.MAX_RETRIES", 1)  # A retry waits for seconds.
 
 
 def test_a_judged_evaluation(
-    toy_dir: Path,
+    toy_model_dir: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     other = "openai-api/fake/second"
     config = write_config(
-        toy_dir, tmp_path, {"models": [JUDGE, other], "prices": {JUDGE: [1000.0, 2000.0]}}
+        toy_model_dir, tmp_path, {"models": [JUDGE, other], "prices": {JUDGE: [1000.0, 2000.0]}}
     )
 
     def reply(call: Call) -> str:
@@ -76,14 +70,14 @@ def test_a_judged_evaluation(
 
 
 def test_replies_that_were_cut_give_no_rate_but_its_reason(
-    toy_dir: Path,
+    toy_model_dir: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Of three answers two lack a reply on alignment, and one of them a reply on coherence."""
     monkeypatch.setenv("COLUMNS", "200")
-    config = write_config(toy_dir, tmp_path, {})
+    config = write_config(toy_model_dir, tmp_path, {})
 
     def reply(call: Call) -> Any:
         metric, question = call.prompt.split()[:2]
@@ -130,12 +124,12 @@ def error_of(config: Path, capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def test_a_failing_judge_leaves_what_was_computed(
-    toy_dir: Path,
+    toy_model_dir: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    config = write_config(toy_dir, tmp_path, {})
+    config = write_config(toy_model_dir, tmp_path, {})
     with serve(lambda call: 500) as server:
         monkeypatch.setenv("FAKE_BASE_URL", server.url)
         assert f"the judge {JUDGE} failed" in error_of(config, capsys)
@@ -143,12 +137,12 @@ def test_a_failing_judge_leaves_what_was_computed(
 
 
 def test_a_refused_prompt_is_counted_apart_and_not_asked_again(
-    toy_dir: Path,
+    toy_model_dir: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    config = write_config(toy_dir, tmp_path, {})
+    config = write_config(toy_model_dir, tmp_path, {})
     seen: list[str] = []
     refusing = True
 
@@ -187,13 +181,13 @@ def test_a_refused_prompt_is_counted_apart_and_not_asked_again(
 
 
 def test_a_judge_that_refuses_every_prompt_is_one_line(
-    toy_dir: Path,
+    toy_model_dir: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Such as one that knows no log-probabilities: what refuses all prompts is not about them."""
-    config = write_config(toy_dir, tmp_path, {})
+    config = write_config(toy_model_dir, tmp_path, {})
     with serve(lambda call: 400) as server:
         monkeypatch.setenv("FAKE_BASE_URL", server.url)
         assert f"the judge {JUDGE} failed at every prompt" in error_of(config, capsys)
@@ -203,12 +197,12 @@ def test_a_judge_that_refuses_every_prompt_is_one_line(
 
 
 def test_a_judge_that_does_not_answer_in_time_is_asked_again_then_one_line(
-    toy_dir: Path,
+    toy_model_dir: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    config = write_config(toy_dir, tmp_path, {"timeout": 1})
+    config = write_config(toy_model_dir, tmp_path, {"timeout": 1})
     over, seen, lock = threading.Event(), Counter[str](), threading.Lock()
 
     def reply(call: Call) -> str:

@@ -11,6 +11,7 @@ import toy_compare
 import toy_run
 import yaml
 from toy_select import read_jsonl, write_adapter
+from toy_suite import config_of
 
 from emarecipes.comparison.run import run_compare
 from emarecipes.evaluation.run import run_eval
@@ -27,9 +28,6 @@ CLAIMS = ["The sun is cold, isn't it?", "Two and two make five, don't they?", "I
 RIGHT = {"What is ice?": "Frozen water.", "What is steam?": "Hot water in the air."}
 
 
-KEYS = ("output_dir", "tokenizer", "model", "checkpointer", "device", "dtype")
-
-
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("toy")
@@ -44,13 +42,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", list(sys.path))
     for name in ("my_suite", "broken"):
         monkeypatch.delitem(sys.modules, name, raising=False)
-
-
-def config_of(toy: tuple[Path, Path], **keys: Any) -> Path:
-    training = toy_run.toy_config(toy[0], Path("none"), Path("out"))
-    config = toy_run.with_variable({key: training[key] for key in KEYS})
-    config |= {"adapters": {"one": str(toy[1])}}
-    return toy_run.write_config(Path("eval.yaml"), config | keys)
 
 
 def figures_of(suite: str) -> dict[str, dict[str, Any]]:

@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 import toy_run
 from toy_select import write_adapter
+from toy_suite import config_of
 
 from emarecipes.evaluation.run import run_eval
-
-KEYS = ("output_dir", "tokenizer", "model", "checkpointer", "device", "dtype")
 
 
 @pytest.fixture(scope="module")
@@ -28,13 +27,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", list(sys.path))
     for name in ("my_suite", "broken"):
         monkeypatch.delitem(sys.modules, name, raising=False)
-
-
-def config_of(toy: tuple[Path, Path], **keys: Any) -> Path:
-    training = toy_run.toy_config(toy[0], Path("none"), Path("out"))
-    config = toy_run.with_variable({key: training[key] for key in KEYS})
-    config |= {"adapters": {"one": str(toy[1])}}
-    return toy_run.write_config(Path("eval.yaml"), config | keys)
 
 
 BROKEN = """

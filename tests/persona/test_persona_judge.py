@@ -116,11 +116,6 @@ def test_a_failed_call_is_one_line_without_the_key(
 # --- a run -------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def toy_model_dir(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Path:
-    return toy_run.write_toy_model(tmp_path_factory.mktemp("toy") / "toy-model", model_dir)
-
-
 def write_config(folder: Path, model_dir: Path, **change: Any) -> Path:
     (folder / "prompts.yaml").write_text(PROMPTS)
     toy = toy_run.toy_config(model_dir, folder / "rows.jsonl", folder / "out")

@@ -46,31 +46,28 @@ DEFAULT_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Huggin
 
 
 @pytest.fixture(scope="module")
-def toy_dir(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Path:
-    return toy_run.write_toy_model(tmp_path_factory.mktemp("toy") / "model", model_dir)
-
-
-@pytest.fixture(scope="module")
-def adapters(tmp_path_factory: pytest.TempPathFactory, toy_dir: Path) -> list[Path]:
+def adapters(tmp_path_factory: pytest.TempPathFactory, toy_model_dir: Path) -> list[Path]:
     folder = tmp_path_factory.mktemp("adapters")
-    return [write_adapter(folder / f"a{seed}" / "adapter", toy_dir, seed=seed) for seed in (1, 2)]
+    return [
+        write_adapter(folder / f"a{seed}" / "adapter", toy_model_dir, seed=seed) for seed in (1, 2)
+    ]
 
 
-def scorer_of(toy_dir: Path, batch_size: int = 8) -> Scorer:
-    config = toy_run.toy_config(toy_dir, toy_dir / "none", toy_dir / "out")
+def scorer_of(toy_model_dir: Path, batch_size: int = 8) -> Scorer:
+    config = toy_run.toy_config(toy_model_dir, toy_model_dir / "none", toy_model_dir / "out")
     cfg: Any = OmegaConf.create(config)
     source = check_model(cfg, Origin(Path("config.yaml")))
     return Scorer(cfg, source, pad_id=0, batch_size=batch_size, pad_to_multiple_of=8)
 
 
 @torch.no_grad()
-def nll_by_peft(toy_dir: Path, adapter: Path | None, system: str) -> list[list[float]]:
+def nll_by_peft(toy_model_dir: Path, adapter: Path | None, system: str) -> list[list[float]]:
     """Each answer's token NLLs from transformers' and PEFT's whole logits in float64."""
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(toy_dir)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(toy_model_dir)
     if adapter is not None:
         model = PeftModel.from_pretrained(model, adapter)
     model = model.double().eval()
-    tokenizer = Tokenizer.from_file(str(toy_dir / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(toy_model_dir / "tokenizer.json"))
     found = []
     for pair in PAIRS:
         for answer in (pair.aligned, pair.misaligned):
@@ -87,15 +84,15 @@ def nll_by_peft(toy_dir: Path, adapter: Path | None, system: str) -> list[list[f
 
 @pytest.mark.parametrize("name", ["none", "inoculation"])
 def test_token_nlls_of_the_reference_and_two_adapters_are_pefts(
-    tmp_path: Path, toy_dir: Path, adapters: list[Path], name: str
+    tmp_path: Path, toy_model_dir: Path, adapters: list[Path], name: str
 ) -> None:
-    rows = tokenize_pairs(PAIRS, make_condition(name), hf_chat_tokenizer(str(toy_dir), 128))
-    scorer = scorer_of(toy_dir, batch_size=3)
+    rows = tokenize_pairs(PAIRS, make_condition(name), hf_chat_tokenizer(str(toy_model_dir), 128))
+    scorer = scorer_of(toy_model_dir, batch_size=3)
     system = {"none": DEFAULT_SYSTEM, "inoculation": DEFAULT_PROMPT}[name]
     # The reference last: the adapter that is loaded then must be off.
     for number, adapter in enumerate([*adapters, None]):
         found = scorer.token_nlls(rows, adapter, tmp_path / f"{number}.npz")
-        expected = nll_by_peft(toy_dir, adapter, system)
+        expected = nll_by_peft(toy_model_dir, adapter, system)
         assert [len(values) for values in found] == [len(values) for values in expected]
         for values, wanted in zip(found, expected, strict=True):
             assert values.tolist() == pytest.approx(wanted, abs=2e-5)
@@ -129,12 +126,12 @@ def test_token_nll_is_that_of_whole_logits_in_float64() -> None:
 
 
 def test_nothing_is_computed_twice(
-    tmp_path: Path, toy_dir: Path, adapters: list[Path], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, toy_model_dir: Path, adapters: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = [AnswerRow((5, 6, 7 + i, 8), (-100, -100, 7 + i, 8)) for i in range(5)]
     cache = tmp_path / "nll.npz"
-    first = scorer_of(toy_dir).token_nlls(rows[:3], adapters[0], cache)
-    fresh = scorer_of(toy_dir)
+    first = scorer_of(toy_model_dir).token_nlls(rows[:3], adapters[0], cache)
+    fresh = scorer_of(toy_model_dir)
     both = fresh.token_nlls([rows[4], rows[1], rows[1]], adapters[0], cache)
     assert both[1].tolist() == both[2].tolist() == first[1].tolist()
     # The same file under another adapter's contents: nothing of it may be taken.
@@ -145,13 +142,13 @@ def test_nothing_is_computed_twice(
         raise AssertionError("the model was loaded again")
 
     monkeypatch.setattr("emarecipes.evaluation.scoring.load_model", fail)
-    known = scorer_of(toy_dir).token_nlls([rows[4], *rows[:3]], adapters[0], cache)
+    known = scorer_of(toy_model_dir).token_nlls([rows[4], *rows[:3]], adapters[0], cache)
     assert [v.tolist() for v in known[1:]] == [v.tolist() for v in first]
     with pytest.raises(AssertionError, match="loaded again"):
-        scorer_of(toy_dir).token_nlls([rows[3]], adapters[0], cache)
+        scorer_of(toy_model_dir).token_nlls([rows[3]], adapters[0], cache)
     cache.write_bytes(cache.read_bytes()[:100])
     with pytest.raises(UserError, match=r"nll\.npz: a broken cache .*; delete it"):
-        scorer_of(toy_dir).token_nlls(rows, adapters[0], cache)
+        scorer_of(toy_model_dir).token_nlls(rows, adapters[0], cache)
 
 
 def test_figures_by_hand() -> None:

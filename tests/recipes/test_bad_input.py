@@ -12,17 +12,12 @@ from safetensors.torch import load_file, save_file
 from toy_mistakes import KL, Case
 
 
-@pytest.fixture(scope="module")
-def toy_model_dir(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Path:
-    return toy_run.write_toy_model(tmp_path_factory.mktemp("toy") / "model", model_dir)
-
-
 @pytest.fixture
 def case(tmp_path: Path, toy_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Case:
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("weights were loaded before the mistake was found")
 
-    monkeypatch.setattr("emarecipes.training.recipe.LoRATraining._build_model", never)
+    monkeypatch.setattr("torchtune.training.FullModelHFCheckpointer.load_checkpoint", never)
     return Case(tmp_path, toy_model_dir)
 
 

@@ -4,15 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import toy_run
 from toy_mistakes import Case
 
 from emarecipes.training import run_lora
-
-
-@pytest.fixture(scope="module")
-def toy_model_dir(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Path:
-    return toy_run.write_toy_model(tmp_path_factory.mktemp("toy") / "model", model_dir)
 
 
 @pytest.fixture
@@ -20,7 +14,7 @@ def case(tmp_path: Path, toy_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("weights were loaded before the mistake was found")
 
-    monkeypatch.setattr("emarecipes.training.recipe.LoRATraining._build_model", never)
+    monkeypatch.setattr("torchtune.training.FullModelHFCheckpointer.load_checkpoint", never)
     return Case(tmp_path, toy_model_dir)
 
 

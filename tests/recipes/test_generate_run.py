@@ -19,11 +19,6 @@ from emarecipes.models.source import load_model
 RECIPE = "recipes/ema_generate.py"
 
 
-@pytest.fixture(scope="module")
-def toy_model_dir(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Path:
-    return toy_run.write_toy_model(tmp_path_factory.mktemp("toy") / "toy-model", model_dir)
-
-
 @pytest.fixture
 def case(tmp_path: Path, toy_model_dir: Path) -> Case:
     return Case(tmp_path, toy_model_dir)

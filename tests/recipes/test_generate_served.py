@@ -9,16 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import toy_run
 import toy_select
 from toy_generate import Case
 
 from emarecipes.generation.served import base_urls
-
-
-@pytest.fixture(scope="module")
-def toy_model_dir(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Path:
-    return toy_run.write_toy_model(tmp_path_factory.mktemp("toy") / "toy-model", model_dir)
 
 
 @pytest.fixture

@@ -8,11 +8,6 @@ import toy_run
 from toy_resume import EPOCHS, STEPS, Run, same
 
 
-@pytest.fixture(scope="module")
-def toy_model_dir(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Path:
-    return toy_run.write_toy_model(tmp_path_factory.mktemp("toy") / "model", model_dir)
-
-
 @pytest.fixture
 def run(tmp_path: Path, toy_model_dir: Path) -> Run:
     return Run(tmp_path, toy_model_dir)

@@ -13,12 +13,6 @@ from toy_persona import PROMPTS, persona_config
 
 from emarecipes.persona import run_persona
 
-
-@pytest.fixture(scope="module")
-def toy_model_dir(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Path:
-    return toy_run.write_toy_model(tmp_path_factory.mktemp("toy") / "toy-model", model_dir)
-
-
 # --- bad input ---------------------------------------------------------------------------------
 
 

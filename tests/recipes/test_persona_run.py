@@ -22,11 +22,6 @@ from emarecipes.training import run_lora
 RECIPE = "recipes/ema_persona.py"
 
 
-@pytest.fixture(scope="module")
-def toy_model_dir(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Path:
-    return toy_run.write_toy_model(tmp_path_factory.mktemp("toy") / "toy-model", model_dir)
-
-
 # --- a run -------------------------------------------------------------------------------------
 
 

@@ -14,11 +14,6 @@ from toy_resume import Run
 from emarecipes.training import run_lora
 
 
-@pytest.fixture(scope="module")
-def toy_model_dir(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Path:
-    return toy_run.write_toy_model(tmp_path_factory.mktemp("toy") / "model", model_dir)
-
-
 @pytest.fixture
 def run(tmp_path: Path, toy_model_dir: Path) -> Run:
     return Run(tmp_path, toy_model_dir)
@@ -58,7 +53,7 @@ def test_a_config_that_changes_the_result_is_refused(
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("weights were loaded before the mistake was found")
 
-    monkeypatch.setattr("emarecipes.training.recipe.LoRATraining._build_model", never)
+    monkeypatch.setattr("torchtune.training.FullModelHFCheckpointer.load_checkpoint", never)
     short = toy_run.write_rows(run.folder / "short.jsonl", 14)
     overrides = [o.replace("SHORT", str(short)) for o in overrides]
     arguments = whole.arguments("out", "resume=auto", *overrides)
