@@ -1,13 +1,21 @@
-"""The defenses that a config names: built, and checked against the model before its weights."""
+"""Defenses, optimizer and scheduler that a config names: built, and checked before weights."""
 
 from __future__ import annotations
 
+import inspect
+import logging
+
+import torch
 from omegaconf import DictConfig
+from torch import nn
+from torchao.optim import Adam4bit, Adam8bit, AdamFp8, AdamW4bit, AdamW8bit, AdamWFp8
+from torchtune import utils
 
 from emarecipes.components import build, locate
 from emarecipes.config import Origin
 from emarecipes.defenses import Defense, ModelSource
 from emarecipes.errors import UserError
+from emarecipes.machine import DTYPES
 
 _TERMS = ("logit_term", "hidden_term", "weight_term", "step_term")
 
@@ -73,3 +81,55 @@ def _check_hidden_layers(defense: Defense, depth: int) -> None:
     for layer in defense.hidden_layers:
         if not 0 <= layer <= depth:
             raise UserError(f"layer {layer} is not in 0..{depth}")
+
+
+log = utils.get_logger("INFO")
+
+_LOW_BIT = (Adam8bit, Adam4bit, AdamFp8, AdamW8bit, AdamW4bit, AdamWFp8)
+
+
+def check_optimizer(cfg: DictConfig, origin: Origin, world_size: int) -> None:
+    """Build optimizer and scheduler for one number; their own checks then come before weights.
+
+    Raises:
+        UserError: They refuse their arguments; the optimizer needs a closure, has a rate that is no
+            finite number, or a state that several processes cannot put together for a checkpoint.
+    """
+    optimizer = build(cfg, "optimizer", origin, [nn.Parameter(torch.zeros(1))])
+    where = origin.at("optimizer")
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise UserError(f"{where}: it needs a closure; use one that does not")
+    rates = [float(group["lr"]) for group in optimizer.param_groups]
+    if not all(0 <= rate < float("inf") for rate in rates):
+        raise UserError(f"{origin.at('optimizer.lr')}: must be a finite number >= 0")
+    if world_size > 1 and isinstance(optimizer, _LOW_BIT):
+        # Each process quantizes its own shards, or leaves small ones as they are: no whole tensor
+        # holds them, and another number of processes could not go on.
+        raise UserError(
+            f"{where}: {type(optimizer).__name__}'s state cannot be stored from {world_size} "
+            "processes; use torch.optim.AdamW, or one process"
+        )
+    _warn_of_lost_decay(cfg, optimizer, origin)
+    if cfg.lr_scheduler is not None:
+        key = "lr_scheduler"
+        build(cfg, key, origin, optimizer, num_training_steps=100, last_epoch=-1)
+
+
+def _warn_of_lost_decay(cfg: DictConfig, optimizer: torch.optim.Optimizer, origin: Origin) -> None:
+    """w (1 - lr x decay) is w itself where the decay is less than half a place of every w."""
+    group = optimizer.param_groups[0]
+    dtype = cfg.adapter_dtype or cfg.dtype
+    # Half the distance of two numbers, eps for 1 and up, over the largest below 2.
+    least = torch.finfo(DTYPES[dtype]).eps / 4
+    decoupled = isinstance(optimizer, torch.optim.AdamW)  # torchao's rounds once, with the update.
+    decay = float(group["lr"]) * float(group.get("weight_decay", 0.0))
+    if decoupled and 0.0 < decay <= least:
+        better = "set adapter_dtype: fp32, or" if dtype == "bf16" else "set"
+        utils.log_rank_zero(
+            log,
+            f"{origin.at('optimizer')}: weight decay has no effect: lr x weight_decay is "
+            f"{decay:.1g}, and an adapter held in {dtype} loses what is below {least:.1g}; "
+            f"{better} weight_decay: 0",
+            level=logging.WARNING,
+        )
