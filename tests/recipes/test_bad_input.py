@@ -17,7 +17,7 @@ def case(tmp_path: Path, toy_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("weights were loaded before the mistake was found")
 
-    monkeypatch.setattr("torchtune.training.FullModelHFCheckpointer.load_checkpoint", never)
+    monkeypatch.setattr("emarecipes.models._torchtune_recipe.StockRecipe.build_model", never)
     return Case(tmp_path, toy_model_dir)
 
 

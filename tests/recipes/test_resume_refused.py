@@ -53,7 +53,7 @@ def test_a_config_that_changes_the_result_is_refused(
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("weights were loaded before the mistake was found")
 
-    monkeypatch.setattr("torchtune.training.FullModelHFCheckpointer.load_checkpoint", never)
+    monkeypatch.setattr("emarecipes.models._torchtune_recipe.StockRecipe.build_model", never)
     short = toy_run.write_rows(run.folder / "short.jsonl", 14)
     overrides = [o.replace("SHORT", str(short)) for o in overrides]
     arguments = whole.arguments("out", "resume=auto", *overrides)
