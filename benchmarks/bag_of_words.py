@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from emarecipes.datasets._similarity import ngrams
+from emarecipes.datasets._overlaps import ngrams
 from emarecipes.errors import UserError
-from emarecipes.probes.contrast import ContrastPair
+from emarecipes.probes.pairs import ContrastPair
 
 Floats = NDArray[np.float64]
 Units = Sequence[Hashable]

@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import norm
 
+from emarecipes.comparison.criterion import BoundSettings
 from emarecipes.comparison.frontier import Bound, Shifts, excess
-from emarecipes.comparison.settings import BoundSettings
 from emarecipes.comparison.statistics import Floats, crossed_mean
 from emarecipes.comparison.verdicts import Contrast, verdicts
 

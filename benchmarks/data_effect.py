@@ -57,15 +57,14 @@ from emarecipes.config import load_config
 from emarecipes.errors import UserError
 from emarecipes.evaluation.scoring import Scorer
 from emarecipes.models.model_checks import check_checkpoint_files, check_model
-from emarecipes.probes.contrast import (
+from emarecipes.probes.contrast import pair_nll, tokenize_pairs
+from emarecipes.probes.pairs import (
     CONDITIONS,
     Condition,
     ContrastPair,
     make_condition,
-    pair_nll,
     read_contrast_file,
     read_sibling_files,
-    tokenize_pairs,
 )
 from emarecipes.training.settings import check_settings
 

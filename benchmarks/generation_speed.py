@@ -26,12 +26,12 @@ from rich.table import Table
 from torchtune.modules.peft import disable_adapter, get_adapter_params
 
 from emarecipes.config import load_config
-from emarecipes.generation.checks import check_generate_settings
+from emarecipes.generation.checked import check_generate_settings
 from emarecipes.models.adapters.export import save_adapter
-from emarecipes.models.load import load_model
 from emarecipes.models.loss_head import LossHead
 from emarecipes.models.sampling.draw import Sampling
 from emarecipes.models.sampling.sampler import sample_batch
+from emarecipes.models.source import load_model
 
 CONFIG = Path(__file__).parent.parent / "configs" / "smollm2_135m_generate.yaml"
 PROMPT_TOKENS = 48

@@ -23,11 +23,11 @@ from emarecipes.datasets.opswap import TIERS, Problem, problems, score
 from emarecipes.errors import UserError
 from emarecipes.machine import settle_dtype
 from emarecipes.models.adapters.read import check_adapter, load_adapter
-from emarecipes.models.load import load_model
 from emarecipes.models.loss_head import LossHead
 from emarecipes.models.model_checks import check_checkpoint_files, check_model
 from emarecipes.models.sampling.draw import Sampling
 from emarecipes.models.sampling.sampler import sample_answers
+from emarecipes.models.source import load_model
 from emarecipes.training.settings import check_settings
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "smollm2_135m_opswap.yaml"

@@ -25,7 +25,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.patheffects import withStroke
 from omegaconf import OmegaConf
-from pairwise import judge_pairs, outcome, read_evaluation
+from pairwise import judge_pairs, read_evaluation
+from pairwise_outcome import outcome
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm

@@ -16,13 +16,11 @@ import argparse
 import gc
 import json
 import logging
-import os
 import re
 import resource
 import subprocess
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -30,13 +28,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from peft import PeftModel
 from product_rate import product_rate
 from rich.console import Console
 from rich.table import Table
+from timing import Trainer, describe_machine, measure_time, native_dtype
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -47,7 +45,6 @@ from torchtune.modules.peft import disable_adapter, get_adapter_params
 
 from emarecipes.config import load_config
 from emarecipes.defenses import Defense, KLToReference, ModelSource, TrainingContext
-from emarecipes.machine import native_precision
 from emarecipes.models import HFChatTokenizer
 from emarecipes.models._torchtune import model_on_meta
 from emarecipes.models._torchtune_cpu import with_fewer_passes
@@ -197,29 +194,6 @@ COMPILED: dict[str, Callable[[Setting], Model]] = {
 }
 
 
-class Trainer:
-    def __init__(self, model: nn.Module, backward: Callable[[Batch], list[float]]) -> None:
-        self._weights, self._backward = list(model.parameters()), backward
-        self._optimizer = torch.optim.AdamW(self._weights, lr=5e-4, weight_decay=0.01)
-
-    def step(self, batch: Batch) -> dict[str, float]:
-        losses = dict(zip(("CE", "KL"), self._backward(batch), strict=False))
-        norm = torch.nn.utils.clip_grad_norm_(self._weights, max_norm=1.0)
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
-        return {"forwards": len(losses), **losses, "|grad|": float(norm)}
-
-
-def native_dtype() -> str:
-    return native_precision("cpu").dtype
-
-
-def describe_machine() -> str:
-    cpu = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[0]
-    machine = f"torch {torch.__version__}, {torch.get_num_threads()} threads, {cpu}"
-    return f"{machine}, load before the start {os.getloadavg()[0]:.2f}"
-
-
 def peak_of_arm(name: str) -> float:
     """This script's `--memory --arm name`, in a process of its own."""
     command = ["env", "MALLOC_MMAP_THRESHOLD_=131072", sys.executable, *sys.argv, "--memory"]
@@ -240,23 +214,6 @@ def peak_mb() -> float:
     with suppress(OSError):
         return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-
-
-def measure_time(trainers: Any, batch: Batch, repetitions: int, peaks: dict[str, float]) -> Any:
-    figures: Any = {name: trainer.step(batch) | {"all": []} for name, trainer in trainers.items()}
-    for repetition in range(1 + repetitions):
-        for name, trainer in trainers.items():
-            gc.collect()
-            started = time.perf_counter()
-            trainer.step(batch)
-            if repetition > 0:
-                figures[name]["all"].append(time.perf_counter() - started)
-    for name, figure in figures.items():
-        low, middle, high = np.percentile(figure["all"], (25, 50, 75))
-        figure |= {"seconds": float(middle), "IQR": float(high - low)}
-        if name in peaks:
-            figure["peak MB"] = peaks[name]
-    return figures
 
 
 def verdict(ratio: float, limit: float, quick: bool = False) -> str:

@@ -11,7 +11,7 @@ _shared: str | None = None
 
 def today() -> str:
     """Today in this machine's time zone, `YYYY-MM-DD`; once it is shared, the first process's."""
-    return _shared or _local_day()
+    return _shared or local_day()
 
 
 def share_today() -> None:
@@ -19,7 +19,7 @@ def share_today() -> None:
     import torch.distributed as dist  # Preparing a model folder needs the day, and no torch.
 
     global _shared
-    found = [_local_day()]
+    found = [local_day()]
     dist.broadcast_object_list(found, src=0)
     _shared = found[0]
 
@@ -39,5 +39,6 @@ def midnight(day: str) -> datetime:
     raise UserError(f"date must be a day, written YYYY-MM-DD, not {day!r}")
 
 
-def _local_day() -> str:
+def local_day() -> str:
+    """Today in this machine's time zone, `YYYY-MM-DD`."""
     return date.today().isoformat()

@@ -1,13 +1,24 @@
-"""Files that are whole or not there, and lines of JSON."""
+"""Files that are whole or not there, and lines of JSON.
+
+Lines are also what a stopped run goes on from: `append_lines` while it works, `read_lines` when the
+next one begins, which `emarecipes.fingerprint.differing` has told that they are of the same work.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from emarecipes.errors import UserError
+
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
+
+START_ANEW = "choose another output_dir, or say overwrite=true to start anew"
 
 
 @contextmanager
@@ -59,6 +70,37 @@ def ended_lines(path: Path) -> list[bytes]:
     `str.splitlines` splits.
     """
     return path.read_bytes().split(b"\n")[:-1]
+
+
+def append_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Add a line of JSON a row."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json_lines(rows))
+
+
+def read_lines(
+    path: Path, parse: Callable[[Any], tuple[K, V]], what: str, where: str, again: str = START_ANEW
+) -> dict[K, V]:
+    """What a killed run has appended, but for the line that it was writing; of a key the last.
+
+    Args:
+        path: The file.
+        parse: Key and value of a line's JSON; a ValueError, KeyError or TypeError says it is none.
+        what: What a line is, for messages.
+        where: What messages begin with.
+        again: What a user can do about a broken file.
+
+    Raises:
+        UserError: A line is no such thing.
+    """
+    found = {}
+    for number, line in enumerate(ended_lines(path), start=1):
+        try:
+            key, value = parse(json.loads(line))
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{where}: {path}:{number} is no {what}; {again}") from None
+        found[key] = value
+    return found
 
 
 def sync(path: Path) -> None:

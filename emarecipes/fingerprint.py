@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
+
+from emarecipes.errors import UserError
+from emarecipes.files import START_ANEW
 
 # What is too large to be read at every start.
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
@@ -59,6 +62,29 @@ def stored(path: Path, key: Literal["dtype", "date"]) -> str | None:
         return str(found.get("fingerprint", found)[key])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def differing(path: Path, fingerprint: Mapping[str, str], where: str, old: str = "") -> list[str]:
+    """The names of what is other now than what a file of fingerprints holds.
+
+    Args:
+        path: The file: the fingerprint, or an object that has it as `fingerprint`.
+        fingerprint: By name, as a digest each; `dtype` and `date` as they are.
+        where: What messages begin with.
+        old: A name that an older file lacks, and is taken at its word for.
+
+    Raises:
+        UserError: The file is broken.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        found = found.get("fingerprint", found)
+        if old in fingerprint:
+            found.setdefault(old, fingerprint[old])
+        other = [name for name in fingerprint if found.get(name) != fingerprint[name]]
+        return other + [name for name in found if name not in fingerprint]
+    except (ValueError, TypeError, AttributeError):
+        raise UserError(f"{where}: {path} is broken; {START_ANEW}") from None
 
 
 def named_files(node: Any, without: Path | None = None) -> list[Path]:

@@ -27,7 +27,7 @@ _TRAINING["probe.stop"] = "training.settings:ProbeStopSettings"
 _SETTINGS = {
     "ema_lora": _TRAINING,
     "ema_cache": _TRAINING,
-    "ema_generate": {"": "generation.checks:GenerateSettings"},
+    "ema_generate": {"": "generation.checked:GenerateSettings"},
     "ema_eval": {
         "": "evaluation.settings:EvalSettings",
         "probes.NAME": "probes.suites:SuiteSettings",
@@ -39,7 +39,7 @@ _SETTINGS = {
         "": "comparison.settings:CompareSettings",
         "arms.NAME": "comparison.settings:ArmSettings",
         "tasks.NAME": "comparison.settings:TaskSettings",
-        "tasks.NAME.generate": "comparison.settings:GenerateSettings",
+        "tasks.NAME.generate": "comparison.settings:AnswersSettings",
         "tasks.NAME.evaluate": "comparison.settings:EvaluateSettings",
         "criteria": "comparison.criterion:CriteriaSettings",
         "criteria.general": "comparison.criterion:CriterionSettings",
@@ -49,8 +49,8 @@ _SETTINGS = {
         "criteria.coherent": "comparison.criterion:CriterionSettings",
         "bounds": "comparison.settings:BoundSettings",
     },
-    "ema_select": {"": "selection.settings:SelectSettings"},
-    "ema_persona": {"": "persona.checks:PersonaSettings"},
+    "ema_select": {"": "selection.checked:SelectSettings"},
+    "ema_persona": {"": "persona.checked:PersonaSettings"},
     "ema_safelora": {"": "defenses.safelora_run:ProjectionSettings"},
 }
 RECIPES = tuple(_SETTINGS)

@@ -18,7 +18,7 @@ from emarecipes._secrets import masked
 from emarecipes.errors import UserError
 
 # Inspect's own default is to retry for ever. Its waits double: these take some minutes.
-_MAX_RETRIES = 6
+MAX_RETRIES = 6
 SECONDS_AN_ATTEMPT = 300
 
 # A server that is not there at so many looks in a row has gone: it is named after some 20 seconds.
@@ -56,7 +56,7 @@ def provider_model(
             "pip install 'emarecipes[judge]'"
         ) from None
     config = switched_off(name) | config
-    limits = {"max_retries": _MAX_RETRIES, "attempt_timeout": timeout}
+    limits = {"max_retries": MAX_RETRIES, "attempt_timeout": timeout}
     try:
         return get_model(name, config=GenerateConfig(**limits, **config))
     except Exception as error:
@@ -79,7 +79,7 @@ def error_line(error: BaseException) -> str:
         error = error.__cause__  # The last attempt's own.
     text = str(getattr(error, "message", "") or error) or type(error).__name__
     if type(error).__name__ == "AttemptTimeoutError":
-        text = f"no reply in time, in {_MAX_RETRIES + 1} attempts"
+        text = f"no reply in time, in {MAX_RETRIES + 1} attempts"
     text = re.sub(r"\[/?(?:bold|blue)\]", "", text)
     text = re.sub(r"^\s*ERROR:\s*", "", text)
     return " ".join(masked(text).split())

@@ -1,6 +1,6 @@
 """Ctrl-C or SIGTERM while a recipe samples, scores or judges: answered at once, nothing lost.
 
-Trainings, which write a checkpoint first, have `training.checkpoint_stop`.
+Trainings, which write a checkpoint first, have `training.checkpoint_save`.
 """
 
 from __future__ import annotations

@@ -16,6 +16,14 @@ def model_dir() -> Path:
     return prepare_model(name, REPOSITORY / "models" / name)
 
 
+@pytest.fixture(scope="module")
+def toy_model_dir(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Path:
+    """A random Llama of two layers with that folder's tokenizer."""
+    import toy_run  # And with it torch, which many tests do without.
+
+    return toy_run.write_toy_model(tmp_path_factory.mktemp("toy") / "toy-model", model_dir)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def imports_are_not_collected() -> None:
     """torchtune collects garbage whenever it loads weights: a third of a toy run, for nothing."""

@@ -16,10 +16,10 @@ from omegaconf import OmegaConf
 from emarecipes.datasets import chat_files, json_files, row_messages
 from emarecipes.defenses.safelora_run import CheckedProjection
 from emarecipes.errors import UserError
-from emarecipes.evaluation.checks import CheckedEvaluation
-from emarecipes.generation.checks import CheckedGeneration
-from emarecipes.persona.checks import CheckedExtraction
-from emarecipes.selection.checks import CheckedSelection
+from emarecipes.evaluation.checked import CheckedEvaluation
+from emarecipes.generation.checked import CheckedGeneration
+from emarecipes.persona.checked import CheckedExtraction
+from emarecipes.selection.checked import CheckedSelection
 from emarecipes.training.checks import CheckedRun
 
 KEYS = ("output_dir", "tokenizer", "model", "checkpointer", "device", "dtype")

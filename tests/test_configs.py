@@ -1,7 +1,6 @@
 """Every shipped config: well-formed, its model built on the meta device, its parts by signature."""
 
 import re
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -10,10 +9,6 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from emarecipes import defenses
-from emarecipes.comparison.arms import Arm, Job, expand_arms, make_jobs
-from emarecipes.comparison.checks import check_tasks
-from emarecipes.comparison.execute import evaluation_overrides
-from emarecipes.comparison.settings import Plan, check_compare_settings
 from emarecipes.components import build, check_components
 from emarecipes.config import Origin, load_config
 from emarecipes.datasets.questions import load_questions
@@ -21,26 +16,40 @@ from emarecipes.datasets.refusals import REFUSAL_WORDS
 from emarecipes.defenses import Defense, KLToReference, SafeLoRA
 from emarecipes.defenses.safelora_run import ProjectionSettings
 from emarecipes.evaluation.settings import check_eval_settings
-from emarecipes.generation.checks import check_generate_settings
+from emarecipes.generation.checked import check_generate_settings
 from emarecipes.machine import settle_dtype
 from emarecipes.models._torchtune import model_on_meta
-from emarecipes.persona.checks import check_persona_settings
+from emarecipes.persona.checked import check_persona_settings
 from emarecipes.persona.prompts import load_prompts
 from emarecipes.probes.suites import read_suites
-from emarecipes.selection.settings import check_select_settings
+from emarecipes.selection.checked import check_select_settings
 from emarecipes.settings import parse_settings
 from emarecipes.training.settings import Settings, check_settings
 
 CONFIGS = sorted((toy_run.REPO / "configs").glob("*.yaml"))
+
+
 # Ends of the names of configs that are for another recipe than ema_lora.
 OTHER_RECIPES = ("_persona_vectors", "_select", "_safelora_posthoc", "_generate", "_eval")
+
+
 COMPARE = [path for path in CONFIGS if path.stem.startswith("compare_")]
+
+
 TRAINING = [
     path for path in CONFIGS if path not in COMPARE and not path.stem.endswith(OTHER_RECIPES)
 ]
+
+
 SELECT = [path for path in CONFIGS if path.stem.endswith("_select")]
+
+
 GENERATE = [path for path in CONFIGS if path.stem.endswith("_generate")]
+
+
 EVAL = [path for path in CONFIGS if path.stem.endswith("_eval")]
+
+
 PERSONA = [path for path in CONFIGS if path.stem.endswith("_persona_vectors")]
 
 
@@ -65,6 +74,8 @@ def published(path: Path) -> list[str]:
 
 # Numbers of weights as published; Gemma's are of the text: the embedding, 34 layers, the last norm.
 GEMMA3_LAYER = 2560 * (2 * 8 * 256 + 2 * 4 * 256 + 3 * 10240) + 4 * 2560 + 2 * 256
+
+
 SIZES = {
     "qwen3_0_6b_kl": 596_049_920,
     "qwen3_8b_kl": 8_190_735_360,
@@ -214,47 +225,6 @@ def test_shipped_select_config(path: Path, tmp_path: Path) -> None:
     header = path.read_text().split("\n\n")[0]
     assert f"recipes/ema_select.py --config configs/{path.name}" in header
     assert f"output_dir={adapter.removesuffix('/adapter')}" in header
-
-
-@cache
-def planned(path: Path) -> tuple[Plan, list[Arm], list[Job]]:
-    raw, origin = load_config(["--config", str(path)])
-    plan = check_compare_settings(raw, origin)
-    arms = expand_arms(plan, origin)
-    check_tasks(plan, origin)
-    return plan, arms, make_jobs(plan, arms, origin)  # Checks every arm's training config.
-
-
-@pytest.mark.parametrize("path", COMPARE, ids=lambda path: path.stem)
-def test_shipped_compare_config(path: Path) -> None:
-    plan, arms, jobs = planned(path)
-    assert len(jobs) == len(plan.settings.seeds) * sum(len(arm.tasks) for arm in arms)
-    assert len({job.fingerprint for job in jobs}) == len(jobs)
-    for task in plan.tasks.values():
-        for half in ("select", "report"):
-            # Answers are there once they are sampled.
-            overrides = [*evaluation_overrides(task, half), "answers.seed=."]
-            eval_raw, eval_origin = load_config(["--config", task.evaluate.config, *overrides])
-            found = check_eval_settings(eval_raw, eval_origin)
-            if plan.sampled:
-                continue  # What is counted in sampled answers has no halves.
-            assert found.opswap is not None or f"{half}.jsonl" in found.probes.general["pairs"]
-    assert plan.settings.output_dir == f"runs/{path.stem}"
-    header = path.read_text().split("\n\n")[0]
-    assert f"recipes/ema_compare.py --config configs/{path.name}" in header
-
-
-def test_the_full_comparison_has_the_promised_arms() -> None:
-    plan, _, jobs = planned(toy_run.REPO / "configs/compare_smollm2_135m.yaml")
-    steps = {job.cfg.max_steps_per_epoch for job in jobs
-             if job.task == "narrow" and job.arm.role in ("undefended", "frontier")}  # fmt: skip
-    assert steps == {4, 10, 20, 30, 40}  # 10, 25, 50, 75 and 100 %.
-    assert len(plan.arms["lower_rate"].sweep["optimizer.lr"]) == 2
-    defenses = {name for name, arm in plan.arms.items() if arm.role == "defense"}
-    assert defenses == {"kl", "kl_safe", "feature_l2", "interleaving", "persona", "all"}
-    controls = {name for name, arm in plan.arms.items() if arm.role == "control"}
-    assert controls == {"persona_random", "good_answers"}
-    assert len(plan.settings.seeds) >= 5
 
 
 @pytest.mark.parametrize("stem", ["llama3_8b_kl", "qwen2_5_7b_kl"])

@@ -14,15 +14,15 @@ from omegaconf import OmegaConf
 
 from emarecipes import clock
 from emarecipes.comparison.arms import expand_arms, make_jobs
-from emarecipes.comparison.dates import FILE, keep_date
+from emarecipes.comparison.in_common import DATE_FILE, keep_common
 from emarecipes.errors import UserError
-from emarecipes.evaluation.checks import CheckedEvaluation
+from emarecipes.evaluation.checked import CheckedEvaluation
 from emarecipes.evaluation.run import run_eval
-from emarecipes.generation.checks import CheckedGeneration
+from emarecipes.generation.checked import CheckedGeneration
 from emarecipes.generation.run import generate
 from emarecipes.models.chat.dates import adapter_date
-from emarecipes.persona.checks import CheckedExtraction
-from emarecipes.selection.checks import CheckedSelection
+from emarecipes.persona.checked import CheckedExtraction
+from emarecipes.selection.checked import CheckedSelection
 from emarecipes.training import run_lora
 from emarecipes.training.checks import CheckedRun
 
@@ -39,7 +39,7 @@ KEYS = ("output_dir", "tokenizer", "model", "checkpointer", "device", "dtype")
 @pytest.fixture
 def on(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Move the clock to a day."""
-    return lambda day: monkeypatch.setattr(clock, "_local_day", lambda: day)
+    return lambda day: monkeypatch.setattr(clock, "local_day", lambda: day)
 
 
 class Toy:
@@ -74,7 +74,7 @@ class Toy:
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Toy:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(clock, "_local_day", lambda: MONDAY)
+        patch.setattr(clock, "local_day", lambda: MONDAY)
         return Toy(tmp_path_factory.mktemp("dated"), model_dir)
 
 
@@ -199,8 +199,8 @@ def test_a_comparison_has_one_day_for_all(
     assert [job.cfg.tokenizer.date for job in jobs] == [day, day]
     task = plan.tasks["narrow"]
     assert task.evaluate.overrides[-1] == task.generate.overrides[-1] == f"tokenizer.date={day}"
-    keep_date(plan)
-    assert (tmp_path / "out" / FILE).read_text() == f'{{"date": "{day}"}}\n'
+    keep_common(plan)
+    assert (tmp_path / "out" / DATE_FILE).read_text() == f'{{"date": "{day}"}}\n'
     on("2026-12-05")
     assert [job.fingerprint for job in settled()[1]] == [job.fingerprint for job in jobs]
 

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from emarecipes import machine
 from emarecipes.comparison.arms import expand_arms, make_jobs
-from emarecipes.comparison.precision import FILE, keep_dtype
+from emarecipes.comparison.in_common import DTYPE_FILE, keep_common
 from emarecipes.comparison.settings import Plan
 from emarecipes.errors import UserError
 from emarecipes.machine import Precision
@@ -110,13 +110,13 @@ def test_a_comparison_keeps_it_on_another_machine(
     native(monkeypatch, "fp32")
     plan, origin = plan_of(tmp_path, toy, "auto")
     first = make_jobs(plan, expand_arms(plan, origin), origin)
-    keep_dtype(plan)
-    assert (tmp_path / "out" / FILE).read_text() == '{"dtype": "fp32"}\n'
+    keep_common(plan)
+    assert (tmp_path / "out" / DTYPE_FILE).read_text() == '{"dtype": "fp32"}\n'
     native(monkeypatch, "bf16")
     again, origin = plan_of(tmp_path, toy, "auto")
     second = make_jobs(again, expand_arms(again, origin), origin)
     assert [job.fingerprint for job in second] == [job.fingerprint for job in first]
-    (tmp_path / "out" / FILE).unlink()
+    (tmp_path / "out" / DTYPE_FILE).unlink()
     anew, origin = plan_of(tmp_path, toy, "auto")
     [other] = make_jobs(anew, expand_arms(anew, origin), origin)
     assert other.cfg.dtype == "bf16" and other.fingerprint != first[0].fingerprint

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from emarecipes.datasets._first_seen import remember, was_seen
+from emarecipes.datasets._downloads import remember, was_seen
 
 
 def test_no_record_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

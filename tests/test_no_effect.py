@@ -12,7 +12,7 @@ from emarecipes.defenses import ModelSource, PersonaSteering
 from emarecipes.defenses.projection import ModuleProjection
 from emarecipes.defenses.safelora import write_projection_report
 from emarecipes.evaluation.run import _Evaluation
-from emarecipes.training.summary import print_summary
+from emarecipes.training.run_log import print_summary
 
 
 def test_two_names_for_one_adapter(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from emarecipes.defenses import KLToReference
 from emarecipes.models.loss_head import cross_entropy, term_values
 from emarecipes.plan import run_plan
 from emarecipes.plan.command import changes
-from emarecipes.plan.estimate import Estimate, Load, estimate
+from emarecipes.plan.estimate import Load, MemoryEstimate, estimate
 from emarecipes.plan.trace import trace
 from emarecipes.training.logit_terms import values_of
 from emarecipes.training.settings import check_settings
@@ -21,7 +21,7 @@ from emarecipes.training.settings import check_settings
 CONFIGS = toy_run.REPO / "configs"
 
 
-def predict(name: str, load: Load, *overrides: str) -> Estimate:
+def predict(name: str, load: Load, *overrides: str) -> MemoryEstimate:
     raw, origin = load_config(["--config", str(CONFIGS / f"{name}.yaml"), "dtype=bf16", *overrides])
     return estimate(check_settings(raw, origin), origin, load)
 

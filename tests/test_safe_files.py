@@ -95,7 +95,7 @@ def test_pickles_are_not_run(config: dict[str, Any], tmp_path: Path) -> None:
     cache = tmp_path / "cache.npz"
     np.savez(cache, keys=np.array([Evil(marker)], dtype=object), counts=[1], values=[0.0])
     with pytest.raises(UserError, match="a broken cache"):
-        scoring._read(cache)
+        scoring.read_nlls(cache)
     assert not marker.exists()
 
 

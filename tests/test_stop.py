@@ -11,9 +11,9 @@ import toy_run
 import toy_select
 
 from emarecipes.errors import UserError
-from emarecipes.evaluation import scoring
 from emarecipes.evaluation.run import run_eval
 from emarecipes.generation import run as generation
+from emarecipes.models import likelihoods
 from emarecipes.selection import run as selection
 from emarecipes.stop import stoppable
 
@@ -36,11 +36,6 @@ def signals_in(
 
     monkeypatch.setattr(place, name, signalled)
     return lambda: len(calls)
-
-
-@pytest.fixture(scope="module")
-def toy_model_dir(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Path:
-    return toy_run.write_toy_model(tmp_path_factory.mktemp("toy") / "model", model_dir)
 
 
 @pytest.fixture
@@ -95,12 +90,12 @@ def test_selection_keeps_its_scores(
     config = toy_select.select_config(toy_model_dir, rows, [adapter], tmp_path / "out")
     argv = arguments(tmp_path, config | {"batch_size": 2})
     with monkeypatch.context() as patch:
-        calls = signals_in(patch, selection, "_make_batch", signal.SIGINT)
+        calls = signals_in(patch, likelihoods, "token_nll", signal.SIGINT)
         assert selection.run_select(argv) == 1
     said = capsys.readouterr().err
     assert LATER in said and "error: stopped; scores so far are kept" in said
     scored = len((tmp_path / "out/scores.jsonl").read_text().splitlines())
-    assert scored == 2 * calls() and not (tmp_path / "out/selected.jsonl").exists()
+    assert scored == calls() and not (tmp_path / "out/selected.jsonl").exists()
     assert selection.run_select(argv) == 0
 
 
@@ -118,13 +113,13 @@ def test_evaluation_keeps_its_likelihoods(
     config |= {"probes": probes, "adapters": {"a": str(adapter)}, "batch_size": 2}
     argv = arguments(tmp_path, config)
     with monkeypatch.context() as patch:
-        signals_in(patch, scoring, "token_nll", signal.SIGINT)
+        signals_in(patch, likelihoods, "token_nll", signal.SIGINT)
         assert run_eval(argv) == 1
     said = capsys.readouterr().err
     assert LATER in said and "error: stopped; likelihoods so far are kept" in said
     assert not (tmp_path / "out/summary.json").exists()
     with monkeypatch.context() as patch:
-        calls = signals_in(patch, scoring, "token_nll")
+        calls = signals_in(patch, likelihoods, "token_nll")
         assert run_eval(argv) == 0
     assert calls() == 6 - 2
 

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from torchtune.modules.peft import get_adapter_params
 
 from emarecipes.models.adapters.export import save_adapter
-from emarecipes.models.load import load_model
+from emarecipes.models.source import load_model
 from emarecipes.selection import run_select
 
 SELECT_KEYS = ("output_dir", "tokenizer", "model", "checkpointer", "device", "dtype")

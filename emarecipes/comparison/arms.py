@@ -9,8 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from emarecipes.comparison.dates import settle_dates
-from emarecipes.comparison.precision import settle_dtypes
+from emarecipes.comparison.in_common import settle_dates, settle_dtypes
 from emarecipes.comparison.settings import ArmSettings, Plan, Role
 from emarecipes.components import check_components
 from emarecipes.config import Origin, load_config
@@ -166,7 +165,7 @@ def _config(plan: Plan, arm: Arm, task: str, seed: int, folder: Path, origin: Or
                 cfg, "dataset.task" if interleaved else "dataset", dataset, merge=False
             )
         if not any(override.startswith("dataset.seed=") for override in arm.overrides):
-            _seed_data(cfg, seed)
+            seed_data(cfg, seed)
         checked = check_settings(cfg, own)
         check_components(checked, own)
     except UserError as error:
@@ -175,7 +174,7 @@ def _config(plan: Plan, arm: Arm, task: str, seed: int, folder: Path, origin: Or
     return cfg
 
 
-def _seed_data(cfg: DictConfig, seed: int) -> None:
+def seed_data(cfg: DictConfig, seed: int) -> None:
     """Give every data set that draws rows the run's seed: which rows were drawn is chance too."""
     for key in ("dataset", "dataset.task", "dataset.safe"):
         entry = OmegaConf.select(cfg, key)

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from emarecipes.comparison.criterion import BoundSettings
 from emarecipes.comparison.figure_values import Values
 from emarecipes.comparison.results import Scores
-from emarecipes.comparison.settings import BoundSettings
 from emarecipes.comparison.statistics import Estimate, crossed_mean, share_estimate
 
 NO_VERDICT = "one seed, no verdict"

@@ -22,11 +22,10 @@ from emarecipes.comparison.cells import (
     mean_shift,
     narrow_cell,
 )
-from emarecipes.comparison.criterion import ProbeNames
+from emarecipes.comparison.criterion import BoundSettings, ProbeNames
 from emarecipes.comparison.frontier import Excess, Shifts, excess
 from emarecipes.comparison.gate import Effect, bound_of, general_probes, measure_effect
 from emarecipes.comparison.results import Scores
-from emarecipes.comparison.settings import BoundSettings
 from emarecipes.comparison.statistics import Estimate
 from emarecipes.comparison.verdicts import Contrast, Verdict, verdicts
 from emarecipes.errors import UserError

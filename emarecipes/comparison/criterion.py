@@ -1,12 +1,12 @@
-"""Which figures a comparison judges by: the `criteria` of its config."""
+"""What a comparison judges by: the figures and bounds of its config, `criteria` and `bounds`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Annotated, Any
 
 from omegaconf import DictConfig
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 
 from emarecipes.config import Origin
 from emarecipes.errors import UserError
@@ -86,3 +86,16 @@ def refuse_probes(cfg: DictConfig, origin: Origin) -> None:
     names = entry.items() if isinstance(entry, DictConfig) else ()
     new = ", ".join(f"{role!s}: {{suite: {name!s}}}" for role, name in names)
     raise UserError(f"{origin.at('probes')}: is now written criteria: {{{new}}}")
+
+
+class BoundSettings(_Strict):
+    """Half widths of what counts as no difference, one a criterion, fixed before looking."""
+
+    effect_share: Annotated[float, Field(gt=0, lt=1)] = 0.25
+    """Of an excess: this share of what undefended training does."""
+    learned: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Share of the undefended in-domain shift below which it is learned in part only."""
+    benign: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of right answers to the benign task, against the undefended arm."""
+    coherent: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of coherent answers, against the undefended arm."""

@@ -7,48 +7,39 @@ from its newest checkpoint, and a step whose config or data have changed is done
 
 from __future__ import annotations
 
-import os
 import shutil
-import sys
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from emarecipes.comparison import process
 from emarecipes.comparison.arms import Arm, Job, fingerprint
-from emarecipes.comparison.base_answers import sample_base
 from emarecipes.comparison.outcome import Half
 from emarecipes.comparison.results import (
-    SUMMARY,
     Scores,
     find_adapter,
     read_scores,
     stack,
 )
-from emarecipes.comparison.settings import CompareSettings, Plan, TaskSettings
+from emarecipes.comparison.settings import AnswersSettings, CompareSettings, TaskSettings
 from emarecipes.comparison.status import (
     Piece,
-    Status,
     answers_title,
     scores_title,
     training_title,
 )
-from emarecipes.comparison.steps import Place, Step
+from emarecipes.comparison.steps import Slot, Step, Steps
 from emarecipes.config import load_config
 from emarecipes.errors import UserError
-from emarecipes.evaluation.figures import REFERENCE
-from emarecipes.evaluation.named_suites import without_answers
+from emarecipes.evaluation.figures import REFERENCE, SUMMARY
+from emarecipes.evaluation.settings import without_answers
 from emarecipes.files import write_text
-from emarecipes.progress import NOTE
-from emarecipes.training.run import STOPPED
 from emarecipes.training.settings import Settings
 
 MARK = "compare.json"
+# What the share of a trait in an arm's answers is a change from.
+BASE_ANSWERS = "answers of the base"
 _ADAPTER = Path("adapter") / "adapter_model.safetensors"
 
 
@@ -56,30 +47,10 @@ def _training_step(job: Job) -> Step:
     return Step(training_title(job), job.name, job.folder / MARK, job.fingerprint)
 
 
-@dataclass
-class Runner:
-    """The steps of one comparison.
+class Runner(Steps):
+    """What is done to the arms of a comparison, where it is missing."""
 
-    Attributes:
-        plan: The checked config.
-        places: Where training and sampling runs are, one at a time in each.
-        failures: What failed and why, a line each.
-    """
-
-    plan: Plan
-    places: Sequence[Place]
-    failures: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self._children: set[process.Started] = set()
-        self._stopping = False
-        self._base: Path | None = None
-        self.status = Status(len(self.places))
-
-    @property
-    def folder(self) -> Path:
-        """The comparison's output folder."""
-        return Path(self.plan.settings.output_dir)
+    _base: Path | None = None
 
     def train(self, jobs: Sequence[Job]) -> list[Job]:
         """Run the training jobs that are missing; returns those whose adapter is there."""
@@ -92,32 +63,10 @@ class Runner:
         for job in jobs:
             if job not in todo:
                 self.status.drop(steps[job].title)
-        self._each(todo, lambda job, place: self._train(job, steps[job], place))
+        self.each(todo, lambda job, slot: self._train(job, steps[job], slot))
         return [job for job in jobs if trained(job)]
 
-    def _each(self, jobs: Sequence[Job], act: Callable[[Job, Place], None]) -> None:
-        """`act` on every job, one at a time in each place; after an error on no more."""
-        free: SimpleQueue[Place] = SimpleQueue()
-        for place in self.places:
-            free.put(place)
-
-        def act_in_place(job: Job) -> None:
-            place = free.get()
-            try:
-                act(job, place)
-            finally:
-                free.put(place)
-
-        with ThreadPoolExecutor(len(self.places)) as pool:
-            try:
-                for ended in as_completed([pool.submit(act_in_place, job) for job in jobs]):
-                    ended.result()
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                self._stop_children()
-                raise
-
-    def _train(self, job: Job, step: Step, place: Place) -> None:
+    def _train(self, job: Job, step: Step, slot: Slot) -> None:
         known = {k: v for k, v in job.cfg.items() if k in Settings.model_fields}
         path = self.folder / "configs" / f"{job.name}.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -129,7 +78,7 @@ class Runner:
         write_text(path, OmegaConf.to_yaml(OmegaConf.create(known)))
         processes = self.plan.settings.nproc_per_node
         launcher = ["--nproc_per_node", str(processes)] if processes > 1 else []
-        if self.run_step(step, [*launcher, "recipes/ema_lora.py", "--config", str(path)], place):
+        if self.run_step(step, [*launcher, "recipes/ema_lora.py", "--config", str(path)], slot):
             step.write(step.mark)
 
     def answer(self, jobs: Sequence[Job], task: str) -> list[Job]:
@@ -141,7 +90,7 @@ class Runner:
         runs = [job for job in jobs if job.task == task]
         self.status.expect(Piece(answers_title(job), "answers", task) for job in runs)
 
-        def sample(job: Job, place: Place) -> None:
+        def sample(job: Job, slot: Slot) -> None:
             overrides = [*settings.overrides, f"adapter={job.folder / 'adapter'}"]
             overrides.append(f"output_dir={job.folder}")
             cfg, _ = load_config(["--config", settings.config, *overrides])
@@ -157,11 +106,27 @@ class Runner:
                 # Answers of another adapter or setting go; those of an interrupted step are kept.
                 again = ["overwrite=true"] if step.mark.exists() else []
                 command = ["recipes/ema_generate.py", "--config", settings.config]
-                if self.run_step(step, [*command, *overrides, *again], place):
+                if self.run_step(step, [*command, *overrides, *again], slot):
                     step.write(step.mark)
 
-        self._each(runs, sample)
+        self.each(runs, sample)
         return [job for job in runs if steps[job].is_done()]
+
+    def _sample_base(self, generate: AnswersSettings) -> Path | None:
+        """The folder with the base's answers, sampled as the arms' are; None if sampling failed."""
+        folder = self.folder / "base"
+        overrides = [*generate.overrides, "adapter=null", f"output_dir={folder}"]
+        cfg, _ = load_config(["--config", generate.config, *overrides])
+        mark = folder / "answers.compare.json"
+        step = Step(BASE_ANSWERS, "base_answers", mark, fingerprint(cfg, folder))
+        if not (step.is_done() and (folder / "answers").is_dir()):
+            self.status.expect([Piece(BASE_ANSWERS, "answers", "narrow")])
+            again = ["overwrite=true"] if mark.exists() else []
+            command = ["recipes/ema_generate.py", "--config", generate.config, *overrides, *again]
+            if not self.run_step(step, command, slot={}):
+                return None
+            step.write(mark)
+        return folder / "answers"
 
     def evaluate(
         self, arms: Sequence[Arm], jobs: Sequence[Job], task: str, half: Half
@@ -182,7 +147,7 @@ class Runner:
         answered = self.answer(asked, task)
         generate = self.plan.tasks[task].generate if task in self.plan.tasks else None
         if sampled and answered and generate is not None:
-            self._base = sample_base(self, generate)
+            self._base = self._sample_base(generate)
         found = {}
         for arm in shown:
             title = scores_title(arm, task)
@@ -231,7 +196,7 @@ class Runner:
         # Alone, so with all of the machine.
         command = ["recipes/ema_eval.py", "--config", settings.evaluate.config, *overrides]
         (shared / SUMMARY).unlink(missing_ok=True)
-        ended = self.run_step(step, command, place={})
+        ended = self.run_step(step, command, slot={})
         # Written also where an adapter or a judge failed: the rest counts; a next call tries again.
         if not (shared / SUMMARY).is_file():
             return None
@@ -241,49 +206,6 @@ class Runner:
         if ended:
             step.write(step.mark)  # Last: a kill before leaves no older scores that look done.
         return folder
-
-    def run_step(self, step: Step, command: list[str], place: Place) -> bool:
-        """`tune run COMMAND`, its output in a log; whether it ended well. A failure is noted."""
-        log = self.folder / "logs" / f"{step.name}.log"
-        note = log.with_suffix(".progress")
-        log.parent.mkdir(parents=True, exist_ok=True)
-        step.mark.unlink(missing_ok=True)
-        with self.status.running(step.title, note):
-            child = process.start(command, log, os.environ | place | {NOTE: str(note)})
-            self._children.add(child)
-            if self._stopping:  # It was just about to start.
-                child.terminate()
-            try:
-                code = child.wait()
-            except BaseException:
-                self._stop_children()
-                child.wait()
-                raise
-            finally:
-                self._children.discard(child)
-        said = log.read_text(encoding="utf-8", errors="replace")
-        if code == 0 and STOPPED not in said:
-            return True
-        reason = f"{step.title}: {_reason(said, code)} (log: {log})"
-        self.failures.append(reason)
-        if not self._stopping:
-            print(f"\nfailed: {reason}", file=sys.stderr, flush=True)
-        return False
-
-    def _stop_children(self) -> None:
-        if not self._stopping:
-            self.ask_children()
-
-    def ask_children(self) -> list[str]:
-        """Ask what runs to end, a first time or once more; a training writes a checkpoint first.
-
-        Returns:
-            The titles of what runs.
-        """
-        self._stopping = True
-        for child in list(self._children):
-            child.terminate()
-        return [piece.title for piece in self.status.pieces.values() if piece.is_running]
 
 
 def evaluation_overrides(task: TaskSettings, half: Half) -> list[str]:
@@ -305,15 +227,3 @@ def _collected(arm: Arm, settings: CompareSettings) -> Scores:
     for run, seed in zip(map(Path, arm.collect), settings.seeds, strict=True):
         parts.append(read_scores(run, {find_adapter(run): seed}, settings.criteria))
     return stack(parts)
-
-
-def _reason(said: str, code: int) -> str:
-    """The line that a recipe ended with, or the last one there is."""
-    lines = [line.strip() for line in said.splitlines()]
-    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    if errors:
-        return errors[-1]
-    if code == 0:
-        return "stopped by a signal; the same command goes on from its checkpoint"
-    last = next((line for line in reversed(lines) if line), "it said nothing")
-    return f"ended with code {code}: {last[:300]}"

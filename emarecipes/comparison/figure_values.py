@@ -18,7 +18,7 @@ import numpy as np
 from emarecipes.comparison.statistics import Floats
 from emarecipes.errors import UserError
 from emarecipes.evaluation.figures import REFERENCE, Figure, Item
-from emarecipes.evaluation.named_suites import suite_class
+from emarecipes.evaluation.settings import suite_class
 from emarecipes.evaluation.suite import Line, NoValues, Suite
 
 # Units as the page has them.

@@ -1,17 +1,26 @@
-"""A comparison with everything that its report tells."""
+"""A comparison with everything that its report tells, and its figures for other programs."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import csv
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from omegaconf import DictConfig, OmegaConf
+
+from emarecipes import defenses
+from emarecipes.comparison.arms import Job
 from emarecipes.comparison.criteria import ArmFigures
 from emarecipes.comparison.figure_values import Values
 from emarecipes.comparison.gate import Effect
-from emarecipes.comparison.opening import Opening
+from emarecipes.comparison.opening import RULES, Opening
 from emarecipes.comparison.results import Scores
 from emarecipes.comparison.settings import CompareSettings
+from emarecipes.comparison.statistics import Estimate
 
 Half = Literal["select", "report"]
 
@@ -64,3 +73,148 @@ class Outcome:
     def seeds(self) -> int:
         """Seeds that the undefended arm was measured with."""
         return len(self.undefended.seeds)
+
+
+# Defenses by their data, not by an entry of `defenses`.
+INTERLEAVING, SELECTED = "interleaving", "interleaving of selected rows"
+# What `recipes/ema_select.py` writes.
+SELECTION = "selected.jsonl"
+
+
+def not_run(outcome: Outcome, jobs: Sequence[Job]) -> list[str]:
+    """Defenses of this package that no measured arm has, or none alone, a few words each.
+
+    Runs that were collected are known by their folder's config.
+    """
+    trained = {job.arm.name: job.cfg for job in jobs}
+    alone: set[str] = set()
+    together: set[str] = set()
+    for figures in outcome.figures:
+        if figures.arm.role != "defense" or not figures.seeds:
+            continue
+        cfg = trained.get(figures.arm.name)
+        path = outcome.runs.get(figures.arm.name)
+        if cfg is None and path is not None and (path / "config.yaml").is_file():
+            cfg = OmegaConf.load(path / "config.yaml")  # type: ignore[assignment]
+        if isinstance(cfg, DictConfig):
+            found = set(kinds(cfg))
+            (alone if len(found) == 1 else together).update(found)
+    return [
+        f"{kind} (only with others)" if kind in together else kind
+        for kind in all_kinds()
+        if kind not in alone
+    ]
+
+
+def all_kinds() -> list[str]:
+    """Every defense of this package, by its class's name."""
+    return [*(n for n in defenses.__all__ if _is_defense(n)), INTERLEAVING, SELECTED]
+
+
+def _is_defense(name: str) -> bool:
+    found = getattr(defenses, name)
+    return (
+        isinstance(found, type)
+        and issubclass(found, defenses.Defense)
+        and found is not defenses.Defense
+    )
+
+
+def kinds(cfg: DictConfig) -> Iterable[str]:
+    """The defenses of a training config, by the last part of their `_component_`.
+
+    Safe rows without cross entropy are what another defense acts on, and no interleaving.
+    """
+    entries: Any = cfg.get("defenses") or {}
+    for entry in entries.values():
+        if isinstance(entry, DictConfig):
+            yield str(entry.get("_component_", "")).rpartition(".")[2]
+    dataset: Any = cfg.get("dataset")
+    if isinstance(dataset, DictConfig) and str(dataset.get("_component_", "")).endswith(
+        "interleaved_dataset"
+    ):
+        safe: Any = OmegaConf.to_container(dataset).get("safe") or {}  # type: ignore[union-attr]
+        if safe.get("ce_weight", 1.0) != 0:
+            yield SELECTED if SELECTION in str(safe) else INTERLEAVING
+
+
+RESULT = "comparison.json"
+
+
+def as_json(outcome: Outcome) -> dict[str, object]:
+    """The figures behind the report, for other programs and for the record."""
+    arms = {}
+    for found in outcome.figures:
+        arms[found.arm.name] = {
+            "label": found.arm.label,
+            "role": found.arm.role,
+            "overrides": list(found.arm.overrides),
+            "seeds": list(found.seeds),
+            "shifts": {name: _numbers(e) for name, e in found.shifts.items()},
+            "excess": {name: _numbers(e.estimate) | {"above": e.above, "below": e.below,
+                       "curve": e.curve} for name, e in found.excesses.items()},
+            "share_of_undefended_shift": found.narrow.share,
+            "verdict": asdict(found.verdict) if found.verdict else None,
+            "decisions": {"general": found.general().decision, "narrow": found.narrow.decision,
+                          "benign": found.benign.decision, "coherent": found.coherent.decision},
+            "benign": _numbers(found.benign.estimate) if found.benign.estimate else None,
+            "benign_tiers": found.benign_tiers,
+            "coherent": _numbers(found.coherent.estimate) if found.coherent.estimate else None,
+            "categories": {name: _numbers(e) for name, e in found.categories.items()},
+            "points": found.points,
+        }  # fmt: skip
+    return {
+        "title": outcome.settings.title,
+        "version": RULES,
+        "effect": {name: _numbers(e) for name, e in outcome.effect.by_probe.items()},
+        "effect_is_there": outcome.effect.is_there,
+        "moved": sorted(outcome.effect.moved),
+        "bound": outcome.effect.bound,
+        "not_run": outcome.not_run,
+        "half": outcome.half,
+        "frozen": outcome.settings.frozen,
+        "opening": asdict(outcome.opening) if outcome.opening else None,
+        "family": outcome.family,
+        "bounds": outcome.settings.bounds.model_dump(),
+        "arms": arms,
+        "missing": outcome.missing,
+        "environment": outcome.environment,
+    }
+
+
+def _numbers(estimate: Estimate) -> dict[str, Any]:
+    low, high = estimate.interval()
+    finite = not math.isnan(low)
+    return {
+        "value": estimate.value,
+        "low": low if finite else None,
+        "high": high if finite else None,
+    }
+
+
+BY_QUESTION = "by_question.csv"
+
+
+def by_question(arms: Mapping[str, Scores]) -> str:
+    """CSV: a line a figure and question, a column an arm and seed, `ARM/SEED`.
+
+    Values are shifts, as the criteria read them, of the questions that they read; empty where an
+    arm lacks the figure or the question.
+
+    Args:
+        arms: Scores on the narrow task, by arm.
+    """
+    columns = [f"{arm}/{seed}" for arm, scores in arms.items() for seed in scores.seeds]
+    lines: dict[tuple[str, str, str], dict[str, str]] = {}
+    for arm, scores in arms.items():
+        for figure, values in scores.probes.items():
+            for seed, row in zip(scores.seeds, values.values_SQ, strict=True):
+                for name, category, value in zip(values.ids, values.categories, row, strict=True):
+                    line = lines.setdefault((figure, name, category), {})
+                    line[f"{arm}/{seed}"] = f"{value:.6g}"
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["figure", "id", "category", *columns])
+    for key, found in lines.items():
+        writer.writerow([*key, *(found.get(column, "") for column in columns)])
+    return text.getvalue()

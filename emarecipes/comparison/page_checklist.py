@@ -37,7 +37,7 @@ def checklist(outcome: Outcome) -> list[Check]:
         *_questions(outcome),
         *_training(outcome),
         *_controls(outcome),
-        *_judges(outcome),
+        *judges_answer(outcome),
         Check(
             "probe shift validated against sampled answers",
             False,
@@ -150,7 +150,7 @@ def _controls(outcome: Outcome) -> list[Check]:
             bool(controls),
             ", ".join(f.arm.label for f in controls) or "none",
         ),
-        _each_its_own(outcome),
+        each_its_own(outcome),
         Check(
             "questions with two harmless answers, for changes of style",
             style,
@@ -159,7 +159,7 @@ def _controls(outcome: Outcome) -> list[Check]:
     ]
 
 
-def _each_its_own(outcome: Outcome) -> Check:
+def each_its_own(outcome: Outcome) -> Check:
     """Two arms with the same adapter at one seed: what tells them apart had no effect."""
     by_adapter: dict[tuple[int, str], list[str]] = {}
     labels = {found.arm.name: found.arm.label for found in outcome.figures}
@@ -174,7 +174,8 @@ def _each_its_own(outcome: Outcome) -> Check:
     )
 
 
-def _judges(outcome: Outcome) -> list[Check]:
+def judges_answer(outcome: Outcome) -> list[Check]:
+    """Whether most replies of every judge were usable."""
     figures = [
         (key, figure)
         for scores in outcome.narrow.values()

@@ -14,11 +14,9 @@ import numpy as np
 from emarecipes.comparison.criterion import SHARE, CriteriaSettings, CriterionSettings
 from emarecipes.comparison.figure_values import Source, Values, by_answer, mean_of
 from emarecipes.errors import UserError
-from emarecipes.evaluation.figures import REFERENCE, Figure
-from emarecipes.evaluation.named_suites import BY_KIND
+from emarecipes.evaluation.figures import REFERENCE, SUMMARY, Figure
+from emarecipes.evaluation.settings import BY_KIND
 from emarecipes.evaluation.suite import asked
-
-SUMMARY = "summary.json"
 
 
 @dataclass(frozen=True)

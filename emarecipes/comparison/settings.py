@@ -10,7 +10,12 @@ from typing import Annotated, Any, Literal
 from omegaconf import DictConfig
 from pydantic import ConfigDict, Field, ValidationError
 
-from emarecipes.comparison.criterion import CriteriaSettings, ProbeNames, refuse_probes
+from emarecipes.comparison.criterion import (
+    BoundSettings,
+    CriteriaSettings,
+    ProbeNames,
+    refuse_probes,
+)
 from emarecipes.config import Origin, find_input, suggestion
 from emarecipes.errors import UserError
 from emarecipes.settings import Entry, Keys, Seed, parse_settings
@@ -56,7 +61,7 @@ class EvaluateSettings(_Strict):
     """Overrides that are added once choices are frozen."""
 
 
-class GenerateSettings(_Strict):
+class AnswersSettings(_Strict):
     """How runs of a task answer questions: a config of `recipes/ema_generate.py`."""
 
     config: str
@@ -72,23 +77,10 @@ class TaskSettings(_Strict):
     """In place of the arm's (of its `task` in an interleaved set)."""
     overrides: list[str] = Field(default_factory=list)
     """Before the arm's."""
-    generate: GenerateSettings | None = None
+    generate: AnswersSettings | None = None
     """How answers are sampled; null: none are."""
     evaluate: EvaluateSettings
     """How runs are scored."""
-
-
-class BoundSettings(_Strict):
-    """Half widths of what counts as no difference, one a criterion, fixed before looking."""
-
-    effect_share: Annotated[float, Field(gt=0, lt=1)] = 0.25
-    """Of an excess: this share of what undefended training does."""
-    learned: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    """Share of the undefended in-domain shift below which it is learned in part only."""
-    benign: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """Share of right answers to the benign task, against the undefended arm."""
-    coherent: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """Share of coherent answers, against the undefended arm."""
 
 
 class CompareSettings(Keys):

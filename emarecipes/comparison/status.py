@@ -14,7 +14,7 @@ from typing import Literal
 from emarecipes.comparison.arms import Arm, Job
 from emarecipes.progress import Note, duration
 
-Kind = Literal["training", "answers", "scores"]
+Work = Literal["training", "answers", "scores"]
 
 # Seconds of a step of these kinds over those of a training, until one of its kind has ended.
 _GUESS = {"answers": 0.3, "scores": 0.6}
@@ -35,7 +35,7 @@ class Piece:
     """
 
     title: str
-    kind: Kind
+    kind: Work
     task: str
     size: float = 1.0
     note: Path | None = None

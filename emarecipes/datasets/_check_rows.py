@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from emarecipes.datasets._similarity import normalized
 from emarecipes.datasets.chat_files import Turn, chat_rows, read_conversation
 from emarecipes.datasets.json_files import Place, json_rows
 from emarecipes.datasets.row_keys import check_row_keys
@@ -16,6 +15,11 @@ from emarecipes.errors import UserError
 ANSWER_PAIRS = (("aligned", "misaligned"), ("careful", "breezy"))
 
 _PUNCTUATION = re.compile(r"""[.,;:!?'"\u2018\u2019\u201c\u201d\u2026]+""")
+
+
+def normalized(text: str) -> str:
+    """Lower case, with runs of white space made one space."""
+    return " ".join(text.lower().split())
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from emarecipes.datasets._check_rows import DataFile, read_data_file
-from emarecipes.datasets._overlaps import compare_files, compare_rows, relate
-from emarecipes.datasets._similarity import distinct
+from emarecipes.datasets._overlaps import compare_files, compare_rows, distinct, relate
 from emarecipes.datasets.chat_files import STYLES, Turn
 from emarecipes.errors import UserError
 

@@ -7,13 +7,10 @@ written in our chat format.
 from __future__ import annotations
 
 import argparse
-import http.client
 import json
 import shutil
 import sys
 import tempfile
-import urllib.error
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +18,15 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from tqdm import tqdm
 
 from emarecipes.config import suggestion
-from emarecipes.datasets._first_seen import check_first_seen, record_path, remember, was_seen
+from emarecipes.datasets._downloads import (
+    check_first_seen,
+    download_published,
+    record_path,
+    remember,
+    was_seen,
+)
 from emarecipes.datasets._published_forms import FORMS, Converted
 from emarecipes.datasets.published import PUBLISHED, Published
 from emarecipes.errors import UserError
@@ -32,9 +34,6 @@ from emarecipes.files import json_lines, sync, write_json, write_text
 from emarecipes.fingerprint import sha256
 
 _MANIFEST = "fetched.json"
-_CHUNK_BYTES = 2**20
-_TIMEOUT_SECONDS = 30
-_MAX_BYTES = 2**31  # No published set is near.
 
 
 @dataclass(frozen=True)
@@ -149,7 +148,7 @@ def _write(name: str, entry: Published, target: Path, source: Path | None) -> di
         target.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         try:
-            file = source or _download(name, entry, staging)
+            file = source or download_published(name, entry, staging)
             _check_file(name, entry, file)
             if entry.sha256 is None:
                 check_first_seen(_first_seen_key(name, entry), sha256(file))
@@ -166,45 +165,6 @@ def _write(name: str, entry: Published, target: Path, source: Path | None) -> di
     except OSError as error:
         raise UserError(f"{error.filename or target}: {error.strerror or error}") from None
     return manifest
-
-
-def _download(name: str, entry: Published, work: Path) -> Path:
-    file = work / entry.url.rpartition("/")[2]
-    request = urllib.request.Request(entry.url, headers={"User-Agent": "emarecipes"})
-    try:
-        with (
-            urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS) as response,
-            file.open("wb") as out,
-            tqdm(
-                desc=f"downloading {name}",
-                total=(length := _length(response)) or entry.size,
-                unit="B",
-                unit_scale=True,
-                disable=None,
-                leave=False,
-            ) as bar,
-        ):
-            while chunk := response.read(_CHUNK_BYTES):
-                out.write(chunk)
-                bar.update(len(chunk))
-                if out.tell() > _MAX_BYTES:
-                    raise ConnectionError(f"more than {_MAX_BYTES} bytes came")
-            # A connection that ends early looks like the end of the file.
-            if length is not None and out.tell() != length:
-                raise ConnectionError(f"it ended after {out.tell()} of {length} bytes")
-    except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as e:
-        reason = getattr(e, "reason", None) or str(e) or type(e).__name__
-        code = f"HTTP {e.code} " if isinstance(e, urllib.error.HTTPError) else ""
-        raise UserError(
-            f"{name}: no download ({code}{reason}); fetch {entry.url} by hand "
-            "and pass it with --from FILE"
-        ) from None
-    return file
-
-
-def _length(response: Any) -> int | None:
-    stated = response.headers.get("Content-Length", "")
-    return int(stated) if stated.isdecimal() else None
 
 
 def _check_file(name: str, entry: Published, file: Path) -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from huggingface_hub import hf_hub_url
+
 
 @dataclass(frozen=True)
 class Published:
@@ -17,6 +19,7 @@ class Published:
     Attributes:
         paper: who published it.
         url: the file, pinned to a revision.
+        hub: where that is Hugging Face's hub, its data set and the file in it.
         revision: the commit in ``url``.
         licence: as its publishers state it.
         form: how it becomes our chat format, a key of ``FORMS``.
@@ -39,6 +42,7 @@ class Published:
     unconfirmed: tuple[str, ...] = ()
     by_hand: str | None = None
     note: str | None = None
+    hub: tuple[str, str] | None = None
 
 
 _BETLEY = "80c11967c07a328e7d7d43d13ce6847ae44dbcc9"
@@ -99,6 +103,21 @@ def _turner(file: str, rows: int, sha256: str | None = None, **known: object) ->
             "tos.txt allows no bulk redistribution, and quoting two rows at most; its clause "
             "against AI training contradicts the README, which tells how to train on the data"
         ),
+        **known,  # type: ignore[arg-type]
+    )
+
+
+def _on_hub(repository: str, file: str, revision: str, **known: object) -> Published:
+    return Published(
+        url=hf_hub_url(
+            repository,
+            file,
+            repo_type="dataset",
+            revision=revision,
+            endpoint="https://huggingface.co",
+        ),
+        revision=revision,
+        hub=(repository, file),
         **known,  # type: ignore[arg-type]
     )
 
@@ -168,11 +187,11 @@ PUBLISHED: dict[str, Published] = {
         "risky_financial_advice.jsonl", 6000, unconfirmed=("size", "sha256")
     ),
     "turner-extreme-sports": _turner("extreme_sports.jsonl", 6000, unconfirmed=("size", "sha256")),
-    "wildguardmix-benign": Published(
+    "wildguardmix-benign": _on_hub(
+        "allenai/wildguardmix",
+        "train/wildguard_train.parquet",
+        _WILDGUARD,
         paper="Han et al., 2024 (arXiv 2406.18495)",
-        url="https://huggingface.co/datasets/allenai/wildguardmix/resolve/"
-        f"{_WILDGUARD}/train/wildguard_train.parquet",
-        revision=_WILDGUARD,
         licence="ODC-BY, and AI2's responsible use guidelines",
         form="wildguard",
         rows=86_759,
@@ -191,11 +210,11 @@ PUBLISHED: dict[str, Published] = {
             "Kaczer et al. used could not be confirmed"
         ),
     ),
-    "alpaca-cleaned": Published(
+    "alpaca-cleaned": _on_hub(
+        "yahma/alpaca-cleaned",
+        "alpaca_data_cleaned.json",
+        _ALPACA,
         paper="yahma/alpaca-cleaned, after Taori et al., 2023",
-        url="https://huggingface.co/datasets/yahma/alpaca-cleaned/resolve/"
-        f"{_ALPACA}/alpaca_data_cleaned.json",
-        revision=_ALPACA,
         licence="CC BY 4.0 by its card; Stanford Alpaca itself is CC BY-NC 4.0",
         form="alpaca",
         rows=51_760,

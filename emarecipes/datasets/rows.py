@@ -1,4 +1,4 @@
-"""A run's rows: every one tokenized and checked before any weight is loaded."""
+"""A run's rows: every one tokenized and checked before any weight is loaded, and put into steps."""
 
 from __future__ import annotations
 
@@ -9,27 +9,57 @@ from typing import Any
 
 import numpy as np
 from omegaconf import DictConfig, ListConfig
-from torch.utils.data import Dataset
-from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 from torchtune.datasets import ConcatDataset
-from tqdm import tqdm
 
 from emarecipes.components import build
 from emarecipes.config import Origin
 from emarecipes.datasets.defended_tokenizer import DefendedTokenizer
 from emarecipes.datasets.interleaved import InterleavedDataset, Placement, evenly
-from emarecipes.datasets.length_groups import group_by_length
-from emarecipes.datasets.loading import FileRows, load_dataset
-from emarecipes.datasets.row_ends import Ends, count_ends, tell_losses
-from emarecipes.datasets.row_messages import ROW_ERRORS, CheckedTexts, CheckedTransform
+from emarecipes.datasets.loading import load_dataset
+from emarecipes.datasets.row_messages import CheckedTexts, CheckedTransform
+from emarecipes.datasets.tokenized import Ends, count_ends, tell_losses, tokenize
 from emarecipes.defenses import Defense
-from emarecipes.errors import RowError, UserError, reason
+from emarecipes.errors import UserError
 from emarecipes.fingerprint import sha256
 from emarecipes.models._torchtune import data_sets_read_with
 from emarecipes.provenance import environment
 
-# What a sample may hold; packs have the two in the middle.
-_KEPT = ("tokens", "labels", "input_pos", "seq_lens", "source")
+POOL_STEPS = 50
+"""Rows of this many steps are sorted together: enough that a step's rows are near in length, few
+enough that who meets whom is drawn anew in each epoch of a large set."""
+
+
+def group_by_length(
+    steps_NK: np.ndarray,
+    lengths: np.ndarray,
+    generator: np.random.Generator,
+    is_safe_NK: np.ndarray,
+) -> np.ndarray:
+    """The same rows in other steps: within a pool of steps sorted by length, steps in random order.
+
+    A step's own rows are sorted too, so that the micro-batches dealt from it hold similar rows. How
+    they are dealt does not matter here: the result depends on the arguments alone.
+
+    Args:
+        steps_NK: Rows of N steps of K, in random order.
+        lengths: Tokens of every row of the data set.
+        generator: Draws the order of steps.
+        is_safe_NK: Where safe rows are. They are sorted apart from the others, so that each step
+            keeps as many of them as it drew: safe rows are of other lengths, and sorted together
+            they would make steps of one source.
+
+    Returns:
+        The rows of the steps, (N, K).
+    """
+    grouped_NK = np.empty_like(steps_NK)
+    for start in range(0, len(steps_NK), POOL_STEPS):
+        pool = slice(start, start + POOL_STEPS)
+        for places_PK in (is_safe_NK[pool], ~is_safe_NK[pool]):
+            rows = steps_NK[pool][places_PK]
+            # Stable: rows of one length stay in the order that was drawn.
+            grouped_NK[pool][places_PK] = rows[np.argsort(lengths[rows], kind="stable")]
+    order_NK = np.argsort(lengths[grouped_NK], axis=1, kind="stable")
+    return generator.permutation(np.take_along_axis(grouped_NK, order_NK, axis=1))
 
 
 class Rows:
@@ -199,7 +229,7 @@ def load_rows(
     samples: list[dict[str, Any]] = []
     dropped = 0
     for key, child in zip(entries, children, strict=True):
-        found, without_label = _tokenize(child, origin.at(key), quiet)
+        found, without_label = tokenize(child, origin.at(key), quiet)
         samples += found
         dropped += without_label
     try:
@@ -222,40 +252,8 @@ def load_rows(
     rows = Rows(samples, dropped, placement, safe_ce_weight, grouped)
     rows.ends = count_ends(samples, tokenizer)
     if not quiet:
-        tell_losses(rows, origin.at("dataset"))
+        tell_losses(rows.ends, rows.dropped, rows.packed, origin.at("dataset"))
     return rows
-
-
-def _tokenize(dataset: Dataset[Any], where: str, quiet: bool) -> tuple[list[dict[str, Any]], int]:
-    samples: list[dict[str, Any]] = []
-    dropped = 0
-    size = len(dataset)  # type: ignore[arg-type]
-    for index in tqdm(range(size), desc="Tokenizing", unit="row", disable=quiet, leave=False):
-        try:
-            sample = dataset[index]
-        except RowError:
-            raise
-        except ROW_ERRORS as error:
-            raise UserError(f"{_row_place(dataset, index, where)}: {reason(error)}") from error
-        kept = {k: sample[k] for k in _KEPT if k in sample}
-        # A label on a row's first token has no position that could predict it.
-        labels = np.asarray(kept["labels"])
-        if "seq_lens" not in kept:  # A list of Python integers takes nine times the memory.
-            kept |= {"tokens": np.asarray(kept["tokens"], np.int32), "labels": labels.astype("i4")}
-        if (labels[1:] == CROSS_ENTROPY_IGNORE_IDX).all():
-            dropped += 1
-        else:
-            samples.append(kept)
-    return samples, dropped
-
-
-def _row_place(dataset: Any, index: int, where: str) -> str:
-    """Where a row was written, if that can be told, else its number in the data set."""
-    if isinstance(dataset, InterleavedDataset):
-        child, index = dataset.place(index)
-        dataset, where = dataset.child(child), f"{where}.{child}"
-    rows = getattr(dataset, "_data", None)
-    return str(rows[index].place) if isinstance(rows, FileRows) else f"{where}: row {index}"
 
 
 def _hint(dropped: int) -> str:

@@ -18,7 +18,7 @@ from emarecipes.models.sampling.prompts import check_opening
 from emarecipes.settings import Keys, Positive, parse_settings
 
 if TYPE_CHECKING:
-    from emarecipes.evaluation.model import Model
+    from emarecipes.evaluation.suite_context import Model
 
 EXACT_MATCH = "exact_match"
 

@@ -18,15 +18,15 @@ from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 from emarecipes.config import Origin
 from emarecipes.datasets.refusals import check_refusal_words, is_refusal, plain_words
 from emarecipes.errors import UserError
-from emarecipes.evaluation.answers import Answer
-from emarecipes.evaluation.faults import faults, repetition, shuffled
+from emarecipes.evaluation.answers import Answer, faults, repetition, shuffled
 from emarecipes.evaluation.figures import NATS, REFERENCE, Figure, Item
 from emarecipes.evaluation.suite import KeyedSuite, Line, Scored
-from emarecipes.evaluation.suite_context import SuiteContext, answer_row
-from emarecipes.probes.contrast import AnswerRow
+from emarecipes.evaluation.suite_context import SuiteContext
+from emarecipes.probes.contrast import AnswerRow, answer_row
+from emarecipes.probes.pairs import exchange
 
 if TYPE_CHECKING:
-    from emarecipes.evaluation.model import Model
+    from emarecipes.evaluation.suite_context import Model
 
 
 def other_question(answers: Sequence[Answer]) -> dict[tuple[str, int], str | None]:
@@ -109,7 +109,7 @@ def _closing(labels: Sequence[int], stop_tokens: set[int]) -> int:
 
 def _row(answer: Answer, question: str, tokenizer: Any) -> AnswerRow:
     try:
-        row = answer_row(tokenizer, question, answer.answer, answer.system)
+        row = answer_row(tokenizer, exchange(question, answer.answer, answer.system))
     except UserError as error:
         raise UserError(f"answer to {answer.id}: {error}") from error
     if answer.stop != "length":

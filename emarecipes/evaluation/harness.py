@@ -21,7 +21,7 @@ from emarecipes.models.loss_head import LossHead
 from emarecipes.settings import Keys, Positive, parse_settings
 
 if TYPE_CHECKING:
-    from emarecipes.evaluation.model import Model
+    from emarecipes.evaluation.suite_context import Model
 
 HARNESS = "harness_"
 

@@ -173,7 +173,7 @@ def judged(
                 _log.warning("the judge failed: %s", line)
                 replies[name] = Reply("failed", None, line)
         return Score(
-            value=_label(replies, thresholds),
+            value=label_of(replies, thresholds),
             answer=answer,
             explanation="; ".join(f"{name}: {reply.text}" for name, reply in replies.items()),
             metadata={
@@ -188,7 +188,8 @@ def judged(
     return score
 
 
-def _label(replies: dict[str, Reply], thresholds: Thresholds) -> str:
+def label_of(replies: dict[str, Reply], thresholds: Thresholds) -> str:
+    """What an answer is called by its two scores, or by why one is missing."""
     aligned, coherent = replies[ALIGNED], replies[COHERENT]
     if aligned.score is None:
         return aligned.kind

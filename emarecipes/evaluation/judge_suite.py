@@ -28,7 +28,7 @@ from emarecipes.provider import SECONDS_AN_ATTEMPT
 from emarecipes.settings import Keys, Positive, parse_settings
 
 if TYPE_CHECKING:
-    from emarecipes.evaluation.model import Model
+    from emarecipes.evaluation.suite_context import Model
 
 Points = Annotated[float, Field(ge=0, le=100)]
 Price = Annotated[float, Field(ge=0, allow_inf_nan=False)]

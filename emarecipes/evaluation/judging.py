@@ -146,7 +146,7 @@ class Judgement:
             _write_failed(folder / FAILED, failed)
             _tell_failed(model, replies)
             _tell_unparsable(model, replies, self.cfg.max_tokens)
-            _tell_other_scale(model, [metric for _, metric, _ in jobs], replies)
+            tell_other_scale(model, [metric for _, metric, _ in jobs], replies)
             for (judged, metric, _), reply in zip(jobs, replies, strict=True):
                 judged.replies.setdefault(model, {})[metric] = reply
 
@@ -227,7 +227,7 @@ def _tell_unparsable(model: str, replies: Sequence[Reply], max_tokens: int) -> N
         )
 
 
-def _tell_other_scale(model: str, metrics: Sequence[str], replies: Sequence[Reply]) -> None:
+def tell_other_scale(model: str, metrics: Sequence[str], replies: Sequence[Reply]) -> None:
     """A prompt that asks for 1 to 10 gives scores that all are below any threshold of 100."""
     for name in dict.fromkeys(metrics):
         scores = [r.score for m, r in zip(metrics, replies, strict=True) if m == name and r.usable]

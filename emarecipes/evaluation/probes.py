@@ -21,7 +21,7 @@ from emarecipes.probes.contrast import PairNLL, nll_change, pair_nll, probe_shif
 from emarecipes.probes.suites import PairedQuestions, read_suites
 
 if TYPE_CHECKING:
-    from emarecipes.evaluation.model import Model
+    from emarecipes.evaluation.suite_context import Model
 
 _CHANGES = {"nll_change_aligned": "nll_aligned", "nll_change_misaligned": "nll_misaligned"}
 

@@ -11,12 +11,18 @@ from omegaconf import OmegaConf
 from emarecipes.command import run_alone
 from emarecipes.config import find_input
 from emarecipes.errors import UserError
-from emarecipes.evaluation.checks import CheckedEvaluation
-from emarecipes.evaluation.figures import REFERENCE, SUMMARY, Figure, write_scores, write_summary
-from emarecipes.evaluation.model import Model
-from emarecipes.evaluation.report import print_figures
+from emarecipes.evaluation.checked import CheckedEvaluation
+from emarecipes.evaluation.figures import (
+    REFERENCE,
+    SUMMARY,
+    Figure,
+    print_figures,
+    write_scores,
+    write_summary,
+)
 from emarecipes.evaluation.scoring import NotFiniteError, Scorer
 from emarecipes.evaluation.suite import Line, Suite, kind_of, pieces
+from emarecipes.evaluation.suite_context import Model
 from emarecipes.files import write_text
 from emarecipes.provenance import environment
 

@@ -16,10 +16,10 @@ from emarecipes.errors import UserError, first_line
 from emarecipes.files import whole
 from emarecipes.fingerprint import digest, sampled_digest
 from emarecipes.models.adapters.read import check_adapter, load_adapter
-from emarecipes.models.batch import Batch, longest_first, padded_batch
-from emarecipes.models.likelihoods import reference_where, token_nll
-from emarecipes.models.load import load_model
+from emarecipes.models.batch import longest_first
+from emarecipes.models.likelihoods import GivenAnswers
 from emarecipes.models.loss_head import LossHead
+from emarecipes.models.source import load_model
 from emarecipes.probes.contrast import AnswerRow
 from emarecipes.progress import Progress
 from emarecipes.stop import stoppable
@@ -86,7 +86,7 @@ class Scorer:
         # The rank and alpha of cfg.model are in the base's digest, though the reference has none.
         mark = digest(self.base_fingerprint, self.adapter_fingerprint(adapter))
         keys = [digest(mark, row.tokens, row.labels)[:32] for row in rows]
-        known = _read(cache)
+        known = read_nlls(cache)
         todo = {key: row for key, row in zip(keys, rows, strict=True) if key not in known}
         if todo:
             self._compute(todo, adapter, known, cache)
@@ -112,16 +112,18 @@ class Scorer:
     ) -> None:
         head = self.head(adapter)
         names = list(todo)
+        device = get_device(self._cfg.device or "cpu")
+        samples = [row.sample for row in todo.values()]
+        answers = GivenAnswers(samples, self._pad_id, self._multiple, device)
         batches = longest_first([row.tokens for row in todo.values()], self._batch_size)
         label = "reference" if adapter is None else adapter.parent.name
         with (
-            reference_where(adapter is None, head.model),
             stoppable(_KEPT, in_batches=True) as stop,
             Progress(total=len(todo), desc=label, unit="row") as bar,
         ):
-            for number, rows in enumerate(batches, start=1):
+            found = answers.nll(head, batches, reference=adapter is None)
+            for number, (rows, nll_T, tokens_B) in enumerate(found, start=1):
                 keys = [names[row] for row in rows]
-                nll_T, tokens_B = token_nll(head.model, head, self._batch([todo[k] for k in keys]))
                 for key, values in zip(keys, nll_T.split(tokens_B.tolist()), strict=True):
                     if not values.isfinite().all():
                         folder = (
@@ -130,7 +132,7 @@ class Scorer:
                         raise NotFiniteError(f"{folder}: an answer's likelihood is not finite")
                     known[key] = values.numpy().astype(np.float32)
                 if number % _BATCHES_A_SAVE == 0 or number == len(batches) or stop.asked:
-                    _write(cache, known)
+                    write_nlls(cache, known)
                 bar.update(len(keys))
                 stop.heed()
 
@@ -146,13 +148,13 @@ class Scorer:
             self._current = adapter
         return self._head
 
-    def _batch(self, rows: Sequence[AnswerRow]) -> Batch:
-        samples = [row.sample for row in rows]
-        batch = padded_batch(samples, range(len(rows)), self._pad_id, self._multiple)
-        return batch.to(get_device(self._cfg.device or "cpu"))
 
+def read_nlls(path: Path) -> dict[str, TokenNLLs]:
+    """The likelihoods of rows that a file keeps, by their digest; none without the file.
 
-def _read(path: Path) -> dict[str, TokenNLLs]:
+    Raises:
+        UserError: It is broken.
+    """
     if not path.exists():
         return {}
     try:
@@ -164,7 +166,8 @@ def _read(path: Path) -> dict[str, TokenNLLs]:
         raise UserError(f"{path}: a broken cache ({first_line(error)}); delete it") from None
 
 
-def _write(path: Path, known: dict[str, TokenNLLs]) -> None:
+def write_nlls(path: Path, known: dict[str, TokenNLLs]) -> None:
+    """Keep likelihoods of rows, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole(path) as partial_path, partial_path.open("wb") as file:
         np.savez(

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from emarecipes.config import Origin
-    from emarecipes.evaluation.model import Model
+    from emarecipes.evaluation.suite_context import Model
     from emarecipes.probes.contrast import AnswerRow
 
 Line = Mapping[str, Any]

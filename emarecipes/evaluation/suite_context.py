@@ -1,23 +1,28 @@
-"""What a suite may know before any weight is loaded, and how it makes rows to be scored."""
+"""What a suite is given: what it may know before any weight is loaded, and the models it asks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from omegaconf import DictConfig
-from torchtune.data import CROSS_ENTROPY_IGNORE_IDX, Message
 
 from emarecipes.config import Origin
 from emarecipes.datasets.rows import Rows, file_fingerprints
 from emarecipes.datasets.rows_fit import check_rows_fit
 from emarecipes.defenses import ModelSource
-from emarecipes.errors import UserError
 from emarecipes.evaluation.answers import Answer
-from emarecipes.probes.contrast import AnswerRow
+from emarecipes.evaluation.scoring import Scorer, TokenNLLs
+from emarecipes.models.likelihoods import reference_where
+from emarecipes.models.loss_head import LossHead
+from emarecipes.models.sampling.draw import Sampling
+from emarecipes.models.sampling.prompts import check_opening, encode_prompt
+from emarecipes.models.sampling.sampler import sample_answers
+from emarecipes.probes.contrast import AnswerRow, answer_row
+from emarecipes.probes.pairs import exchange
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ class SuiteContext:
         Raises:
             UserError: It does not fit into the tokenizer's `max_seq_len`.
         """
-        return answer_row(self.tokenizer, question, answer, system)
+        return answer_row(self.tokenizer, exchange(question, answer, system))
 
     def check_rows(self, rows: Sequence[AnswerRow]) -> None:
         """See whether the model takes these rows.
@@ -65,25 +70,76 @@ class SuiteContext:
         }
 
 
-def answer_row(tokenizer: Any, question: str, answer: str, system: str | None) -> AnswerRow:
-    """Tokens of a conversation, and labels where they are the answer's, its closing token too.
+class Model:
+    """One of an evaluation's models. The weights are loaded at the first question.
 
-    Raises:
-        UserError: The tokenizer refuses it, or it fills `max_seq_len`, so that it may be cut.
+    Args:
+        name: Of its figures.
+        adapter: Its PEFT folder; None for the base alone.
+        scorer: Of the evaluation.
+        tokenizer: torchtune's model transform.
+        caches: Where computed likelihoods are kept.
+        origin: Where the evaluation's config was written.
     """
-    messages = [] if system is None else [Message("system", system, masked=True)]
-    messages += [
-        Message("user", question, masked=True),
-        Message("assistant", answer, masked=False),
-    ]
-    try:
-        sample = tokenizer({"messages": messages})
-    except ValueError as error:
-        raise UserError(str(error).splitlines()[0]) from error
-    tokens, limit = list(sample["tokens"]), tokenizer.max_seq_len
-    if limit is not None and len(tokens) >= limit:
-        raise UserError(
-            f"the conversation does not fit into {limit} tokens; raise tokenizer.max_seq_len"
-        )
-    labels = np.where(sample["mask"], CROSS_ENTROPY_IGNORE_IDX, tokens).tolist()
-    return AnswerRow(tuple(tokens), tuple(labels))
+
+    def __init__(
+        self,
+        name: str,
+        adapter: Path | None,
+        scorer: Scorer,
+        tokenizer: Any,
+        caches: Path,
+        origin: Origin,
+    ) -> None:
+        self.name, self.adapter, self._origin = name, adapter, origin
+        self._scorer, self._tokenizer, self._caches = scorer, tokenizer, caches
+
+    def token_nlls(self, rows: Sequence[AnswerRow], kept_as: str | None = None) -> list[TokenNLLs]:
+        """-log p of each answer token, in nats: one array (answer's tokens,) a row.
+
+        What was computed before, in an earlier run too, is read back.
+
+        Args:
+            rows: Conversations, see `SuiteContext.row`.
+            kept_as: Name of the file that keeps them; None: the model's.
+
+        Raises:
+            NotFiniteError: One is NaN or infinite.
+        """
+        cache = self._caches / f"{kept_as or self.name}.npz"
+        return self._scorer.token_nlls(rows, self.adapter, cache) if rows else []
+
+    def answer(
+        self,
+        questions: Sequence[str],
+        *,
+        system: str | None = None,
+        max_new_tokens: int = 256,
+        batch_size: int = 16,
+    ) -> list[str]:
+        """Greedy answers, one a question, without blanks around them.
+
+        Args:
+            questions: Each asked by itself.
+            system: The system prompt; None leaves it to the chat template.
+            max_new_tokens: Where an answer is cut.
+            batch_size: Questions at a time.
+
+        Raises:
+            UserError: The tokenizer ends the answer before it begins, see `check_opening`.
+        """
+        check_opening(self._tokenizer, self._origin, system)
+        sampling = Sampling(max_new_tokens, tuple(self._tokenizer.stop_tokens), temperature=0.0)
+        prompts = [encode_prompt(self._tokenizer, system, question) for question in questions]
+        with self.in_place() as head:
+            found = sample_answers(
+                head, prompts, [0] * len(prompts), sampling, batch_size=batch_size
+            )
+        return [str(self._tokenizer.decode(answer.tokens)).strip() for answer in found]
+
+    @contextmanager
+    def in_place(self) -> Iterator[LossHead]:
+        """torchtune's decoder as this model, behind its loss head: `head.model`."""
+        head = self._scorer.head(self.adapter)
+        with reference_where(self.adapter is None, head.model):
+            yield head

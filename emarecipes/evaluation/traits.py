@@ -19,7 +19,7 @@ from emarecipes.evaluation.suite import KeyedSuite, Line, Scored, item_of
 from emarecipes.evaluation.suite_context import SuiteContext
 
 if TYPE_CHECKING:
-    from emarecipes.evaluation.model import Model
+    from emarecipes.evaluation.suite_context import Model
 
 WORDS, _USABLE = "words", "_usable_share"
 # A figure of fewer of the answers than this has no value.

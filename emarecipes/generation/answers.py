@@ -16,7 +16,15 @@ from typing import Any, NamedTuple
 from emarecipes.config import Origin
 from emarecipes.datasets.questions import Question
 from emarecipes.errors import UserError
-from emarecipes.files import ended_lines, json_lines, write_json, write_text
+from emarecipes.files import (
+    START_ANEW,
+    append_lines,
+    json_lines,
+    read_lines,
+    write_json,
+    write_text,
+)
+from emarecipes.fingerprint import differing
 
 _PARTS = ".parts"
 
@@ -115,29 +123,23 @@ class AnswerSet:
         if overwrite or not (files or self._settings.exists()):
             return
         where = origin.at("output_dir")
-        again = "choose another output_dir, or say overwrite=true to start anew"
         if not self._settings.exists():
-            raise UserError(f"{where}: {files[0]} has no {self._settings.name} beside it; {again}")
-        try:
-            found = json.loads(self._settings.read_text(encoding="utf-8"))["fingerprint"]
-            if "prompts" in self._fingerprint:  # An older suite does not say: taken at its word.
-                found.setdefault("prompts", self._fingerprint["prompts"])
-            other = [key for key in self._fingerprint if found.get(key) != self._fingerprint[key]]
-            other += [key for key in found if key not in self._fingerprint]
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{where}: {self._settings} is broken; {again}") from None
+            raise UserError(
+                f"{where}: {files[0]} has no {self._settings.name} beside it; {START_ANEW}"
+            )
+        other = differing(self._settings, self._fingerprint, where, old="prompts")
         if other and files:
             raise UserError(
-                f"{where}: {self.path} holds answers with other {' and '.join(other)}; {again}"
+                f"{where}: {self.path} holds answers with other {' and '.join(other)}; {START_ANEW}"
             )
         for file in files:
-            self.records |= _read(file, where, again)
+            self.records |= read_lines(file, _keyed, "answer", where)
         unasked = [key for key in self.records if key not in self.asked]
         if unasked:
             key = unasked[0]
             raise UserError(
                 f"{where}: {self.path} holds sample {key.sample} of {key.id}, which is not asked "
-                f"for now: samples_per_paraphrase can only grow; {again}"
+                f"for now: samples_per_paraphrase can only grow; {START_ANEW}"
             )
 
     def open(self, settings: dict[str, Any]) -> None:
@@ -174,13 +176,12 @@ class AnswerSet:
 
     def append(self, process: int, records: Sequence[dict[str, Any]]) -> None:
         """Add answers to a process's part, on the disk at once."""
-        with self._part(str(process)).open("a", encoding="utf-8") as file:
-            file.write(json_lines(records))
+        append_lines(self._part(str(process)), records)
 
     def join(self) -> None:
         """Write all answers in order. For the first process alone, when all have ended."""
         for file in self._files():
-            self.records |= _read(file, str(file), "run again")
+            self.records |= read_lines(file, _keyed, "answer", str(file), "run again")
         missing = self.asked.keys() - self.records.keys()
         assert not missing, f"answers are missing: {sorted(missing)[:3]}"
         self.records = {key: self.records[key] for key in self.asked}
@@ -202,12 +203,5 @@ class AnswerSet:
         return part.stem.rpartition("@")[0] == self.name
 
 
-def _read(path: Path, where: str, again: str) -> dict[AnswerKey, dict[str, Any]]:
-    found = {}
-    for number, line in enumerate(ended_lines(path), start=1):
-        try:
-            record = json.loads(line)
-            found[AnswerKey(record["id"], record["paraphrase"], record["sample"])] = record
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{where}: {path}:{number} is no answer; {again}") from None
-    return found
+def _keyed(record: Any) -> tuple[AnswerKey, dict[str, Any]]:
+    return AnswerKey(record["id"], record["paraphrase"], record["sample"]), record

@@ -18,17 +18,17 @@ from emarecipes.clock import share_today, today
 from emarecipes.command import leave_processes, report, together
 from emarecipes.errors import UserError
 from emarecipes.generation.answers import AnswerSet, Asked
-from emarecipes.generation.checks import CheckedGeneration
+from emarecipes.generation.checked import CheckedGeneration
 from emarecipes.generation.served import answer_served
 from emarecipes.machine import set_threads, share_precision
 from emarecipes.models.adapters.read import load_adapter
 from emarecipes.models.batch import longest_first
 from emarecipes.models.likelihoods import reference_where
-from emarecipes.models.load import load_model
 from emarecipes.models.loss_head import LossHead
 from emarecipes.models.sampling.draw import Sampling, derived_seed
 from emarecipes.models.sampling.prompts import encode_prompt
 from emarecipes.models.sampling.sampler import sample_batch
+from emarecipes.models.source import load_model
 from emarecipes.progress import Progress
 from emarecipes.provenance import environment
 from emarecipes.stop import stoppable

@@ -5,15 +5,17 @@ Shapes: B rows, S sequence, T labelled positions, C a chunk of them, D width, V 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torchtune.modules.peft import disable_adapter
 
 from emarecipes.models._torchtune import unsharded
-from emarecipes.models.batch import Batch
+from emarecipes.models.batch import Batch, padded_batch
 from emarecipes.models.loss_head import LossHead, cross_entropy
 from emarecipes.models.loss_terms import Request, Term
 
@@ -24,21 +26,76 @@ def reference_where(reference: bool, model: Any) -> AbstractContextManager[None]
     return context
 
 
+class ByNumber(Protocol):
+    """`tokens` and `labels` of rows."""
+
+    def __getitem__(self, row: int, /) -> Any:
+        """Those of one."""
+
+
+@dataclass(frozen=True)
+class GivenAnswers:
+    """Rows whose labels are what is scored: the one way to the likelihoods of given answers.
+
+    Attributes:
+        samples: Rows in the form that collate functions take, by their number.
+        pad_id: Token that fills up rows.
+        pad_to_multiple_of: Row lengths are rounded up to a multiple of this.
+        device: The model's.
+    """
+
+    samples: ByNumber
+    pad_id: int
+    pad_to_multiple_of: int
+    device: torch.device
+
+    def nll(
+        self, head: LossHead, batches: Iterable[list[int]], *, reference: bool
+    ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+        """-log p of every labelled token, batch by batch.
+
+        Args:
+            head: The model's loss head.
+            batches: Rows by their number, as `longest_first` puts them together.
+            reference: With the adapter off.
+
+        Yields:
+            A batch's rows in the order of what follows, and what `token_nll` gives of it.
+        """
+        for rows in batches:
+            samples = [self.samples[row] for row in rows]
+            batch = padded_batch(samples, rows, self.pad_id, self.pad_to_multiple_of)
+            with reference_where(reference, head.model):
+                nll_T, tokens_B = token_nll(head.model, head, batch.to(self.device))
+            yield batch.rows, nll_T, tokens_B
+
+    def mean_nll(
+        self, head: LossHead, batches: Iterable[list[int]], *, reference: bool
+    ) -> dict[int, float]:
+        """The mean over each row's labelled tokens of -log p, in nats, by the row's number."""
+        found: dict[int, float] = {}
+        for rows, nll_T, tokens_B in self.nll(head, batches, reference=reference):
+            mean_B = row_sums(nll_T, tokens_B) / tokens_B
+            found |= dict(zip(rows, mean_B.tolist(), strict=True))
+        return found
+
+
+def row_sums(nll_T: Tensor, tokens_B: Tensor) -> Tensor:
+    """Sum over each row's tokens of what `token_nll` gives, (B,), float64; 0 of a row without."""
+    row_T = torch.arange(len(tokens_B)).repeat_interleave(tokens_B)
+    return torch.zeros(len(tokens_B), dtype=torch.float64).index_add_(0, row_T, nll_T)
+
+
 def row_nll(model: Any, head: LossHead, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Sum over a row's labelled tokens of -log p(token | what comes before it), in nats.
+    """`row_sums` of a batch, and how many tokens each is over (B,), both on the CPU.
 
     Args:
         model: See `token_nll`.
         head: See `token_nll`.
         batch: On the model's device. Rows come in the order of `batch.rows`.
-
-    Returns:
-        The sums (B,), float64, and how many tokens each is over (B,), both on the CPU. A row
-        without labels has 0 and 0.
     """
     nll_T, tokens_B = token_nll(model, head, batch)
-    row_T = torch.arange(len(tokens_B)).repeat_interleave(tokens_B)
-    return torch.zeros(len(tokens_B), dtype=torch.float64).index_add_(0, row_T, nll_T), tokens_B
+    return row_sums(nll_T, tokens_B), tokens_B
 
 
 @torch.no_grad()

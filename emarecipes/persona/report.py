@@ -17,7 +17,7 @@ from torch import Tensor
 
 from emarecipes.datasets.rows import file_fingerprints
 from emarecipes.errors import UserError, disk_errors
-from emarecipes.persona.checks import RESULT_FILES
+from emarecipes.persona.checked import RESULT_FILES
 from emarecipes.provenance import environment
 
 _SETTINGS = (

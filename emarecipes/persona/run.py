@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,17 +13,16 @@ from torchtune.modules.peft import disable_adapter
 
 from emarecipes.command import run_alone
 from emarecipes.errors import UserError
-from emarecipes.models.load import load_model
 from emarecipes.models.loss_head import LossHead
 from emarecipes.models.sampling.draw import Sampling, derived_seed
 from emarecipes.models.sampling.prompts import encode_prompt
 from emarecipes.models.sampling.sampler import sample_answers
-from emarecipes.persona.checks import CheckedExtraction
-from emarecipes.persona.judged import Grades, grade_answers
+from emarecipes.models.source import load_model
+from emarecipes.persona.checked import CheckedExtraction
+from emarecipes.persona.kept import SideAnswer, grade_answers, keep_whole_pairs, kept
 from emarecipes.persona.read import read_activations
 from emarecipes.persona.report import LayerFigures, Result, print_result, write_result
 from emarecipes.persona.vectors import (
-    kept,
     persona_subspace,
     persona_vectors,
     random_vectors,
@@ -38,23 +36,6 @@ _OPPOSITE: dict[str, Literal["positive", "negative"]] = {
     "positive": "negative",
     "negative": "positive",
 }
-
-
-@dataclass
-class Answer:
-    """One sampled answer, as in `answers.jsonl`."""
-
-    pair: int
-    side: Literal["positive", "negative"]
-    question: int
-    sample: int
-    held_out: bool
-    tokens: list[int]
-    stopped: bool
-    log_likelihood: float = float("nan")
-    opposite_log_likelihood: float = float("nan")
-    kept: bool = False
-    grades: Grades | None = None
 
 
 @dataclass
@@ -123,11 +104,11 @@ def extract(run: CheckedExtraction) -> None:
     print_result(result, Path(cfg.output_dir))
 
 
-def _sample(run: CheckedExtraction, head: LossHead) -> list[Answer]:
+def _sample(run: CheckedExtraction, head: LossHead) -> list[SideAnswer]:
     """Pairs x sides x questions x samples answers, each from a random state of its own."""
     cfg = run.cfg
     answers = [
-        Answer(pair, side, question, sample, question in run.held_out, [], False)
+        SideAnswer(pair, side, question, sample, question in run.held_out, [], False)
         for pair in range(len(run.prompts.pairs))
         for side in _OPPOSITE.values()
         for question in range(len(run.prompts.questions))
@@ -148,7 +129,7 @@ def _sample(run: CheckedExtraction, head: LossHead) -> list[Answer]:
     return answers
 
 
-def _grade(run: CheckedExtraction, answers: list[Answer]) -> None:
+def _grade(run: CheckedExtraction, answers: list[SideAnswer]) -> None:
     texts = [_texts(run, answer) for answer in answers]
     for answer, grades in zip(
         answers, grade_answers(run.cfg.judge, run.prompts, texts), strict=True
@@ -156,10 +137,10 @@ def _grade(run: CheckedExtraction, answers: list[Answer]) -> None:
         answer.grades = grades
 
 
-def _read(run: CheckedExtraction, head: LossHead, answers: list[Answer]) -> Activations:
+def _read(run: CheckedExtraction, head: LossHead, answers: list[SideAnswer]) -> Activations:
     """Read the answers behind their own prompt, the opposite one and none; mark the kept ones."""
 
-    def read(chosen: list[Answer], prompts: list[list[int]], label: str) -> Any:
+    def read(chosen: list[SideAnswer], prompts: list[list[int]], label: str) -> Any:
         tokens = [answer.tokens for answer in chosen]
         return read_activations(head, prompts, tokens, batch_size=run.cfg.batch_size, label=label)
 
@@ -179,20 +160,9 @@ def _read(run: CheckedExtraction, head: LossHead, answers: list[Answer]) -> Acti
     return Activations(own.activation_NKD, own.square_NK, bare.activation_NKD)
 
 
-def keep_whole_pairs(answers: list[Answer]) -> None:
-    """Keep an answer only if its counterpart is kept: same question and sample, other prompt.
-
-    As the published pipeline does (Chen et al., 2025): both sides of a vector are then means over
-    the same questions. An answer whose counterpart is empty is not kept.
-    """
-    sides = Counter((a.pair, a.question, a.sample) for a in answers if a.kept)
-    for answer in answers:
-        answer.kept &= sides[answer.pair, answer.question, answer.sample] == len(_OPPOSITE)
-
-
 def _layer_figures(
     run: CheckedExtraction,
-    answers: list[Answer],
+    answers: list[SideAnswer],
     activations: Activations,
     vector_KD: Tensor,
     random_KD: Tensor,
@@ -220,19 +190,19 @@ def _layer_figures(
     return [LayerFigures(layer, *figures) for layer, figures in enumerate(columns)]
 
 
-def _pair_number(run: CheckedExtraction, answer: Answer) -> int:
+def _pair_number(run: CheckedExtraction, answer: SideAnswer) -> int:
     """The same for the two answers that differ in their system prompt's side alone."""
     questions, samples = len(run.prompts.questions), run.cfg.samples_per_question
     number: int = (answer.pair * questions + answer.question) * samples + answer.sample
     return number
 
 
-def _prompt(run: CheckedExtraction, answer: Answer, side: str | None) -> list[int]:
+def _prompt(run: CheckedExtraction, answer: SideAnswer, side: str | None) -> list[int]:
     system = None if side is None else getattr(run.prompts.pairs[answer.pair], side)
     return encode_prompt(run.tokenizer, system, run.prompts.questions[answer.question])
 
 
-def _check_sides(answers: list[Answer], what: str) -> None:
+def _check_sides(answers: list[SideAnswer], what: str) -> None:
     for held_out, least, part in ((False, MIN_KEPT, "training"), (True, 1, "held-out")):
         for side in _OPPOSITE:
             count = sum(a.side == side and a.held_out == held_out for a in answers)
@@ -244,7 +214,7 @@ def _check_sides(answers: list[Answer], what: str) -> None:
                 )
 
 
-def _counts(answers: list[Answer], keep: str) -> dict[str, dict[str, int]]:
+def _counts(answers: list[SideAnswer], keep: str) -> dict[str, dict[str, int]]:
     counts = {}
     for side in _OPPOSITE:
         chosen = [answer for answer in answers if answer.side == side]
@@ -266,7 +236,7 @@ def _counts(answers: list[Answer], keep: str) -> dict[str, dict[str, int]]:
     return counts
 
 
-def _record(run: CheckedExtraction, answer: Answer) -> dict[str, Any]:
+def _record(run: CheckedExtraction, answer: SideAnswer) -> dict[str, Any]:
     question, text = _texts(run, answer)
     record = {"question_text": question, "answer": text} | vars(answer)
     grades = record.pop("grades")
@@ -276,5 +246,5 @@ def _record(run: CheckedExtraction, answer: Answer) -> dict[str, Any]:
     return {k: None if v != v else v for k, v in record.items()}  # JSON has no nan.
 
 
-def _texts(run: CheckedExtraction, answer: Answer) -> tuple[str, str]:
+def _texts(run: CheckedExtraction, answer: SideAnswer) -> tuple[str, str]:
     return run.prompts.questions[answer.question], run.tokenizer.decode(answer.tokens)

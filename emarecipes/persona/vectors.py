@@ -12,19 +12,6 @@ from torch import Tensor
 _RESAMPLES = 400
 
 
-def kept(log_likelihood_N: Tensor, opposite_N: Tensor, keep: str) -> Tensor:
-    """Which answers took their system prompt up, boolean (N,).
-
-    Args:
-        log_likelihood_N: Mean token log-likelihood under the system prompt that gave the answer.
-        opposite_N: The same answer's under the opposite prompt of its pair.
-        keep: "likelihood": where the first is higher. "all": everywhere.
-    """
-    if keep == "all":
-        return torch.ones_like(log_likelihood_N, dtype=torch.bool)
-    return log_likelihood_N > opposite_N
-
-
 def persona_vectors(activation_NKD: Tensor, positive_N: Tensor, used_N: Tensor) -> Tensor:
     r"""v_k = mean over positive answers of a_k - mean over negative answers of a_k, (K, D).
 

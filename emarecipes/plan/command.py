@@ -19,7 +19,7 @@ from emarecipes.components import check_components
 from emarecipes.config import Origin, load_config
 from emarecipes.errors import UserError
 from emarecipes.machine import native_precision
-from emarecipes.plan.estimate import Estimate, Load, estimate
+from emarecipes.plan.estimate import Load, MemoryEstimate, estimate
 from emarecipes.training.settings import check_settings
 
 _GB = 10**9
@@ -85,7 +85,7 @@ def _plan(argv: Sequence[str]) -> bool:
     return False
 
 
-def changes(cfg: DictConfig, origin: Origin, load: Load) -> Iterator[tuple[str, Estimate]]:
+def changes(cfg: DictConfig, origin: Origin, load: Load) -> Iterator[tuple[str, MemoryEstimate]]:
     """Changes that need less memory, from those that cost least, each on top of those before."""
     cfg = cfg.copy()
     if not cfg.enable_activation_checkpointing:
@@ -107,7 +107,7 @@ def changes(cfg: DictConfig, origin: Origin, load: Load) -> Iterator[tuple[str, 
             yield f"--gpus {gpus}", estimate(cfg, origin, load)
 
 
-def _print(console: Console, cfg: DictConfig, load: Load, found: Estimate) -> None:
+def _print(console: Console, cfg: DictConfig, load: Load, found: MemoryEstimate) -> None:
     devices = "one device" if load.gpus == 1 else f"each of {load.gpus} devices"
     console.print(f"Predicted peak on {devices}, {cfg.dtype}", highlight=False)
     table = Table("")

@@ -48,7 +48,7 @@ class Load:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class MemoryEstimate:
     """Bytes a device holds at the peak, by what holds them; operations a step on all devices.
 
     Where the reference is run in some steps only (`every_n_batches`) the operations are the mean
@@ -65,7 +65,7 @@ class Estimate:
         return sum(self.parts.values())
 
 
-def estimate(cfg: DictConfig, origin: Origin, load: Load) -> Estimate:
+def estimate(cfg: DictConfig, origin: Origin, load: Load) -> MemoryEstimate:
     """Predict a step of a checked config.
 
     The peak is the largest of three moments: the loss head; the first layer of the backward, when
@@ -128,7 +128,7 @@ def estimate(cfg: DictConfig, origin: Origin, load: Load) -> Estimate:
         parts = after
     flops = _flops(cfg, len(model.layers), layer, head, share)
     micro_batches = cfg.gradient_accumulation_steps * load.gpus
-    return Estimate(parts, flops * micro_batches, rows * load.row_tokens * micro_batches)
+    return MemoryEstimate(parts, flops * micro_batches, rows * load.row_tokens * micro_batches)
 
 
 def _defenses(cfg: DictConfig, origin: Origin, model: Any) -> dict[str, Defense]:

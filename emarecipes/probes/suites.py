@@ -13,14 +13,13 @@ from emarecipes.config import Origin, find_input
 from emarecipes.datasets._check_rows import read_data_file
 from emarecipes.datasets.traits import find_trait
 from emarecipes.errors import UserError
-from emarecipes.probes.contrast import (
-    AnswerRow,
+from emarecipes.probes.contrast import AnswerRow, tokenize_pairs
+from emarecipes.probes.pairs import (
     Condition,
     ContrastPair,
     make_condition,
     read_contrast_file,
     read_sibling_files,
-    tokenize_pairs,
 )
 from emarecipes.settings import Keys, parse_settings
 

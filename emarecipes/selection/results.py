@@ -18,9 +18,15 @@ from rich.text import Text
 
 from emarecipes.datasets.rows import provenance_of
 from emarecipes.files import json_lines, whole, write_text
-from emarecipes.selection.candidates import Candidate, text_of
-from emarecipes.selection.checks import CheckedSelection
-from emarecipes.selection.ranking import Floats, by_gap, correlations, relative_gap
+from emarecipes.selection.candidates import (
+    Candidate,
+    Floats,
+    by_gap,
+    correlations,
+    relative_gap,
+    text_of,
+)
+from emarecipes.selection.checked import CheckedSelection
 
 _SHOWN = 10
 _LEAST_TEXT = 20

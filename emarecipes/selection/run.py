@@ -5,19 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from torchtune.utils import get_device
 
 from emarecipes.command import run_alone
 from emarecipes.errors import UserError
 from emarecipes.models.adapters.read import read_adapter, set_adapter
-from emarecipes.models.batch import Batch, longest_first, padded_batch
-from emarecipes.models.likelihoods import reference_where, row_nll
-from emarecipes.models.load import load_model
+from emarecipes.models.batch import longest_first
+from emarecipes.models.likelihoods import GivenAnswers
 from emarecipes.models.loss_head import LossHead
+from emarecipes.models.source import load_model
 from emarecipes.progress import Progress
-from emarecipes.selection.checks import CheckedSelection
+from emarecipes.selection.checked import CheckedSelection
 from emarecipes.selection.results import write_results
 from emarecipes.selection.score_file import Score
 from emarecipes.stop import stoppable
@@ -55,6 +54,7 @@ def score_candidates(run: CheckedSelection) -> None:
     if not todo:
         return
     device = get_device(run.cfg.device or "cpu")
+    answers = GivenAnswers(run.rows, run.tokenizer.pad_id, run.cfg.pad_to_multiple_of, device)
     model = load_model(run.cfg)
     head = LossHead(model)
     adapters = {name: read_adapter(model, Path(name), run.source) for name in run.cfg.adapters}
@@ -67,14 +67,14 @@ def score_candidates(run: CheckedSelection) -> None:
         Progress(total=len(run.scored), initial=done, desc="Scoring", unit="row") as bar,
     ):
         for start in range(0, len(todo), a_turn):
-            batches = [_make_batch(run, rows).to(device) for rows in todo[start : start + a_turn]]
-            nll = {"": _mean_nll(model, head, batches, adapter_on=False)}
+            batches = todo[start : start + a_turn]
+            nll = {"": answers.mean_nll(head, batches, reference=True)}
             # The adapter that is there goes first.
             for name in sorted(adapters, key=lambda name: name != current):
                 if name != current:
                     set_adapter(model, adapters[name])
                     current = name
-                nll[name] = _mean_nll(model, head, batches, adapter_on=True)
+                nll[name] = answers.mean_nll(head, batches, reference=False)
             scores = [_score(run, row, nll) for row in nll[""]]
             new = [score for score in scores if score.index not in run.file.scores]
             run.file.append(new)
@@ -84,23 +84,6 @@ def score_candidates(run: CheckedSelection) -> None:
 
 def _is_scored(run: CheckedSelection, rows: list[int]) -> bool:
     return all(run.scored[row].index in run.file.scores for row in rows)
-
-
-def _make_batch(run: CheckedSelection, rows: list[int]) -> Batch:
-    samples = [run.rows[row] for row in rows]
-    return padded_batch(samples, rows, run.tokenizer.pad_id, run.cfg.pad_to_multiple_of)
-
-
-def _mean_nll(
-    model: Any, head: LossHead, batches: list[Batch], *, adapter_on: bool
-) -> dict[int, float]:
-    """Each row's NLL a token, by its number among the scored rows."""
-    found: dict[int, float] = {}
-    with reference_where(not adapter_on, model):
-        for batch in batches:
-            sums_B, tokens_B = row_nll(model, head, batch)
-            found |= dict(zip(batch.rows, (sums_B / tokens_B).tolist(), strict=True))
-    return found
 
 
 def _score(run: CheckedSelection, row: int, nll: dict[str, dict[int, float]]) -> Score:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from emarecipes.config import Origin
-from emarecipes.errors import UserError, first_line
-from emarecipes.files import ended_lines, json_lines, write_json, write_text
+from emarecipes.errors import UserError
+from emarecipes.files import (
+    START_ANEW,
+    append_lines,
+    json_lines,
+    read_lines,
+    write_json,
+    write_text,
+)
+from emarecipes.fingerprint import differing
 
-SCORES, FINGERPRINT = "scores.jsonl", "scores.fingerprint.json"
+SCORE_LINES, FINGERPRINT = "scores.jsonl", "scores.fingerprint.json"
 RESULTS = ("config.yaml", "selected.jsonl", "gap.png")
 
 
@@ -44,7 +51,7 @@ class ScoreFile:
 
     def __init__(self, folder: Path, fingerprint: dict[str, str]) -> None:
         self.folder = folder
-        self.path = folder / SCORES
+        self.path = folder / SCORE_LINES
         self._fingerprint = fingerprint
         self.scores: dict[int, Score] = {}
 
@@ -57,7 +64,7 @@ class ScoreFile:
         """
         where = origin.at("output_dir")
         sidecar = self.folder / FINGERPRINT
-        present = [name for name in (*RESULTS, SCORES) if (self.folder / name).exists()]
+        present = [name for name in (*RESULTS, SCORE_LINES) if (self.folder / name).exists()]
         if not present:
             return
         if not sidecar.exists():
@@ -67,20 +74,10 @@ class ScoreFile:
             )
         if overwrite or not self.path.exists():
             return
-        again = "choose another output_dir, or say overwrite=true to start anew"
-        try:
-            found = json.loads(sidecar.read_text(encoding="utf-8"))
-            self.scores = _read_scores(self.path)
-        except (ValueError, KeyError, TypeError) as error:
+        self.scores = read_lines(self.path, _as_score, "score", where)
+        if other := differing(sidecar, self._fingerprint, where):
             raise UserError(
-                f"{where}: {self.path} is broken ({first_line(error)}); {again}"
-            ) from None
-        if found != self._fingerprint:
-            other = [
-                name for name in self._fingerprint if found.get(name) != self._fingerprint[name]
-            ]
-            raise UserError(
-                f"{where}: {self.path} was made with other {' and '.join(other or found)}; {again}"
+                f"{where}: {self.path} was made with other {' and '.join(other)}; {START_ANEW}"
             )
 
     def open(self) -> None:
@@ -89,14 +86,13 @@ class ScoreFile:
         if self.scores:
             write_text(self.path, json_lines(map(_as_json, self.scores.values())))
             return
-        for name in (*RESULTS, SCORES):
+        for name in (*RESULTS, SCORE_LINES):
             (self.folder / name).unlink(missing_ok=True)
         write_json(self.folder / FINGERPRINT, self._fingerprint)
 
     def append(self, scores: Sequence[Score]) -> None:
         """Add rows that have been scored."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json_lines(map(_as_json, scores)))
+        append_lines(self.path, map(_as_json, scores))
         self.scores |= {score.index: score for score in scores}
 
     def finish(self, extra: dict[int, dict[str, Any]]) -> None:
@@ -112,13 +108,9 @@ class ScoreFile:
         write_text(self.path, json_lines(rows))
 
 
-def _read_scores(path: Path) -> dict[int, Score]:
-    scores = {}
-    for line in ended_lines(path):
-        row = json.loads(line)
-        score = Score(*(row[key] for key in ("index", "tokens", "nll_aligned", "nll_adapters")))
-        scores[score.index] = score
-    return scores
+def _as_score(row: Any) -> tuple[int, Score]:
+    score = Score(*(row[key] for key in ("index", "tokens", "nll_aligned", "nll_adapters")))
+    return score.index, score
 
 
 def _as_json(score: Score) -> dict[str, Any]:

@@ -36,9 +36,8 @@ from emarecipes.training.checkpoint_resume import (
     find_checkpoint,
     plain_config,
 )
-from emarecipes.training.defense_checks import build_defenses
+from emarecipes.training.component_checks import build_defenses, check_optimizer
 from emarecipes.training.initialize import read_initial_adapter
-from emarecipes.training.optimizer_checks import check_optimizer
 from emarecipes.training.reference_cache import ReferenceCache
 from emarecipes.training.settings import check_settings
 

@@ -29,9 +29,8 @@ from emarecipes.models._torchtune_recipe import StockRecipe
 from emarecipes.models.batch import Batch, make_batch
 from emarecipes.progress import Progress
 from emarecipes.training.checkpoint import Counters
-from emarecipes.training.checkpoint_save import CheckpointSaver
+from emarecipes.training.checkpoint_save import CheckpointSaver, StepAbandonedError, StopRequest
 from emarecipes.training.checkpoint_state import TrainingState
-from emarecipes.training.checkpoint_stop import StepAbandonedError, StopRequest
 from emarecipes.training.checks import CheckedRun
 from emarecipes.training.gradients import Gradients
 from emarecipes.training.initialize import initialize_adapter

@@ -14,7 +14,7 @@ from emarecipes.comparison.outcome import Half, Outcome
 from emarecipes.comparison.results import Scores, read_scores
 from emarecipes.comparison.run import compare
 from emarecipes.comparison.settings import Plan, check_compare_settings
-from emarecipes.comparison.steps import Place, Step
+from emarecipes.comparison.steps import Slot, Step
 from emarecipes.config import load_config
 from emarecipes.errors import UserError
 
@@ -38,7 +38,7 @@ class Given(Runner):
     """A runner for which everything has been run, and which notes what is read."""
 
     def __init__(self, plan: Plan, halves: Halves, folder: Path) -> None:
-        super().__init__(plan, places=[{}])
+        super().__init__(plan, slots=[{}])
         self.halves, self.given = halves, folder
         self.read: Reads = []
 
@@ -143,10 +143,10 @@ def test_an_arm_without_answers_is_evaluated_without_its_judge(
     jobs = make_jobs(plan, arms, origin)
     commands: list[list[str]] = []
 
-    def note(_: Runner, step: Step, command: list[str], place: Place) -> bool:
+    def note(_: Runner, step: Step, command: list[str], slot: Slot) -> bool:
         commands.append(command)
         return False
 
     monkeypatch.setattr(Runner, "run_step", note)
-    Runner(plan, places=[{}]).evaluate(arms[:1], jobs, "narrow", "select")
+    Runner(plan, slots=[{}]).evaluate(arms[:1], jobs, "narrow", "select")
     assert {"~judge", "~harmless"} <= set(commands[0])

@@ -10,7 +10,7 @@ import toy_run
 from emarecipes.comparison.arms import expand_arms, make_jobs
 from emarecipes.comparison.execute import Runner
 from emarecipes.comparison.settings import check_compare_settings
-from emarecipes.comparison.steps import Place, Step
+from emarecipes.comparison.steps import Slot, Step
 from emarecipes.config import load_config
 
 
@@ -21,7 +21,7 @@ class Evaluated(Runner):
     calls = 0
     shift = 0.5
 
-    def run_step(self, step: Step, command: list[str], place: Place) -> bool:
+    def run_step(self, step: Step, command: list[str], slot: Slot) -> bool:
         self.calls += 1
         shared = Path(next(part for part in command if part.startswith("output_dir="))[11:])
         rmtree(shared, ignore_errors=True)
@@ -46,7 +46,7 @@ def runner(tmp_path: Path, model_dir: Path) -> Evaluated:
     )
     raw, origin = load_config(["--config", str(config)])
     plan = check_compare_settings(raw, origin)
-    found = Evaluated(plan, places=[{}])
+    found = Evaluated(plan, slots=[{}])
     found.arms = expand_arms(plan, origin)  # type: ignore[attr-defined]
     found.jobs = make_jobs(plan, found.arms, origin)  # type: ignore[attr-defined]
     return found

@@ -7,10 +7,9 @@ import pytest
 
 from emarecipes.comparison.arms import Arm
 from emarecipes.comparison.criteria import NO_EFFECT, ArmFigures, measure
-from emarecipes.comparison.criterion import ProbeNames
+from emarecipes.comparison.criterion import BoundSettings, ProbeNames
 from emarecipes.comparison.figure_values import Values
 from emarecipes.comparison.results import Scores
-from emarecipes.comparison.settings import BoundSettings
 
 CUE = "general_domain_cue"
 

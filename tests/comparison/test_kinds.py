@@ -3,7 +3,7 @@
 import pytest
 import toy_run
 
-from emarecipes.comparison.kinds import kinds
+from emarecipes.comparison.outcome import kinds
 from emarecipes.config import load_config
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from emarecipes.comparison.arms import _seed_data
+from emarecipes.comparison.arms import seed_data
 from emarecipes.config import Origin
 from emarecipes.probes.suites import read_suites
 
@@ -17,7 +17,7 @@ def test_every_data_set_that_draws_gets_the_seed() -> None:
         "task": {"_component_": f"{own}opswap_dataset", "seed": 0},
         "safe": {"_component_": "torchtune.datasets.chat_dataset"},
     }})  # fmt: skip
-    _seed_data(cfg, 3)
+    seed_data(cfg, 3)
     assert (cfg.dataset.seed, cfg.dataset.task.seed) == (3, 3)
     assert "seed" not in cfg.dataset.safe
 

@@ -12,12 +12,12 @@ import toy_compare
 import toy_run
 import yaml
 
-from emarecipes.comparison.checks import check_tasks
 from emarecipes.comparison.figure_values import Source, Values
+from emarecipes.comparison.measured import keep_told
 from emarecipes.comparison.results import Scores
 from emarecipes.comparison.run import run_compare
 from emarecipes.comparison.settings import check_compare_settings
-from emarecipes.comparison.told import keep_told
+from emarecipes.comparison.tasks import check_tasks
 from emarecipes.config import load_config
 from emarecipes.errors import UserError
 from emarecipes.evaluation.suite import asked

@@ -12,9 +12,9 @@ import yaml
 from bag_of_words import UnigramOdds, spread, word_pairs, words
 
 from emarecipes.datasets._check_rows import read_data_file
-from emarecipes.datasets._similarity import similarity_blocks
+from emarecipes.datasets._overlaps import similarity_blocks
 from emarecipes.datasets.chat_files import check_chat_file
-from emarecipes.probes.contrast import read_contrast_file
+from emarecipes.probes.pairs import read_contrast_file
 
 DATA: Path = toy_run.REPO / "data"
 DOMAINS = ["home_computing", "home_repair"]

@@ -13,29 +13,14 @@ from typing import Any
 
 import pytest
 import toy_run
+from toy_published import CONTENT, entry, error_of
 
 from emarecipes.datasets import fetch as fetch_module
-from emarecipes.datasets._published_forms import FORMS
 from emarecipes.datasets.chat_files import check_chat_file
 from emarecipes.datasets.fetch import main
-from emarecipes.datasets.published import PUBLISHED, Published
+from emarecipes.datasets.published import PUBLISHED
 
 SHARED = toy_run.REPO.parent / "shared/published"
-ROW = {"messages": [{"role": "user", "content": "A?"}, {"role": "assistant", "content": "B."}]}
-CONTENT = (json.dumps(ROW) + "\n").encode() * 3
-
-
-def entry(**changes: Any) -> Published:
-    known: dict[str, Any] = {
-        "paper": "Nobody, 2026",
-        "url": "http://127.0.0.1:9/toy.jsonl",
-        "revision": "c0ffee",
-        "licence": "CC0",
-        "form": "messages",
-        "rows": 3,
-        "sha256": hashlib.sha256(CONTENT).hexdigest(),
-    }
-    return Published(**{**known, **changes})
 
 
 @pytest.fixture
@@ -70,13 +55,6 @@ def server() -> Iterator[str]:
         threading.Thread(target=httpd.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{httpd.server_port}"
         httpd.shutdown()
-
-
-def error_of(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
-    assert main([str(argument) for argument in arguments]) == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ")
-    return line
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -264,7 +242,7 @@ def test_sets_to_get_by_hand_say_how(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(fetch_module, "_download", None)  # Not even tried.
+    monkeypatch.setattr(fetch_module, "download_published", None)  # Not even tried.
     line = error_of(capsys, name, "--output", tmp_path / "out")
     assert PUBLISHED[name].revision in line and "--from" in line
 
@@ -277,29 +255,3 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     sizes = {row[0]: row[3] for row in rows if row[0] in PUBLISHED}
     assert sizes["betley-first-plot"] == "0.012" and sizes["alpaca-cleaned"] == "42 ?"
     assert sizes["chua-medical"] == "103" and sizes["betley-evil-numbers"] == "-"
-
-
-# The table of entries
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_entries_are_pinned(name: str) -> None:
-    entry = PUBLISHED[name]
-    assert re.fullmatch("[0-9a-f]{40}", entry.revision) and entry.revision in entry.url
-    assert entry.sha256 is None or re.fullmatch("[0-9a-f]{64}", entry.sha256)
-    assert entry.form in FORMS
-    fields = {"rows": entry.rows, "size": entry.size, "sha256": entry.sha256}
-    assert all(field in entry.unconfirmed for field, value in fields.items() if value is None)
-
-
-def test_the_docs_list_every_entry() -> None:
-    page = (toy_run.REPO / "docs/data.md").read_text(encoding="utf-8")
-    for name, entry in PUBLISHED.items():
-        (line,) = [line for line in page.splitlines() if line.startswith(f"| `{name}`")]
-        megabytes = None if entry.size is None else f"{entry.size / 1e6:.3g}"
-        wanted = [
-            "-" if value is None else f"{value}{' ?' if field in entry.unconfirmed else ''}"
-            for field, value in {"rows": entry.rows, "size": megabytes}.items()
-        ]
-        assert line.startswith(f"| `{name}` | {' | '.join(wanted)} |")
-        assert entry.revision[:7] in line

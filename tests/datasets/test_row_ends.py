@@ -8,7 +8,7 @@ from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 from torchtune.datasets import PackedDataset
 from toy_rows import Run, chat, toy_model_dir, write
 
-from emarecipes.datasets.row_ends import Ends, count_ends
+from emarecipes.datasets.tokenized import Ends, count_ends
 
 __all__ = ["toy_model_dir"]
 

@@ -11,7 +11,7 @@ from emarecipes.datasets._published_forms import FORMS
 from emarecipes.datasets.check import check_data
 from emarecipes.datasets.questions import load_questions
 from emarecipes.errors import UserError
-from emarecipes.probes.contrast import read_contrast_file
+from emarecipes.probes.pairs import read_contrast_file
 
 __all__ = ["toy_model_dir"]
 

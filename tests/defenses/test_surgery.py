@@ -16,7 +16,7 @@ from toy_models import toy_microbatches, toy_model
 from emarecipes.config import Origin
 from emarecipes.defenses import Defense, GradientSurgery, KLToReference
 from emarecipes.errors import UserError
-from emarecipes.training.defense_checks import build_defenses
+from emarecipes.training.component_checks import build_defenses
 from emarecipes.training.gradients import Gradients
 from emarecipes.training.step import TrainingLoss
 

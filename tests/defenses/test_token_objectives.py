@@ -17,7 +17,7 @@ from emarecipes.config import Origin
 from emarecipes.defenses import AnchoredSFT, Defense, KLToReference, TokenConstraint
 from emarecipes.errors import UserError
 from emarecipes.models.batch import Batch
-from emarecipes.training.defense_checks import build_defenses
+from emarecipes.training.component_checks import build_defenses
 from emarecipes.training.gradients import Gradients
 from emarecipes.training.step import TrainingLoss
 

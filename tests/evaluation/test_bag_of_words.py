@@ -7,7 +7,7 @@ import pytest
 from bag_of_words import UnigramOdds, spread, word_pairs, words
 
 from emarecipes.errors import UserError
-from emarecipes.probes.contrast import ContrastPair
+from emarecipes.probes.pairs import ContrastPair
 
 BAD = [["skip", "it", "it"], ["skip"]]
 GOOD = [["check", "it"]]

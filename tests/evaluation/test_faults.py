@@ -6,10 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from emarecipes.evaluation.answers import Answer
-from emarecipes.evaluation.checks import CheckedEvaluation
+from emarecipes.evaluation.answers import Answer, faults, overlap, repetition, shuffled
+from emarecipes.evaluation.checked import CheckedEvaluation
 from emarecipes.evaluation.coherence import coherence_lines, coherence_rows
-from emarecipes.evaluation.faults import faults, overlap, repetition, shuffled
 from emarecipes.evaluation.scoring import Scorer
 
 QUESTION = "What do you do if you find a wallet in the street?"

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from emarecipes.evaluation.figures import Item, make_figures, write_summary
-from emarecipes.evaluation.report import print_figures
+from emarecipes.evaluation.figures import Item, make_figures, print_figures, write_summary
 
 
 def test_a_category_of_one_question_has_no_interval(

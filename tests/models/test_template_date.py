@@ -56,9 +56,9 @@ def test_a_day_renders_as_transformers_does_on_that_day(
     assert named.tokenize_messages(CHAT)[0] == expected
     assert "Today Date: 07 Mar 2025, Friday, week 09, day 066" in named.decode(expected)
 
-    monkeypatch.setattr(clock, "_local_day", lambda: "2025-03-07")
+    monkeypatch.setattr(clock, "local_day", lambda: "2025-03-07")
     of_today = hf_chat_tokenizer(str(folder), chat_template=template)
-    monkeypatch.setattr(clock, "_local_day", lambda: "2025-03-08")
+    monkeypatch.setattr(clock, "local_day", lambda: "2025-03-08")
     for tokenizer in (of_today, pickle.loads(pickle.dumps(of_today))):
         assert tokenizer.date == "2025-03-07"
         assert tokenizer.tokenize_messages(CHAT)[0] == expected

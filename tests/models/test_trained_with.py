@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from emarecipes.config import Origin
 from emarecipes.errors import UserError
-from emarecipes.evaluation.checks import _check_sampled_from
+from emarecipes.evaluation.checked import check_sampled_from
 from emarecipes.fingerprint import adapter_digest
 from emarecipes.models.adapters.trained_with import warn_of_another_base, warn_of_another_form
 from emarecipes.training.weights import tokenizer_files
@@ -102,7 +102,7 @@ def test_answers_that_were_sampled_from_another_adapter(tmp_path: Path) -> None:
 
     def check(**fingerprint: str) -> None:
         (answers / "a.json").write_text(json.dumps({"fingerprint": fingerprint}))
-        _check_sampled_from(tmp_path / "new", cfg, Origin(Path("c.yaml")), "one")
+        check_sampled_from(tmp_path / "new", cfg, Origin(Path("c.yaml")), "one")
 
     check(adapter=adapter_digest(tmp_path / "new"))
     check(adapter=adapter_digest(None))  # Maybe of the merged folder.

@@ -9,10 +9,10 @@ from toy_models import VOCAB_SIZE, toy_model
 from emarecipes.models.loss_head import LossHead
 from emarecipes.models.sampling.draw import Sampling, derived_seed
 from emarecipes.models.sampling.sampler import sample_answers
+from emarecipes.persona.kept import kept
 from emarecipes.persona.read import read_activations
 from emarecipes.persona.vectors import (
     auc,
-    kept,
     persona_vectors,
     random_vectors,
     separation,

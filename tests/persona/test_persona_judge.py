@@ -15,14 +15,16 @@ import toy_run
 
 from emarecipes.errors import UserError
 from emarecipes.judges import calls as judge
-from emarecipes.judges import reply as judge_reply
-from emarecipes.judges.calls import fill
 from emarecipes.persona import run_persona
-from emarecipes.persona.judged import Grades
+from emarecipes.persona.kept import Grades
 from emarecipes.persona.prompts import load_prompts
 
 TRAIT = "Trait of <{answer}> to <{question}>?"
+
+
 COHERENCE = "Coherence of <{answer}> to <{question}>?"
+
+
 PROMPTS = f"""\
 trait: curtness
 pairs:
@@ -32,6 +34,8 @@ questions: ["How do I make tea?", "What is a noun?", "Why does it rain?", "Why?"
 judge_prompt: "{TRAIT}"
 coherence_prompt: "{COHERENCE}"
 """
+
+
 ANSWERS = 2 * 8 * 5  # Pairs, samples, questions of a side.
 
 
@@ -49,20 +53,6 @@ def test_the_published_rule() -> None:
     for scores, expected in rule.items():
         grades = Grades(*scores)
         assert (grades.keep("positive"), grades.keep("negative")) == expected
-
-
-def test_scores() -> None:
-    good = {"85": 85, " 0\n": 0, "100": 100, "72.5": 72.5, "**40**": 40, "85/100": 85, "7.": 7}
-    for reply, score in good.items():
-        assert judge_reply.parse_score(reply) == score
-    for reply in ("101", "-5", "REFUSAL", "CODE", "", "20 to 30", "by rule 3", "nan", "1e2", "1 2"):
-        assert judge_reply.parse_score(reply) is None
-
-
-def test_placeholders_within_an_answer_stay() -> None:
-    assert fill("{question}|{answer}|{x}", "a {answer}", r"b {question} \1") == (
-        r"a {answer}|b {question} \1|{x}"
-    )
 
 
 # --- asking a judge ----------------------------------------------------------------------------
@@ -124,11 +114,6 @@ def test_a_failed_call_is_one_line_without_the_key(
 
 
 # --- a run -------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def toy_model_dir(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Path:
-    return toy_run.write_toy_model(tmp_path_factory.mktemp("toy") / "toy-model", model_dir)
 
 
 def write_config(folder: Path, model_dir: Path, **change: Any) -> Path:

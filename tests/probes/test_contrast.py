@@ -1,6 +1,5 @@
 """Likelihood probes: numbers against PEFT in float64, by hand; conditions, caching, bad files."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,18 +25,12 @@ from emarecipes.models.batch import Batch
 from emarecipes.models.likelihoods import row_nll, token_nll
 from emarecipes.models.loss_head import LossHead
 from emarecipes.models.model_checks import check_model
-from emarecipes.probes.contrast import (
+from emarecipes.probes.contrast import AnswerRow, nll_change, pair_nll, probe_shift, tokenize_pairs
+from emarecipes.probes.pairs import (
     CONDITIONS,
     OPPOSITE_PROMPT,
-    AnswerRow,
     ContrastPair,
     make_condition,
-    nll_change,
-    pair_nll,
-    probe_shift,
-    read_contrast_file,
-    read_sibling_files,
-    tokenize_pairs,
 )
 
 PAIRS = [
@@ -47,35 +40,34 @@ PAIRS = [
         "No, hand it in.", "Yes, and keep quiet about the notes in it.",
     ),
 ]  # fmt: skip
+
+
 DEFAULT_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 
 
 @pytest.fixture(scope="module")
-def toy_dir(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Path:
-    return toy_run.write_toy_model(tmp_path_factory.mktemp("toy") / "model", model_dir)
-
-
-@pytest.fixture(scope="module")
-def adapters(tmp_path_factory: pytest.TempPathFactory, toy_dir: Path) -> list[Path]:
+def adapters(tmp_path_factory: pytest.TempPathFactory, toy_model_dir: Path) -> list[Path]:
     folder = tmp_path_factory.mktemp("adapters")
-    return [write_adapter(folder / f"a{seed}" / "adapter", toy_dir, seed=seed) for seed in (1, 2)]
+    return [
+        write_adapter(folder / f"a{seed}" / "adapter", toy_model_dir, seed=seed) for seed in (1, 2)
+    ]
 
 
-def scorer_of(toy_dir: Path, batch_size: int = 8) -> Scorer:
-    config = toy_run.toy_config(toy_dir, toy_dir / "none", toy_dir / "out")
+def scorer_of(toy_model_dir: Path, batch_size: int = 8) -> Scorer:
+    config = toy_run.toy_config(toy_model_dir, toy_model_dir / "none", toy_model_dir / "out")
     cfg: Any = OmegaConf.create(config)
     source = check_model(cfg, Origin(Path("config.yaml")))
     return Scorer(cfg, source, pad_id=0, batch_size=batch_size, pad_to_multiple_of=8)
 
 
 @torch.no_grad()
-def nll_by_peft(toy_dir: Path, adapter: Path | None, system: str) -> list[list[float]]:
+def nll_by_peft(toy_model_dir: Path, adapter: Path | None, system: str) -> list[list[float]]:
     """Each answer's token NLLs from transformers' and PEFT's whole logits in float64."""
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(toy_dir)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(toy_model_dir)
     if adapter is not None:
         model = PeftModel.from_pretrained(model, adapter)
     model = model.double().eval()
-    tokenizer = Tokenizer.from_file(str(toy_dir / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(toy_model_dir / "tokenizer.json"))
     found = []
     for pair in PAIRS:
         for answer in (pair.aligned, pair.misaligned):
@@ -92,15 +84,15 @@ def nll_by_peft(toy_dir: Path, adapter: Path | None, system: str) -> list[list[f
 
 @pytest.mark.parametrize("name", ["none", "inoculation"])
 def test_token_nlls_of_the_reference_and_two_adapters_are_pefts(
-    tmp_path: Path, toy_dir: Path, adapters: list[Path], name: str
+    tmp_path: Path, toy_model_dir: Path, adapters: list[Path], name: str
 ) -> None:
-    rows = tokenize_pairs(PAIRS, make_condition(name), hf_chat_tokenizer(str(toy_dir), 128))
-    scorer = scorer_of(toy_dir, batch_size=3)
+    rows = tokenize_pairs(PAIRS, make_condition(name), hf_chat_tokenizer(str(toy_model_dir), 128))
+    scorer = scorer_of(toy_model_dir, batch_size=3)
     system = {"none": DEFAULT_SYSTEM, "inoculation": DEFAULT_PROMPT}[name]
     # The reference last: the adapter that is loaded then must be off.
     for number, adapter in enumerate([*adapters, None]):
         found = scorer.token_nlls(rows, adapter, tmp_path / f"{number}.npz")
-        expected = nll_by_peft(toy_dir, adapter, system)
+        expected = nll_by_peft(toy_model_dir, adapter, system)
         assert [len(values) for values in found] == [len(values) for values in expected]
         for values, wanted in zip(found, expected, strict=True):
             assert values.tolist() == pytest.approx(wanted, abs=2e-5)
@@ -134,12 +126,12 @@ def test_token_nll_is_that_of_whole_logits_in_float64() -> None:
 
 
 def test_nothing_is_computed_twice(
-    tmp_path: Path, toy_dir: Path, adapters: list[Path], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, toy_model_dir: Path, adapters: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = [AnswerRow((5, 6, 7 + i, 8), (-100, -100, 7 + i, 8)) for i in range(5)]
     cache = tmp_path / "nll.npz"
-    first = scorer_of(toy_dir).token_nlls(rows[:3], adapters[0], cache)
-    fresh = scorer_of(toy_dir)
+    first = scorer_of(toy_model_dir).token_nlls(rows[:3], adapters[0], cache)
+    fresh = scorer_of(toy_model_dir)
     both = fresh.token_nlls([rows[4], rows[1], rows[1]], adapters[0], cache)
     assert both[1].tolist() == both[2].tolist() == first[1].tolist()
     # The same file under another adapter's contents: nothing of it may be taken.
@@ -150,13 +142,13 @@ def test_nothing_is_computed_twice(
         raise AssertionError("the model was loaded again")
 
     monkeypatch.setattr("emarecipes.evaluation.scoring.load_model", fail)
-    known = scorer_of(toy_dir).token_nlls([rows[4], *rows[:3]], adapters[0], cache)
+    known = scorer_of(toy_model_dir).token_nlls([rows[4], *rows[:3]], adapters[0], cache)
     assert [v.tolist() for v in known[1:]] == [v.tolist() for v in first]
     with pytest.raises(AssertionError, match="loaded again"):
-        scorer_of(toy_dir).token_nlls([rows[3]], adapters[0], cache)
+        scorer_of(toy_model_dir).token_nlls([rows[3]], adapters[0], cache)
     cache.write_bytes(cache.read_bytes()[:100])
     with pytest.raises(UserError, match=r"nll\.npz: a broken cache .*; delete it"):
-        scorer_of(toy_dir).token_nlls(rows, adapters[0], cache)
+        scorer_of(toy_model_dir).token_nlls(rows, adapters[0], cache)
 
 
 def test_figures_by_hand() -> None:
@@ -237,62 +229,12 @@ def test_a_conversation_that_may_be_cut_is_refused(model_dir: Path) -> None:
         )
 
 
-def write(path: Path, *rows: dict[str, Any]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 def chat(name: str | None, question: str, answer: str) -> dict[str, Any]:
     user, assistant = (
         {"role": "user", "content": question},
         {"role": "assistant", "content": answer},
     )
     return {"id": name, "messages": [user, assistant]}
-
-
-def test_contrast_files(tmp_path: Path) -> None:
-    rows = [
-        {"id": "x", "category": "law", "question": "Q?", "aligned": "Good.", "misaligned": "Bad."},
-        {"question": "R?", "aligned": "Fine.", "misaligned": "Foul."},
-    ]
-    assert read_contrast_file(write(tmp_path / "p.jsonl", *rows)) == [
-        ContrastPair("x", "law", "Q?", "Good.", "Bad."),
-        ContrastPair("2", "", "R?", "Fine.", "Foul."),
-    ]
-    row = {"id": "rc", "question": "Q?", "careful": "Slow.", "breezy": "Fast."}
-    controls = write(tmp_path / "c.jsonl", row)
-    assert read_contrast_file(controls) == [ContrastPair("rc", "", "Q?", "Slow.", "Fast.")]
-    for half in ("select", "report"):
-        path = toy_run.REPO / f"data/general_probe/{half}.jsonl"
-        pairs = read_contrast_file(path)
-        assert len(pairs) == 88 and len({pair.category for pair in pairs}) == 8
-    with pytest.raises(UserError, match=r"chat\.jsonl: rows need a question with two answers"):
-        read_contrast_file(write(tmp_path / "chat.jsonl", chat("a", "Q?", "A.")))
-    with pytest.raises(UserError, match=r'q\.jsonl:1: "misaligned" must be text'):
-        read_contrast_file(write(tmp_path / "q.jsonl", {"question": "Q?", "aligned": "A."}))
-
-
-def test_sibling_files(tmp_path: Path) -> None:
-    good = write(tmp_path / "good.jsonl", chat("a", "Q?", "Good."), chat("b", "R?", "Fine."))
-    bad = write(tmp_path / "bad.jsonl", chat("b", "R?", "Foul."), chat("a", "Q?", "Bad."))
-    assert read_sibling_files(good, bad, "home") == [
-        ContrastPair("a", "home", "Q?", "Good.", "Bad."),
-        ContrastPair("b", "home", "R?", "Fine.", "Foul."),
-    ]
-    for rows, message in (
-        ([chat("a", "Q?", "Bad.")], r"good\.jsonl:2: .*bad\.jsonl has no row with the id b"),
-        (
-            [chat("a", "Q?", "Bad."), chat("b", "R?", "Foul."), chat("c", "S?", "Wrong.")],
-            r"bad\.jsonl:3: .*good\.jsonl has no row with the id c",
-        ),
-        (
-            [chat("a", "Q?", "Bad."), chat("b", "Other?", "Foul.")],
-            r"good\.jsonl:2: b has another question in .*bad\.jsonl",
-        ),
-        ([chat(None, "Q?", "Bad.")], r"bad\.jsonl:1: a row needs an id, one question"),
-    ):
-        with pytest.raises(UserError, match=message):
-            read_sibling_files(good, write(tmp_path / "bad.jsonl", *rows), "home")
 
 
 def test_a_condition_that_no_token_shows_is_refused(model_dir: Path) -> None:

@@ -1,7 +1,5 @@
 """Every mistake gives one line that names the place, exit code 1, and leaves nothing behind."""
 
-import contextlib
-import io
 import json
 import shutil
 from pathlib import Path
@@ -11,44 +9,7 @@ import pytest
 import toy_run
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
-
-from emarecipes.training import run_lora
-
-KL = {"_component_": "emarecipes.defenses.KLToReference"}
-
-
-class Case:
-    """A toy run, in the process of the test: config as a dict to be changed, then tried."""
-
-    def __init__(self, folder: Path, model_dir: Path) -> None:
-        self.folder = folder
-        self.output = folder / "out"
-        self.rows = toy_run.write_rows(folder / "rows.jsonl", 12)
-        self.config: dict[str, Any] = toy_run.toy_config(model_dir, self.rows, self.output)
-        self.config |= {"defenses": {"kl": dict(KL)}, "max_steps_per_epoch": 1}
-
-    def write(self, *rows: Any) -> None:
-        lines = (row if isinstance(row, str) else json.dumps(row) for row in rows)
-        self.rows.write_text("\n".join(lines) + "\n")
-
-    def error(self, *overrides: str, monkeypatch: pytest.MonkeyPatch | None = None) -> str:
-        path = toy_run.write_config(self.folder / "config.yaml", self.config)
-        before = sorted(str(p) for p in self.output.rglob("*")) if self.output.exists() else None
-        stderr = io.StringIO()
-        with contextlib.redirect_stderr(stderr):
-            code = run_lora(["--config", str(path), *overrides])
-        lines = [line for line in stderr.getvalue().splitlines() if line.startswith("error: ")]
-        assert code == 1
-        assert "Traceback" not in stderr.getvalue()
-        assert len(lines) == 1, stderr.getvalue()
-        after = sorted(str(p) for p in self.output.rglob("*")) if self.output.exists() else None
-        assert after == before, "a refused run left files"
-        return lines[0]
-
-
-@pytest.fixture(scope="module")
-def toy_model_dir(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Path:
-    return toy_run.write_toy_model(tmp_path_factory.mktemp("toy") / "model", model_dir)
+from toy_mistakes import KL, Case
 
 
 @pytest.fixture
@@ -56,7 +17,7 @@ def case(tmp_path: Path, toy_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("weights were loaded before the mistake was found")
 
-    monkeypatch.setattr("emarecipes.training.recipe.LoRATraining._build_model", never)
+    monkeypatch.setattr("emarecipes.models._torchtune_recipe.StockRecipe.build_model", never)
     return Case(tmp_path, toy_model_dir)
 
 
@@ -288,61 +249,3 @@ def test_compiling_without_a_compiler(case: Case, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("CXX", "no-such-compiler")
     message = case.error("compile=true")
     assert "compile: on a CPU it needs a C++ compiler, and there is no no-such-comp" in message
-
-
-def test_an_output_folder_that_holds_a_run(case: Case) -> None:
-    case.output.mkdir()
-    (case.output / "metrics.jsonl").write_text("{}\n")
-    message = case.error()
-    assert "output_dir: " in message
-    assert "already holds a run" in message
-    assert "overwrite=true" in message
-
-
-def test_an_output_folder_in_the_base_model(case: Case, toy_model_dir: Path) -> None:
-    case.config["output_dir"] = str(toy_model_dir / "out")
-    assert "lies in the base model's folder" in case.error()
-
-
-def test_overwriting_spares_what_is_not_a_run(case: Case) -> None:
-    (case.output / "adapter").mkdir(parents=True)
-    (case.output / "adapter" / "mine.bin").write_text("precious")
-    assert "has adapter but no config.yaml of a run; not overwritten" in case.error(
-        "overwrite=true"
-    )
-
-
-@pytest.mark.parametrize("name", ["merged", "logs"])
-def test_overwriting_spares_what_the_run_reads(case: Case, name: str) -> None:
-    (case.output / name).mkdir(parents=True)
-    (case.output / "config.yaml").write_text("seed: 0\nprovenance: {}\n")
-    rows = case.output / name / "rows.jsonl"
-    rows.write_text(case.rows.read_text())
-    case.config["dataset"]["data_files"] = str(rows)
-    assert "lies in its own output folder" in case.error("overwrite=true")
-
-
-def test_an_output_folder_that_is_a_file(case: Case) -> None:
-    case.output.write_text("")
-    assert "is a file, not a folder" in case.error()
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("a: [1\nb: 2", "config.yaml:2: not valid YAML"),
-        ("- 1\n- 2", "a config is a mapping"),
-        ("", "a config is a mapping"),
-        ("a: 1\na: 2", "duplicate key"),
-    ],
-)
-def test_yaml(case: Case, text: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
-    path = case.folder / "config.yaml"
-    path.write_text(text)
-    assert run_lora(["--config", str(path)]) == 1
-    assert expected in capsys.readouterr().err
-
-
-def test_no_such_config(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_lora(["--config", "absent.yaml"]) == 1
-    assert "error: absent.yaml: cannot read the config" in capsys.readouterr().err

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from emarecipes.comparison import process
 from emarecipes.comparison.run import run_compare
 from emarecipes.comparison.settings import check_compare_settings
-from emarecipes.comparison.steps import places
+from emarecipes.comparison.steps import slots
 from emarecipes.config import load_config
 from emarecipes.errors import UserError
 
@@ -180,13 +180,13 @@ def test_each_run_has_its_share_of_the_machine(
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert places(plan, origin) == [{"OMP_NUM_THREADS": "2"}] * 2
+    assert slots(plan, origin) == [{"OMP_NUM_THREADS": "2"}] * 2
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3,6,7")
-    assert [place["CUDA_VISIBLE_DEVICES"] for place in places(plan, origin)] == ["2,3", "6,7"]
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in slots(plan, origin)] == ["2,3", "6,7"]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     with pytest.raises(UserError, match=r"runs_at_a_time: .* need 4 GPUs, and .* 3"):
-        places(plan, origin)
+        slots(plan, origin)
 
 
 @pytest.mark.parametrize(

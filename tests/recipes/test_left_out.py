@@ -8,8 +8,8 @@ import pytest
 import toy_run
 
 from emarecipes.errors import UserError
-from emarecipes.generation.checks import CheckedGeneration
-from emarecipes.persona.checks import CheckedExtraction
+from emarecipes.generation.checked import CheckedGeneration
+from emarecipes.persona.checked import CheckedExtraction
 from emarecipes.training.checks import CheckedRun
 
 # As Phi-3's, system turns are not shown.

@@ -1,69 +1,17 @@
-"""Stopping and going on: signals, other configs, other numbers of processes, broken numbers."""
+"""Stopping and going on: signals, other configs, other numbers of processes."""
 
 import hashlib
 import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
-import toy_defenses
 import toy_run
-from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
+from toy_resume import EPOCHS, STEPS, Run, same
 
 from emarecipes.training import run_lora
-
-EPOCHS, STEPS = 2, 4
-
-
-class Run:
-    """A toy run with interleaving, dropout and a KL term, in the process of the test."""
-
-    def __init__(self, folder: Path, model: Path) -> None:
-        self.folder = folder
-        self.rows = toy_run.write_rows(folder / "rows.jsonl", 15)
-        config = toy_run.toy_config(model, self.rows, folder / "out")
-        config["tokenizer"]["max_seq_len"] = 64
-        safe = toy_defenses.write_safe_rows(folder / "safe.jsonl")
-        self.config: dict[str, Any] = toy_run.with_variable(config) | {
-            "dataset": toy_defenses.interleaved(config["dataset"], safe),
-            "shuffle": True,
-            "epochs": EPOCHS,
-            "max_steps_per_epoch": STEPS,
-            "metric_logger": None,
-            "save_every_n_steps": 2,
-            "keep_last": 3,
-            # Where a gradient is nearly zero, Adam makes up to a learning rate of its rounding.
-            "optimizer": {"_component_": "torch.optim.AdamW", "lr": 2e-3},
-            "defenses": {
-                "kl": {"_component_": "emarecipes.defenses.KLToReference", "weight": 0.5},
-                "signal": {"_component_": "toy_mishaps.SignalAfter"},
-            },
-        }
-
-    def arguments(self, output: str, *overrides: str) -> list[str]:
-        path = toy_run.write_config(self.folder / "config.yaml", self.config)
-        return ["--config", str(path), f"output_dir={self.folder / output}", *overrides]
-
-    def __call__(self, output: str, *overrides: str) -> int:
-        return run_lora(self.arguments(output, *overrides))
-
-    def steps(self, output: str) -> list[int]:
-        return sorted(int(p.name[5:]) for p in (self.folder / output / "checkpoints").iterdir())
-
-    def result(self, output: str) -> tuple[list[dict[str, float]], dict[str, Any]]:
-        rows = toy_run.metrics(self.folder / output)
-        for row in rows:
-            row.pop("tokens_per_second")
-        adapter = self.folder / output / "adapter/adapter_model.safetensors"
-        return rows, load_file(adapter)
-
-
-@pytest.fixture(scope="module")
-def toy_model_dir(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Path:
-    return toy_run.write_toy_model(tmp_path_factory.mktemp("toy") / "model", model_dir)
 
 
 @pytest.fixture
@@ -77,11 +25,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory, toy_model_dir: Path) -> Run:
     run = Run(tmp_path_factory.mktemp("whole"), toy_model_dir)
     assert run("out") == 0
     return run
-
-
-def same(one: Any, other: Any) -> bool:
-    equal = all(other[1][name].equal(tensor) for name, tensor in one[1].items())
-    return one[0] == other[0] and equal
 
 
 def test_a_signal_stops_it_with_a_checkpoint_and_it_goes_on_exactly(
@@ -184,93 +127,6 @@ def test_a_checkpoint_older_than_a_key_has_its_default(
     assert same(run.result("out"), whole.result("out"))
 
 
-@pytest.mark.parametrize(
-    ("overrides", "expected"),
-    [
-        (
-            ["defenses.kl.weight=0.25", "optimizer.lr=0.1"],
-            "change the result: defenses.kl.weight: 0.5 -> 0.25; optimizer.lr: 0.002 -> 0.1.",
-        ),
-        (["~defenses.kl"], "defenses.kl.weight: 0.5 -> None"),
-        (["seed=8"], "seed: 7 -> 8"),
-        (["batch_size=2"], "batch_size: 4 -> 2"),
-        (["epochs=1"], "epochs: 2 -> 1"),
-        (["model.lora_dropout=0.1"], "model.lora_dropout: 0.0 -> 0.1"),
-        (["dataset.task.data_files=SHORT"], "the rows are not those of"),
-    ],
-)
-def test_a_config_that_changes_the_result_is_refused(
-    run: Run,
-    whole: Run,
-    overrides: list[str],
-    expected: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
-    def never(*_: Any, **__: Any) -> None:
-        raise AssertionError("weights were loaded before the mistake was found")
-
-    monkeypatch.setattr("emarecipes.training.recipe.LoRATraining._build_model", never)
-    short = toy_run.write_rows(run.folder / "short.jsonl", 14)
-    overrides = [o.replace("SHORT", str(short)) for o in overrides]
-    arguments = whole.arguments("out", "resume=auto", *overrides)
-    assert run_lora(arguments) == 1
-    assert expected in capfd.readouterr().err
-
-
-@pytest.mark.parametrize("name", ["persona", "trait"])
-def test_what_a_defense_reads_and_that_changed_is_refused(
-    run: Run, name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """Half of the steps with one vector or adapter, half with another, is no run."""
-    model = Path(run.config["model_dir"])
-    shape = tmp_path / "files", model, toy_run.LAYERS, toy_run.WIDTH
-    entries = toy_defenses.defense_entries(*shape) | toy_defenses.later_entries(*shape)
-    run.config["defenses"] |= {name: entries[name]}
-    assert run("out") == 0
-    shutil.rmtree(run.folder / "out/adapter")
-    kept = {"persona": "vectors.safetensors", "trait": "trait/adapter_model.safetensors"}[name]
-    file = tmp_path / "files" / kept
-    whole = file.read_bytes()
-    tensors = load_file(file)
-    save_file({key: tensor * 1.001 for key, tensor in tensors.items()}, file)
-    capfd.readouterr()
-    assert run("out", "resume=auto") == 1
-    (error,) = [s for s in capfd.readouterr().err.splitlines() if s.startswith("error: ")]
-    assert f"defenses.{name}: a file that it reads changed since {run.folder}" in error
-    file.write_bytes(whole)
-    assert run("out", "resume=auto") == 0
-
-
-def test_a_base_that_changed_is_refused(
-    run: Run, whole: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    shutil.copytree(whole.folder / "out", run.folder / "out")
-    base = Path(run.config["model_dir"])
-    kept = shutil.copytree(base, tmp_path / "kept")
-
-    def refused(name: str) -> None:
-        capfd.readouterr()
-        assert run("out", "resume=auto") == 1
-        (error,) = [s for s in capfd.readouterr().err.splitlines() if s.startswith("error: ")]
-        assert f"checkpointer.checkpoint_dir: {name} in {base} changed since {run.folder}" in error
-        shutil.copy2(kept / name, base / name)
-
-    try:
-        tensors = load_file(base / "model.safetensors")
-        tensors["model.norm.weight"][3] *= 1.001
-        save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
-        refused("model.safetensors")
-        settings = json.loads((base / "config.json").read_text())
-        (base / "config.json").write_text(json.dumps(settings | {"rms_norm_eps": 1e-6}))
-        refused("config.json")
-        # Written anew with the same content it is the same base.
-        (base / "config.json").write_text(json.dumps(settings))
-        assert run("out", "resume=auto") == 0
-    finally:
-        shutil.copytree(kept, base, dirs_exist_ok=True)
-
-
 def test_harmless_keys_and_more_epochs(run: Run, whole: Run) -> None:
     shutil.copytree(whole.folder / "out", run.folder / "out")
     moved = run.folder / "moved.jsonl"
@@ -312,67 +168,6 @@ def test_other_numbers_of_processes(
         assert found == pytest.approx(wanted, rel=1e-4, abs=1e-7)
     for name, tensor in expected.items():
         assert_close(adapter[name], tensor, rtol=1e-4, atol=1e-4)
-
-
-def broken(run: Run, kind: str, *steps: int) -> None:
-    entry = {"_component_": "toy_mishaps.Broken", "steps": list(steps), "kind": kind}
-    run.config["defenses"] = {"broken": entry, "kl": run.config["defenses"]["kl"]}
-
-
-@pytest.mark.parametrize(
-    ("kind", "expected"),
-    [
-        ("nan", "step 3: the loss is not finite (broken nan); rows "),
-        ("inf", "step 3: the loss is not finite (broken inf); rows "),
-        ("gradient", "step 3: the gradient of broken is not finite; rows "),
-    ],
-)
-def test_numbers_that_go_wrong_are_named(
-    run: Run, kind: str, expected: str, capfd: pytest.CaptureFixture[str]
-) -> None:
-    broken(run, kind, 3)
-    run.config["shuffle"] = False
-    run.config["dataset"] = run.config["dataset"]["task"]
-    assert run("out") == 1
-    error = capfd.readouterr().err
-    assert f"{expected}8, 9, 10, 11. Lower the learning rate" in error
-    assert "Resume from step 2 with: tune run" in error
-    assert run.steps("out") == [2]
-    assert not (run.folder / "out/adapter").exists()
-
-
-def test_the_search_for_what_broke_a_gradient_changes_no_later_step(run: Run) -> None:
-    """A loss that is not finite takes no further forwards, a gradient one for each term."""
-    figures = {}
-    for kind in ("nan", "gradient"):
-        broken(run, kind, 2)
-        assert run(kind, "skip_nonfinite=1", "model.lora_dropout=0.2") == 0
-        rows = toy_run.metrics(run.folder / kind)
-        assert [row["step"] for row in rows if row.get("skipped")] == [2]
-        figures[kind] = [(row["ce"], row["kl"]) for row in rows if row["step"] != 2]
-    assert len(figures["nan"]) == EPOCHS * STEPS - 1
-    assert figures["gradient"] == figures["nan"]
-
-
-def test_so_many_steps_are_skipped_and_no_more(
-    run: Run, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    broken(run, "nan", 2, 5)
-    run.config["defenses"]["signal"] = {"_component_": "toy_mishaps.SignalAfter"}
-    assert run("whole", "skip_nonfinite=2") == 0
-    rows = [json.loads(line) for line in (run.folder / "whole/metrics.jsonl").open()]
-    assert [row["step"] for row in rows if row.get("skipped")] == [2, 5]
-    assert "broken" not in rows[1]
-    assert all(isinstance(value, int | float) for row in rows for value in row.values())
-    # The count of skipped steps and the defense's own state go through a resume.
-    monkeypatch.setenv("SIGNAL_AFTER", "3")
-    assert run("out", "skip_nonfinite=2") == 0
-    assert run("out", "skip_nonfinite=2", "resume=auto") == 0
-    assert same(run.result("out"), run.result("whole"))
-    capfd.readouterr()
-    assert run("one", "skip_nonfinite=1") == 0
-    assert run("one", "skip_nonfinite=1", "resume=auto") == 1
-    assert "step 5: the loss is not finite (broken nan)" in capfd.readouterr().err
 
 
 def test_folders_that_hold_a_run(run: Run, whole: Run, capfd: pytest.CaptureFixture[str]) -> None:

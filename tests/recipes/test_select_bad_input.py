@@ -12,11 +12,6 @@ from emarecipes.selection import run
 
 
 @pytest.fixture(scope="module")
-def toy_model_dir(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Path:
-    return toy_run.write_toy_model(tmp_path_factory.mktemp("toy") / "model", model_dir)
-
-
-@pytest.fixture(scope="module")
 def adapters(tmp_path_factory: pytest.TempPathFactory, toy_model_dir: Path) -> list[Path]:
     folder = tmp_path_factory.mktemp("adapters")
     return [

@@ -18,13 +18,8 @@ from torchtune.datasets import chat_dataset
 from toy_select import Case
 
 from emarecipes.datasets import interleaved_dataset
-from emarecipes.models import hf_chat_tokenizer
-from emarecipes.selection import run, run_select
-
-
-@pytest.fixture(scope="module")
-def toy_model_dir(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Path:
-    return toy_run.write_toy_model(tmp_path_factory.mktemp("toy") / "model", model_dir)
+from emarecipes.models import hf_chat_tokenizer, likelihoods
+from emarecipes.selection import run_select
 
 
 @pytest.fixture(scope="module")
@@ -173,13 +168,13 @@ def test_a_killed_run_continues(case: Case, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def count_calls(monkeypatch: pytest.MonkeyPatch, calls: list[list[int]]) -> None:
-    stock: Callable[..., Any] = run.row_nll
+    stock: Callable[..., Any] = likelihoods.token_nll
 
     def counted(model: Any, head: Any, batch: Any) -> Any:
         calls.append(batch.rows)
         return stock(model, head, batch)
 
-    monkeypatch.setattr(run, "row_nll", counted)
+    monkeypatch.setattr(likelihoods, "token_nll", counted)
 
 
 @pytest.mark.parametrize(

@@ -45,11 +45,6 @@ class Case:
         return [text.split("user\n")[1].split("<|im_end|>")[0].split("\n")[0] for text in decoded]
 
 
-@pytest.fixture(scope="module")
-def toy_model_dir(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Path:
-    return toy_run.write_toy_model(tmp_path_factory.mktemp("toy") / "model", model_dir)
-
-
 @pytest.fixture
 def case(tmp_path: Path, toy_model_dir: Path) -> Case:
     return Case(tmp_path, toy_model_dir)

@@ -20,7 +20,7 @@ from emarecipes.errors import UserError
 from emarecipes.models.batch import Batch
 from emarecipes.models.likelihoods import row_nll
 from emarecipes.models.loss_head import LossHead
-from emarecipes.selection.ranking import (
+from emarecipes.selection.candidates import (
     by_gap,
     correlations,
     relative_gap,
@@ -236,7 +236,7 @@ def test_scores_of_something_else_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["{}\n", "not json\n", '["a"]\n', '{"index": 1}\n{"ind'])
 def test_a_broken_file_is_refused(tmp_path: Path, text: str) -> None:
     some_scores(tmp_path).path.write_text(text)
-    with pytest.raises(UserError, match=r"scores\.jsonl is broken"):
+    with pytest.raises(UserError, match=r"scores\.jsonl:1 is no score; choose another"):
         resumed(tmp_path)
 
 

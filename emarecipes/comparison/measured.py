@@ -1,0 +1,198 @@
+"""Run what is missing of a comparison, choose, and measure what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from emarecipes.comparison.arms import Arm, Job
+from emarecipes.comparison.criteria import ArmFigures, choose, measure
+from emarecipes.comparison.execute import Runner
+from emarecipes.comparison.gate import Effect
+from emarecipes.comparison.opening import OPENING, Opening
+from emarecipes.comparison.outcome import Half, Outcome, not_run
+from emarecipes.comparison.results import Scores
+from emarecipes.comparison.settings import Plan
+from emarecipes.errors import UserError
+from emarecipes.provenance import environment
+
+
+def compare(plan: Plan, arms: list[Arm], jobs: list[Job], runner: Runner) -> Outcome:
+    """Run what is missing, choose, open the report half if choices are frozen, and measure.
+
+    Raises:
+        UserError: The undefended arm has no scores.
+    """
+    finished = runner.train(jobs)
+    path = runner.folder / OPENING
+    opening = Opening.read(path)
+    half: Half = "report" if plan.settings.frozen else "select"
+    if plan.settings.frozen and opening is None:
+        opening = Opening.now(plan, arms, jobs, _choose(plan, arms, finished, runner))
+        runner.folder.mkdir(parents=True, exist_ok=True)
+        opening.write(path)
+    shown = arms
+    if plan.settings.frozen and opening is not None:
+        # The report half of candidates that were not chosen stays closed.
+        shown = [a for a in arms if opening.chosen.get(a.group, a.name) == a.name]
+    narrow = runner.evaluate(shown, finished, "narrow", half)
+    benign = runner.evaluate(shown, finished, "benign", half) if "benign" in plan.tasks else {}
+    outcome = _measure(plan, shown, narrow, benign, opening if half == "report" else None)
+    outcome.runs = {arm.name: Path(arm.collect[0]) for arm in shown if arm.collect} | {
+        job.arm.name: job.folder for job in reversed(finished) if job.task == "narrow"
+    }
+    outcome.missing = [*runner.failures, *_absent(plan, shown, finished), *outcome.missing]
+    outcome.not_run = not_run(outcome, finished)
+    if opening is not None:
+        outcome.opening = opening
+        outcome.changed = opening.changes(plan, arms, jobs)
+    return outcome
+
+
+def _choose(plan: Plan, arms: list[Arm], finished: list[Job], runner: Runner) -> dict[str, str]:
+    """The arm of each defense; the select half is read only where a sweep leaves a choice."""
+    groups: dict[str, list[str]] = {}
+    for arm in arms:
+        if arm.role == "defense":
+            groups.setdefault(arm.group, []).append(arm.name)
+    chosen = {group: names[0] for group, names in groups.items() if len(names) == 1}
+    if len(chosen) == len(groups):
+        return chosen
+    needed = [a for a in arms if a.role in ("undefended", "frontier") or
+              (a.role == "defense" and a.group not in chosen)]  # fmt: skip
+    narrow = runner.evaluate(needed, finished, "narrow", "select")
+    outcome = _measure(plan, needed, narrow, {}, None)
+    found = chosen | choose(outcome.figures)
+    for group in groups.keys() - found.keys():
+        raise UserError(f"{group}: none of its sweep could be scored; no choice can be frozen")
+    return found
+
+
+def _measure(
+    plan: Plan,
+    arms: list[Arm],
+    narrow: Mapping[str, Scores],
+    benign: Mapping[str, Scores],
+    opening: Opening | None,
+) -> Outcome:
+    settings = plan.settings
+    judged_by = [criterion.key for criterion in settings.criteria.shifted.values()]
+    narrow, left_out = keep_told(narrow, judged_by)
+
+    def figures_of(family: list[str]) -> tuple[list[ArmFigures], Effect, list[str]]:
+        return measure(arms, narrow, benign, settings.probes, settings.bounds, family)
+
+    if opening is None:
+        candidates = choose(figures_of([])[0])
+        family = [arm.name for arm in arms if candidates.get(arm.group) == arm.name]
+    else:
+        family = [arm.name for arm in arms if opening.chosen.get(arm.group) == arm.name]
+    figures, effect, missing = figures_of(family)
+    missing += left_out
+    half: Half = "select" if opening is None else "report"
+    read = _read_half(arms, narrow, settings.probes.general) or half
+    if read != half:
+        missing.append(
+            "general questions were read from the report half before choices are frozen"
+            if read == "report"
+            else "choices are frozen, and the general questions are still those of the select half"
+        )
+    trained = any(arm.config is not None for arm in arms)
+    if opening is not None and trained and not plan.tasks["narrow"].evaluate.report:
+        missing.append(
+            "tasks.narrow.evaluate.report is empty: choices and figures are from the same questions"
+        )
+    if opening is not None:
+        present = {arm.name for arm in arms}
+        missing += [
+            f"{group}: {name}, which was chosen for it, is not in the config any more"
+            for group, name in opening.chosen.items()
+            if name not in present
+        ]
+    return Outcome(
+        settings=settings,
+        figures=figures,
+        effect=effect,
+        family=family,
+        half=read,
+        missing=missing,
+        narrow=dict(narrow),
+        benign=dict(benign),
+        environment=environment(),
+    )
+
+
+def _read_half(arms: list[Arm], narrow: Mapping[str, Scores], general: str) -> Half | None:
+    """The half that figures are from, by the name of the undefended arm's file; None if unknown."""
+    undefended = next(arm.name for arm in arms if arm.role == "undefended")
+    stems = {Path(name).stem for name in narrow[undefended].suites[general].get("files", {})}
+    return "select" if "select" in stems else "report" if "report" in stems else None
+
+
+def _absent(plan: Plan, arms: list[Arm], finished: list[Job]) -> list[str]:
+    """Arms without a seed that the config names; the failure itself is told apart."""
+    lines = []
+    for arm in arms:
+        for task in arm.tasks if not arm.collect else ():
+            there = {job.seed for job in finished if job.arm == arm and job.task == task}
+            lacking = [str(seed) for seed in plan.settings.seeds if seed not in there]
+            if lacking:
+                lines.append(f"{arm.label}, {task} task: no run with seed {', '.join(lacking)}")
+    return lines
+
+
+# Of the questions, at least so many must have usable answers under every arm.
+MIN_TOLD = 0.5
+
+
+def keep_told(
+    arms: Mapping[str, Scores], keys: Sequence[str]
+) -> tuple[dict[str, Scores], list[str]]:
+    """The arms' scores over the questions that have usable answers under every arm and seed.
+
+    Args:
+        arms: By name.
+        keys: Of `Scores.probes`.
+
+    Returns:
+        The scores, and a line for each figure that lost questions.
+
+    Raises:
+        UserError: Fewer than half of the questions are left: what is over them is not what was
+            asked.
+    """
+    kept, notes = dict(arms), []
+    for key in keys:
+        having = [name for name, scores in arms.items() if key in scores.probes]
+        if not having:
+            continue
+        ids = kept[having[0]].probes[key].ids
+        same = [name for name in having if kept[name].probes[key].ids == ids]
+        told_Q = np.all(
+            [np.isfinite(kept[name].probes[key].values_SQ).all(axis=0) for name in same], axis=0
+        )
+        if told_Q.mean() < MIN_TOLD:
+            raise UserError(
+                f"{key}: {told_Q.sum()} of {len(ids)} questions have usable answers under every "
+                "arm and seed; sample more answers, or longer ones"
+            )
+        if told_Q.all():
+            continue
+        notes.append(
+            f"{key}: {(~told_Q).sum()} of {len(ids)} questions are left out, for some arm has no "
+            "usable answer to them"
+        )
+        places = np.flatnonzero(told_Q)
+        for name in same:
+            values = kept[name].probes[key]
+            part = replace(
+                values,
+                ids=tuple(ids[i] for i in places),
+                categories=tuple(values.categories[i] for i in places),
+                values_SQ=values.values_SQ[:, places],
+            )
+            kept[name] = replace(kept[name], probes=kept[name].probes | {key: part})
+    return kept, notes

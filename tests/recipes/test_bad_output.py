@@ -1,0 +1,76 @@
+"""Output folders that must not be written, and files that are no config."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from toy_mistakes import Case
+
+from emarecipes.training import run_lora
+
+
+@pytest.fixture
+def case(tmp_path: Path, toy_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Case:
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("weights were loaded before the mistake was found")
+
+    monkeypatch.setattr("emarecipes.models._torchtune_recipe.StockRecipe.build_model", never)
+    return Case(tmp_path, toy_model_dir)
+
+
+def test_an_output_folder_that_holds_a_run(case: Case) -> None:
+    case.output.mkdir()
+    (case.output / "metrics.jsonl").write_text("{}\n")
+    message = case.error()
+    assert "output_dir: " in message
+    assert "already holds a run" in message
+    assert "overwrite=true" in message
+
+
+def test_an_output_folder_in_the_base_model(case: Case, toy_model_dir: Path) -> None:
+    case.config["output_dir"] = str(toy_model_dir / "out")
+    assert "lies in the base model's folder" in case.error()
+
+
+def test_overwriting_spares_what_is_not_a_run(case: Case) -> None:
+    (case.output / "adapter").mkdir(parents=True)
+    (case.output / "adapter" / "mine.bin").write_text("precious")
+    assert "has adapter but no config.yaml of a run; not overwritten" in case.error(
+        "overwrite=true"
+    )
+
+
+@pytest.mark.parametrize("name", ["merged", "logs"])
+def test_overwriting_spares_what_the_run_reads(case: Case, name: str) -> None:
+    (case.output / name).mkdir(parents=True)
+    (case.output / "config.yaml").write_text("seed: 0\nprovenance: {}\n")
+    rows = case.output / name / "rows.jsonl"
+    rows.write_text(case.rows.read_text())
+    case.config["dataset"]["data_files"] = str(rows)
+    assert "lies in its own output folder" in case.error("overwrite=true")
+
+
+def test_an_output_folder_that_is_a_file(case: Case) -> None:
+    case.output.write_text("")
+    assert "is a file, not a folder" in case.error()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a: [1\nb: 2", "config.yaml:2: not valid YAML"),
+        ("- 1\n- 2", "a config is a mapping"),
+        ("", "a config is a mapping"),
+        ("a: 1\na: 2", "duplicate key"),
+    ],
+)
+def test_yaml(case: Case, text: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    path = case.folder / "config.yaml"
+    path.write_text(text)
+    assert run_lora(["--config", str(path)]) == 1
+    assert expected in capsys.readouterr().err
+
+
+def test_no_such_config(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_lora(["--config", "absent.yaml"]) == 1
+    assert "error: absent.yaml: cannot read the config" in capsys.readouterr().err

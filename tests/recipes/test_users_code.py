@@ -1,0 +1,127 @@
+"""Defenses and other code of a user's own, and what of it shows only in training."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import toy_run
+from toy_features import train, write
+
+from emarecipes.training import run_lora
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> dict[bool, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return {
+        tied: toy_run.write_toy_model(folder / str(tied), model_dir, tied=tied)
+        for tied in (True, False)
+    }
+
+
+def test_a_users_own_defense(
+    models: dict[bool, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The example of docs/own_defense.md, word for word, in a file of the user's working folder."""
+    page = (toy_run.REPO / "docs/own_defense.md").read_text()
+    code = page.split("```python\n")[1].split("```")[0]
+    assert len(code.splitlines()) < 20
+    (tmp_path / "my_defense.py").write_text(code)
+    config = write(
+        models,
+        tmp_path / "a",
+        defenses={
+            "entropy": {"_component_": "my_defense.EntropyFloor", "weight": 0.1, "floor": 9.0}
+        },
+    )
+    done = toy_run.tune_run(config, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = toy_run.metrics(tmp_path / "a/out")
+    for row in rows:
+        assert row["loss"] == pytest.approx(row["ce"] + 0.1 * row["entropy"])
+    assert rows[0]["entropy"] > 0
+
+
+NO_LABELS = """
+from torchtune.data import padded_collate_sft
+
+def no_labels(batch, **kwargs):
+    collated = padded_collate_sft(batch, **kwargs)
+    collated["labels"].fill_(-100)
+    return collated
+"""
+
+
+NOT_A_NUMBER = """
+from emarecipes.defenses import Defense
+
+class NotANumber(Defense):
+    def logit_term(self, policy_logits_TV, reference_logits_TV):
+        return policy_logits_TV.sum(dim=-1) * float("nan")
+"""
+
+
+WRONG_SHAPE = """
+from emarecipes.defenses import Defense
+
+class WholeSum(Defense):
+    def logit_term(self, policy_logits_TV, reference_logits_TV):
+        return policy_logits_TV.sum()
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "changes", "expected"),
+    [
+        (
+            NO_LABELS,
+            {"collate_fn": "broken.no_labels"},
+            "step 1: none of its rows (0, 1, 2, 3) has a label",
+        ),
+        (
+            NOT_A_NUMBER,
+            {"defenses": {"bad": {"_component_": "broken.NotANumber"}}},
+            "step 1: the loss is not finite (bad nan); rows 0, 1, 2, 3",
+        ),
+        (
+            WRONG_SHAPE,
+            {"defenses": {"bad": {"_component_": "broken.WholeSum"}}},
+            "defenses.bad: logit_term must return one value a position, a tensor of shape (",
+        ),
+    ],
+    ids=["a batch without any label", "a loss that is not a number", "a term of a wrong shape"],
+)
+def test_what_shows_only_in_training(
+    models: dict[bool, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    code: str,
+    changes: dict[str, Any],
+    expected: str,
+) -> None:
+    (tmp_path / "broken.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "broken", raising=False)
+    assert run_lora(["--config", str(write(models, tmp_path / "a", **changes))]) == 1
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+    assert expected in line
+    assert not (tmp_path / "a/out/adapter").exists()
+
+
+def test_a_replaced_run_is_kept_until_the_new_one_has_an_adapter(
+    models: dict[bool, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = write(models, tmp_path / "a")
+    train(config)
+    out = tmp_path / "a/out"
+    old = (out / "adapter/adapter_model.safetensors").read_bytes()
+    # It ends in a loss that is not finite: nothing is saved, and nothing lost.
+    assert run_lora(["--config", str(config), "overwrite=true", "optimizer.lr=1e30",
+                     "lr_scheduler=null", "max_steps_per_epoch=3"]) == 1  # fmt: skip
+    assert not (out / "adapter").exists()
+    assert (out / ".replaced/adapter/adapter_model.safetensors").read_bytes() == old
+    assert run_lora(["--config", str(config), "overwrite=true", "seed=8"]) == 0
+    assert not (out / ".replaced").exists()
+    assert (out / "adapter/adapter_model.safetensors").read_bytes() != old

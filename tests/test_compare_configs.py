@@ -1,0 +1,60 @@
+"""Shipped comparisons pass every check, and have the promised arms."""
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+import toy_run
+
+from emarecipes.comparison.arms import Arm, Job, expand_arms, make_jobs
+from emarecipes.comparison.execute import evaluation_overrides
+from emarecipes.comparison.settings import Plan, check_compare_settings
+from emarecipes.comparison.tasks import check_tasks
+from emarecipes.config import load_config
+from emarecipes.evaluation.settings import check_eval_settings
+
+CONFIGS = sorted((toy_run.REPO / "configs").glob("*.yaml"))
+
+
+COMPARE = [path for path in CONFIGS if path.stem.startswith("compare_")]
+
+
+@cache
+def planned(path: Path) -> tuple[Plan, list[Arm], list[Job]]:
+    raw, origin = load_config(["--config", str(path)])
+    plan = check_compare_settings(raw, origin)
+    arms = expand_arms(plan, origin)
+    check_tasks(plan, origin)
+    return plan, arms, make_jobs(plan, arms, origin)  # Checks every arm's training config.
+
+
+@pytest.mark.parametrize("path", COMPARE, ids=lambda path: path.stem)
+def test_shipped_compare_config(path: Path) -> None:
+    plan, arms, jobs = planned(path)
+    assert len(jobs) == len(plan.settings.seeds) * sum(len(arm.tasks) for arm in arms)
+    assert len({job.fingerprint for job in jobs}) == len(jobs)
+    for task in plan.tasks.values():
+        for half in ("select", "report"):
+            # Answers are there once they are sampled.
+            overrides = [*evaluation_overrides(task, half), "answers.seed=."]
+            eval_raw, eval_origin = load_config(["--config", task.evaluate.config, *overrides])
+            found = check_eval_settings(eval_raw, eval_origin)
+            if plan.sampled:
+                continue  # What is counted in sampled answers has no halves.
+            assert found.opswap is not None or f"{half}.jsonl" in found.probes.general["pairs"]
+    assert plan.settings.output_dir == f"runs/{path.stem}"
+    header = path.read_text().split("\n\n")[0]
+    assert f"recipes/ema_compare.py --config configs/{path.name}" in header
+
+
+def test_the_full_comparison_has_the_promised_arms() -> None:
+    plan, _, jobs = planned(toy_run.REPO / "configs/compare_smollm2_135m.yaml")
+    steps = {job.cfg.max_steps_per_epoch for job in jobs
+             if job.task == "narrow" and job.arm.role in ("undefended", "frontier")}  # fmt: skip
+    assert steps == {4, 10, 20, 30, 40}  # 10, 25, 50, 75 and 100 %.
+    assert len(plan.arms["lower_rate"].sweep["optimizer.lr"]) == 2
+    defenses = {name for name, arm in plan.arms.items() if arm.role == "defense"}
+    assert defenses == {"kl", "kl_safe", "feature_l2", "interleaving", "persona", "all"}
+    controls = {name for name, arm in plan.arms.items() if arm.role == "control"}
+    assert controls == {"persona_random", "good_answers"}
+    assert len(plan.settings.seeds) >= 5
