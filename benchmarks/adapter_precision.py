@@ -37,7 +37,7 @@ from emarecipes.training.step import TrainingLoss
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "configs" / "smollm2_135m_lora.yaml"
 HELD = {"fp32": torch.float32, "bf16": torch.bfloat16}
-RECIPE = "emarecipes.training.recipe"
+RECIPE = "emarecipes.training.built"
 
 
 def learned(held: str, rate: float, steps: int, questions: int) -> dict[str, float]:

@@ -20,7 +20,7 @@ from emarecipes.evaluation.checked import CheckedEvaluation
 from emarecipes.generation.checked import CheckedGeneration
 from emarecipes.persona.checked import CheckedExtraction
 from emarecipes.selection.checked import CheckedSelection
-from emarecipes.training.checks import CheckedRun
+from emarecipes.training.checked import CheckedRun
 
 KEYS = ("output_dir", "tokenizer", "model", "checkpointer", "device", "dtype")
 ROWS = 12

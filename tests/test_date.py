@@ -24,7 +24,7 @@ from emarecipes.models.chat.dates import adapter_date
 from emarecipes.persona.checked import CheckedExtraction
 from emarecipes.selection.checked import CheckedSelection
 from emarecipes.training import run_lora
-from emarecipes.training.checks import CheckedRun
+from emarecipes.training.checked import CheckedRun
 
 TEMPLATE = """\
 <|im_start|>system

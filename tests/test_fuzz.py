@@ -26,7 +26,7 @@ from torchtune.data import Message
 
 from emarecipes.errors import UserError
 from emarecipes.models import hf_chat_tokenizer
-from emarecipes.training.checks import CheckedRun
+from emarecipes.training.checked import CheckedRun
 
 FACTOR = float(os.environ.get("EMARECIPES_FUZZ_FACTOR", "0.25"))
 # Not how long a case takes (tens of milliseconds), but when it counts as hanging.

@@ -16,7 +16,7 @@ from emarecipes.evaluation import scoring
 from emarecipes.models.adapters.files import read_shapes
 from emarecipes.models.prepare.wheel import take_out
 from emarecipes.training import run_lora
-from emarecipes.training.checks import CheckedRun
+from emarecipes.training.checked import CheckedRun
 
 SECRETS = {
     "HF_TOKEN": "hf_planted0123456789",

@@ -11,7 +11,7 @@ import pytest
 import toy_run
 
 from emarecipes.datasets.rows import Rows
-from emarecipes.training.checks import CheckedRun
+from emarecipes.training.checked import CheckedRun
 
 
 @pytest.fixture(scope="module")

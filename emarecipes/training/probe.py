@@ -5,7 +5,7 @@ Nothing is drawn at random and nothing is sampled: a run with probes has the los
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,8 +17,8 @@ from emarecipes.config import Origin
 from emarecipes.datasets.rows import Rows
 from emarecipes.datasets.rows_fit import check_rows_fit
 from emarecipes.errors import UserError
-from emarecipes.models.batch import Batch, longest_first, padded_batch
-from emarecipes.models.likelihoods import reference_where, row_nll
+from emarecipes.models.batch import longest_first
+from emarecipes.models.likelihoods import GivenAnswers
 from emarecipes.models.loss_head import LossHead
 from emarecipes.output_dir import check_outside_output
 from emarecipes.probes.contrast import AnswerRow, PairNLL, pair_nll, probe_shift
@@ -121,11 +121,16 @@ class Probe:
     ) -> dict[str, PairNLL]:
         every = [row for part in self._rows.values() for row in part]
         world_size, rank = get_world_size_and_rank()
+        # Every world-size-th row, as many on each process.
+        size = -(-len(every) // world_size)
+        mine = [(rank + i * world_size) % len(every) for i in range(size)]
+        order = longest_first([every[row].tokens for row in mine], self._settings.batch_size)
+        batches = [[mine[place] for place in part] for part in order]
+        samples = [row.sample for row in every]
+        answers = GivenAnswers(samples, self._pad_id, self._multiple, device)
         means = torch.zeros(len(every), dtype=torch.float64)
-        with reference_where(reference, head.model):
-            for batch in self._batches(every, rank, world_size):
-                nll_B, tokens_B = row_nll(head.model, head, batch.to(device))
-                means[batch.rows] = nll_B / tokens_B
+        for row, mean in answers.mean_nll(head, batches, reference=reference).items():
+            means[row] = mean
         # A row that two processes computed, to have the same number of batches, counts once.
         owned = torch.arange(len(every)) % world_size == rank
         values = iter(summed(torch.where(owned, means, 0.0)).tolist())
@@ -133,18 +138,3 @@ class Probe:
             name: pair_nll([torch.tensor([next(values)]).double().numpy() for _ in part])
             for name, part in self._rows.items()
         }
-
-    def _batches(self, rows: Sequence[AnswerRow], rank: int, world_size: int) -> list[Batch]:
-        """This process's part: every world-size-th row, as many on each process."""
-        size = -(-len(rows) // world_size)
-        mine = [(rank + i * world_size) % len(rows) for i in range(size)]
-        batches = longest_first([rows[row].tokens for row in mine], self._settings.batch_size)
-        return [
-            padded_batch(
-                [rows[mine[place]].sample for place in part],
-                [mine[place] for place in part],
-                self._pad_id,
-                self._multiple,
-            )
-            for part in batches
-        ]

@@ -1,7 +1,6 @@
 """torchtune's LoRA recipe with defenses: one loop for one device and for several.
 
-Read `LoRATraining` top to bottom: build, train, save. Building and sharding the model, the
-optimizer and the profiler are torchtune's own methods, behind `StockRecipe`.
+Read `LoRATraining` top to bottom: build (`BuiltTraining`), train, save.
 """
 
 from __future__ import annotations
@@ -10,36 +9,25 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from torchtune import training, utils
-from torchtune.config import instantiate
 
 from emarecipes.datasets.rows import micro_batch_rows
-from emarecipes.defenses import TrainingContext
 from emarecipes.errors import UserError
-from emarecipes.machine import DTYPES
-from emarecipes.models._adapter_dtype import hold_adapter_in
-from emarecipes.models._torchtune import gather_root_in_forward_alone
-from emarecipes.models._torchtune_convert import fix_dora_bias
-from emarecipes.models._torchtune_cpu import with_fewer_passes
 from emarecipes.models._torchtune_recipe import StockRecipe
 from emarecipes.models.batch import Batch, make_batch
 from emarecipes.progress import Progress
+from emarecipes.training.built import BuiltTraining
+from emarecipes.training.checked import CheckedRun
 from emarecipes.training.checkpoint import Counters
 from emarecipes.training.checkpoint_save import CheckpointSaver, StepAbandonedError, StopRequest
 from emarecipes.training.checkpoint_state import TrainingState
-from emarecipes.training.checks import CheckedRun
-from emarecipes.training.gradients import Gradients
-from emarecipes.training.initialize import initialize_adapter
 from emarecipes.training.nonfinite import SkippedSteps, brief, broken_gradient, broken_loss
-from emarecipes.training.pages import keep_freed_pages
 from emarecipes.training.probe_stop import has_stopped, prepare_stop
 from emarecipes.training.random_state import random_state, set_random_state
 from emarecipes.training.run_log import RunLog
-from emarecipes.training.step import TrainingLoss
 from emarecipes.training.weights import save_weights
 
 log = utils.get_logger("INFO")
@@ -73,44 +61,12 @@ class LoRATraining:
 
     def setup(self) -> None:
         """Load the model and build what trains it."""
-        if self._device.type == "cpu":
-            keep_freed_pages()
-        self._model = self._build_model()
-        scale = float(self.cfg.model.lora_alpha) / float(self.cfg.model.lora_rank)
-        initialize_adapter(self._model, self.seed, self.run.initial_adapter, scale)
-        self._optimizer = self._stock.build_optimizer()
-        self._scheduler = (
-            None
-            if self.cfg.lr_scheduler is None
-            else instantiate(
-                self.cfg.lr_scheduler,
-                self._optimizer,
-                num_training_steps=self.total_steps,
-                last_epoch=-1,
-            )
+        built = BuiltTraining(
+            self.run, self._stock, self.total_steps, self.world_size, first_process=self.rank == 0
         )
-        self._profiler = self._stock.build_profiler()
-        self.loss = TrainingLoss(
-            self._model,
-            self.run.defenses,
-            safe_ce_weight=self.run.rows.safe_ce_weight,
-            forward_context=self._stock.activations,
-            reference_cache=self.run.reference_cache,
-            seed=self.seed,
-            compiled=self.cfg.compile,
-        )
-        gather_root_in_forward_alone(self._model)
-        self._gradients = Gradients(self._model, self.loss, self.world_size, self._device)
-        context = TrainingContext(
-            self._device,
-            self._stock.dtype,
-            self.total_steps,
-            Path(self.cfg.output_dir),
-            self.run.source,
-            first_process=self.rank == 0,
-        )
-        for defense in self.run.defenses.values():
-            defense.setup(self._model, context)
+        self._model, self._optimizer = built.model, built.optimizer
+        self._scheduler, self._profiler = built.scheduler, built.profiler
+        self.loss, self._gradients = built.loss, built.gradients
         self._state = TrainingState(
             self._model, self._optimizer, self._scheduler, self.run.defenses, self._device
         )
@@ -124,16 +80,6 @@ class LoRATraining:
         )
         if self.run.resumed is not None:
             self._state.load(self.run.resumed)
-
-    def _build_model(self) -> Any:
-        model = self._stock.build_model()
-        fix_dora_bias(model)
-        hold_adapter_in(model, DTYPES.get(self.cfg.adapter_dtype))
-        # Compiled layers fuse by themselves; in bf16 other sums would be rounded.
-        plain = self._stock.dtype == torch.float32 and not self.cfg.compile
-        if self._device.type == "cpu" and plain:
-            with_fewer_passes(model)
-        return model
 
     # --- train ---------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from emarecipes.machine import DTYPES
 from emarecipes.models._torchtune import is_nf4
 from emarecipes.models.batch import make_batch
 from emarecipes.models.model_checks import base_files
-from emarecipes.training.checks import CheckedRun
+from emarecipes.training.checked import CheckedRun
 from emarecipes.training.reference_cache import (
     ReferenceCache,
     reference_layers,

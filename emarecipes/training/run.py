@@ -21,7 +21,7 @@ from emarecipes.command import (
 )
 from emarecipes.errors import UserCodeError, UserError, first_line
 from emarecipes.machine import set_threads, share_precision
-from emarecipes.training.checks import CheckedRun
+from emarecipes.training.checked import CheckedRun
 from emarecipes.training.recipe import LoRATraining
 from emarecipes.training.reference_cache_open import open_cache
 

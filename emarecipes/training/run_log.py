@@ -16,8 +16,8 @@ from torchtune.config import instantiate
 from emarecipes.datasets.rows import Rows, provenance_of
 from emarecipes.files import write_text
 from emarecipes.output_dir import run_files
+from emarecipes.training.checked import CheckedRun
 from emarecipes.training.checkpoint import Checkpoint, Counters
-from emarecipes.training.checks import CheckedRun
 from emarecipes.training.probe_stop import has_stopped
 from emarecipes.training.step import TrainingLoss
 

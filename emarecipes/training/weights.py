@@ -21,7 +21,7 @@ from emarecipes.models.adapters.export import (
 )
 from emarecipes.models.adapters.trained_with import TEMPLATE_FILE, template_text
 from emarecipes.output_dir import further_adapter
-from emarecipes.training.checks import CheckedRun
+from emarecipes.training.checked import CheckedRun
 
 log = utils.get_logger("INFO")
 

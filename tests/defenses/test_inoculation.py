@@ -14,7 +14,7 @@ from emarecipes.defenses import Defense, InoculationPrompt
 from emarecipes.defenses.inoculation import DEFAULT_PROMPT
 from emarecipes.errors import UserError
 from emarecipes.models import hf_chat_tokenizer
-from emarecipes.training.checks import CheckedRun
+from emarecipes.training.checked import CheckedRun
 
 
 def conversation(system: str | None) -> list[Message]:

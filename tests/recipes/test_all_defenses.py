@@ -252,7 +252,7 @@ def test_safelora_once_at_the_end_equals_the_dense_algorithm(
 def test_safe_rows_are_where_the_placement_puts_them(
     toy: dict[str, Any], tmp_path: Path, placement: str
 ) -> None:
-    from emarecipes.training.checks import CheckedRun
+    from emarecipes.training.checked import CheckedRun
 
     mixed = toy["mixed"] | {"placement": placement}
     config = write(toy, tmp_path, [], dataset=mixed, max_steps_per_epoch=None)

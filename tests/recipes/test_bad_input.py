@@ -223,7 +223,7 @@ def test_data_that_is_not_text(case: Case) -> None:
 def test_rows_without_a_label_are_dropped_and_counted(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from emarecipes.training.checks import CheckedRun
+    from emarecipes.training.checked import CheckedRun
 
     case.write(GOOD, chat(("user", "why " * 200), ("assistant", "b")), *[GOOD] * 3)
     path = toy_run.write_config(case.folder / "config.yaml", case.config)

@@ -10,7 +10,7 @@ import toy_run
 from emarecipes.errors import UserError
 from emarecipes.generation.checked import CheckedGeneration
 from emarecipes.persona.checked import CheckedExtraction
-from emarecipes.training.checks import CheckedRun
+from emarecipes.training.checked import CheckedRun
 
 # As Phi-3's, system turns are not shown.
 NO_SYSTEM = (

@@ -72,7 +72,7 @@ def test_packed_rows_give_the_loss_of_the_same_rows(
     # One step over all 24 rows, and one over all packs of them.
     plain = write(models, tmp_path / "a", batch_size=24, epochs=3, **shared)
     packed_config = write(models, tmp_path / "b", dataset={"packed": True}, epochs=3, **shared)
-    from emarecipes.training.checks import CheckedRun
+    from emarecipes.training.checked import CheckedRun
 
     packs = len(CheckedRun(["--config", str(packed_config)], 1, 0).rows)
     assert 4 < packs < 12

@@ -10,7 +10,7 @@ import toy_run
 
 from emarecipes.errors import UserError
 from emarecipes.training import run_lora
-from emarecipes.training.checks import CheckedRun
+from emarecipes.training.checked import CheckedRun
 
 LR = 1e-2
 

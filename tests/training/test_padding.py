@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from emarecipes.datasets.interleaved import Placement
 from emarecipes.datasets.rows import Rows
 from emarecipes.training import run_lora
-from emarecipes.training.checks import CheckedRun
+from emarecipes.training.checked import CheckedRun
 
 
 def make_rows(

@@ -13,7 +13,7 @@ from torchtune.modules import TransformerDecoder
 from toy_cache import FEATURES, assert_identical, cached_config, train, trained, write
 
 from emarecipes.training import run_cache, run_lora
-from emarecipes.training.checks import CheckedRun
+from emarecipes.training.checked import CheckedRun
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from emarecipes.defenses import Defense
 from emarecipes.errors import UserError
 from emarecipes.models.batch import Batch, make_batch
 from emarecipes.training import run_cache, run_lora
-from emarecipes.training.checks import CheckedRun
+from emarecipes.training.checked import CheckedRun
 from emarecipes.training.reference_cache import ReferenceCache
 from emarecipes.training.reference_cache_open import open_cache
 from emarecipes.training.row_store import StoreLayout, open_store

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from emarecipes.errors import UserError
+from emarecipes.errors import UserError, first_line
 
 # Of training elsewhere, of generation, of where the file comes from.
 NO_FUNCTION = frozenset(
@@ -159,7 +159,7 @@ def read_json(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{folder}: no config.json; give a Hugging Face model folder") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path}: cannot be read: {first_line(error)}") from None
     if not isinstance(found, dict):
         raise UserError(f"{path}: not a mapping")
     return found
