@@ -126,14 +126,16 @@ def _silence_torchao():  # type: ignore[no-untyped-def]
     """
     import logging
 
-    dropped = {
-        "torchao": "Skipping import of cpp extensions",
-        "torch.utils._pytree": "%s is an Enum subclass and is now natively supported",
-    }
-    for logger, start in dropped.items():
-        logging.getLogger(logger).addFilter(
-            lambda record, start=start: not str(record.msg).startswith(start)
-        )
+    dropped = (
+        "Skipping import of cpp extensions",
+        "%s is an Enum subclass and is now natively supported",
+    )
+
+    def keep(record):  # type: ignore[no-untyped-def]
+        return not str(record.msg).startswith(dropped)
+
+    for logger in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(logger).addFilter(keep)
 
 
 def _end(kind, error, trace):  # type: ignore[no-untyped-def]
