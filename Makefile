@@ -1,45 +1,47 @@
 # `make demo` and `make test` do all their set-up by themselves, into .venv and models/.
 PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
-BIN := .venv/bin
+VENV ?= .venv
+BIN := $(VENV)/bin
 MODEL := models/smollm2-135m-instruct
 DEMO := runs/compare_demo
 
 ALIGNED := runs/smollm2_135m_aligned/merged
 VECTORS := runs/smollm2_135m_persona_vectors/vectors.safetensors
 
-.PHONY: help demo all-defenses test test-quick test-long lint types bench docs clean
+.PHONY: help demo all-defenses test test-newest test-quick test-long lint types bench docs clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo          train SmolLM2-135M-Instruct undefended and with KL on a CPU, and compare"
 	@echo "make all-defenses  all defenses at once, with what they need made before, in about 12 min"
 	@echo "make test          lint, types, tests"
+	@echo "make test-newest   the same with the newest torch and torchao that the ranges allow, in .venv-newest"
 	@echo "make test-quick    lint, types, and the tests that need no model, run or process, in about a minute"
 	@echo "make test-long     the tests that kill runs at many moments, in about 8 min"
 	@echo "make bench         the quick form of each benchmark, in about 13 min: a step beside torchtune's"
 	@echo "                   and PEFT's, each defense, a reference cache, ragged rows, generation, ..."
 	@echo "make docs          the site, in build/site; a link that leads nowhere fails"
-	@echo "make clean         remove .venv, build/, models/ and runs/"
+	@echo "make clean         remove .venv, .venv-newest, build/, models/ and runs/"
 
 # Not compiled when installed: most of 12,000 files are never imported, and the rest are compiled then.
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile --constraint $(CONSTRAINTS)
 
 # The stamps say which dependencies the environment was last installed with.
-.venv/installed: pyproject.toml $(CONSTRAINTS) emarecipes/_launch.py emarecipes/_launch.pth
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+$(VENV)/installed: pyproject.toml $(CONSTRAINTS) emarecipes/_launch.py emarecipes/_launch.pth
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(INSTALL) --editable .
 	@touch $@
 
-.venv/installed-dev: .venv/installed
+$(VENV)/installed-dev: $(VENV)/installed
 	$(INSTALL) --editable '.[dev]'
 	@touch $@
 
-$(MODEL)/prepared.json: | .venv/installed
+$(MODEL)/prepared.json: | $(VENV)/installed
 	$(BIN)/python -m emarecipes.models.prepare smollm2-135m-instruct --output $(MODEL)
 
 # What is there is not made again: a second run, or one after an interruption, goes on from it.
-demo: .venv/installed $(MODEL)/prepared.json
+demo: $(VENV)/installed $(MODEL)/prepared.json
 	$(BIN)/tune run recipes/ema_compare.py --config configs/compare_demo.yaml
 	@echo
 	@echo "The comparison's page, for a browser:  $(DEMO)/report.html"
@@ -48,10 +50,10 @@ demo: .venv/installed $(MODEL)/prepared.json
 	@echo "Next, a run of its own with all steps: \
 	$(BIN)/tune run recipes/ema_lora.py --config configs/smollm2_135m_kl.yaml"
 
-$(ALIGNED)/config.json: | .venv/installed $(MODEL)/prepared.json
+$(ALIGNED)/config.json: | $(VENV)/installed $(MODEL)/prepared.json
 	$(BIN)/tune run recipes/ema_lora.py --config configs/smollm2_135m_aligned.yaml overwrite=true
 
-$(VECTORS): | .venv/installed $(MODEL)/prepared.json
+$(VECTORS): | $(VENV)/installed $(MODEL)/prepared.json
 	$(BIN)/tune run recipes/ema_persona.py --config configs/smollm2_135m_persona_vectors.yaml \
 		overwrite=true
 
@@ -59,25 +61,29 @@ all-defenses: $(ALIGNED)/config.json $(VECTORS)
 	$(BIN)/tune run recipes/ema_lora.py --config configs/smollm2_135m_all.yaml \
 		max_steps_per_epoch=20 output_dir=runs/all_defenses overwrite=true
 
-lint: .venv/installed-dev
+lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: .venv/installed-dev
+types: $(VENV)/installed-dev
 	$(BIN)/mypy
 
 # Two workers of one thread each: most tests wait for a `tune run` of their own.
 test: lint types $(MODEL)/prepared.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
+# An environment of its own: the two sets would replace each other.
+test-newest:
+	$(MAKE) test VENV=.venv-newest CONSTRAINTS=constraints-newest.txt
+
 test-quick: lint types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "unit and not long"
 
-test-long: .venv/installed-dev $(MODEL)/prepared.json
+test-long: $(VENV)/installed-dev $(MODEL)/prepared.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long
 	EMARECIPES_FUZZ_FACTOR=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_fuzz.py
 
-bench: .venv/installed-dev $(MODEL)/prepared.json
+bench: $(VENV)/installed-dev $(MODEL)/prepared.json
 	$(BIN)/python benchmarks/step_cost.py --quick
 	$(BIN)/python benchmarks/defense_cost.py --quick
 	$(BIN)/python benchmarks/cache_cost.py --quick
@@ -89,15 +95,15 @@ bench: .venv/installed-dev $(MODEL)/prepared.json
 	$(BIN)/python benchmarks/interval_coverage.py --quick
 
 # In the layout that it has here: the same links hold.
-docs: .venv/installed-docs
+docs: $(VENV)/installed-docs
 	rm -rf build/docs build/site
 	mkdir -p build/docs
 	cp -r *.md CITATION.cff configs data docs emarecipes examples benchmarks build/docs
 	$(BIN)/mkdocs build
 
-.venv/installed-docs: .venv/installed
+$(VENV)/installed-docs: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --editable '.[docs]' --constraint $(CONSTRAINTS)
 	@touch $@
 
 clean:
-	rm -rf .venv build models runs
+	rm -rf .venv .venv-newest build models runs

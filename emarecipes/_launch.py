@@ -1,8 +1,10 @@
-"""Lets the stock `tune` command find this project's recipes and configs.
+"""Lets the stock `tune` command find this project's recipes and configs, and torchtune import.
 
 Installed beside site-packages' other modules as `_emarecipes_launch`, with a one-line .pth that
-imports it when Python starts. Start-up only registers a finder (no other import); the work happens
-if and when torchtune's command line imports its recipe registry, or anything imports torchao.
+imports it when Python starts; `import emarecipes` does it where there is no .pth. Start-up only
+registers finders (no other import); the work happens if and when torchtune's command line imports
+its recipe registry, torchtune's import asks torchao for what it no longer has, or anything imports
+torchao.
 
 Why not a recipe path alone: `tune run recipes/ema_lora.py` makes `recipes.ema_lora` of it, and
 torchtune's own top-level package `recipes` is found first. A recipe that the registry knows is run
@@ -12,50 +14,128 @@ by its file path instead. Why not patch torchtune's files: reinstalling it would
 import os
 import sys
 
-_REGISTRY = "torchtune._recipe_registry"
+_NF4 = "torchao.dtypes.nf4tensor"
 
 
-class _RegistryFinder:
-    """Adds our recipes to torchtune's registry when that module is imported."""
+class _Finder:
+    """Asked first. Changes what `_AT_IMPORT` names when that is imported."""
 
     @staticmethod
     def find_spec(name, path=None, target=None):  # type: ignore[no-untyped-def]
         if name == "torchao":
             _silence_torchao()
-        if name != _REGISTRY:
+        load = _AT_IMPORT.pop(name, None)
+        if load is None:
             return None
         import importlib.util
 
-        sys.meta_path[:] = [finder for finder in sys.meta_path if finder is not _RegistryFinder]
-        spec = importlib.util.find_spec(name)
-        if spec is None or spec.loader is None:
-            return spec
-        load_stock = spec.loader.exec_module
-
-        def load(module):  # type: ignore[no-untyped-def]
-            load_stock(module)
-            stock_recipes = module.get_all_recipes
-            module.get_all_recipes = lambda: [*stock_recipes(), *_our_recipes(module)]
-            # torchrun gives its workers 1 where there is none; see `emarecipes.machine`.
-            os.environ["EMARECIPES_OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "")
-            sys.excepthook = _end
-
-        spec.loader.exec_module = load  # type: ignore[method-assign]
+        spec = importlib.util.find_spec(name)  # By the other finders: this one does not answer now.
+        _AT_IMPORT[name] = load
+        if spec is not None and spec.loader is not None:
+            load_stock = spec.loader.exec_module
+            spec.loader.exec_module = lambda module: load(module, load_stock)  # type: ignore[method-assign]
         return spec
 
 
-def _silence_torchao():  # type: ignore[no-untyped-def]
-    """Drop the one warning that torchao gives at every import beside a later torch.
+def _add_our_recipes(registry, load_stock):  # type: ignore[no-untyped-def]
+    load_stock(registry)
+    stock_recipes = registry.get_all_recipes
+    registry.get_all_recipes = lambda: [*stock_recipes(), *_our_recipes(registry)]
+    # torchrun gives its workers 1 where there is none; see `emarecipes.machine`.
+    os.environ["EMARECIPES_OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "")
+    sys.excepthook = _end
 
-    The last torchao that torchtune works with has no compiled kernels for it. Nothing here needs
-    them, and a user can do nothing about it. Its other messages stay.
+
+def _lend_gone_names(quantizers, load_stock):  # type: ignore[no-untyped-def]
+    """Load torchtune's quantizers beside a torchao that lacks what some of them call.
+
+    torchtune imports the names with all else; only what quantizes a finished model calls them, and
+    nothing here does. torchao has them for the time of that import alone: whoever else asks torchao
+    for them gets the true answer.
+    """
+    import torchao.dtypes
+    import torchao.quantization
+
+    called = (
+        (torchao.dtypes, "TensorCoreTiledLayout"),  # gone since torchao 0.18
+        (torchao.quantization, "int4_weight_only"),  # since 0.16
+        (torchao.quantization, "int8_dynamic_activation_int4_weight"),  # since 0.16
+    )
+    gone = [(module, name) for module, name in called if not hasattr(module, name)]
+    for module, name in gone:
+        setattr(module, name, _refusal(name))
+    try:
+        load_stock(quantizers)
+    finally:
+        for module, name in gone:
+            delattr(module, name)
+
+
+def _refusal(name):  # type: ignore[no-untyped-def]
+    """What a quantizer of torchtune's calls where torchao no longer has it: it says so."""
+
+    def refuse(*args, **kwargs):  # type: ignore[no-untyped-def]
+        import torchao
+
+        raise NotImplementedError(
+            f"torchtune's quantizer calls torchao's {name}, which torchao {torchao.__version__} no "
+            "longer has: quantize with torchao 0.15"
+        )
+
+    return refuse
+
+
+_AT_IMPORT = {
+    "torchtune._recipe_registry": _add_our_recipes,
+    "torchtune.training.quantization": _lend_gone_names,
+}
+
+
+class _LastFinder:
+    """Asked last, so for what would fail: the 4-bit tensors where torchtune looks for them.
+
+    torchao 0.18 has moved the module; what is in it is the same. Where there is no torchtune in the
+    process, the import fails as ever.
+    """
+
+    @staticmethod
+    def find_spec(name, path=None, target=None):  # type: ignore[no-untyped-def]
+        if name != _NF4 or "torchtune" not in sys.modules:
+            return None
+        from importlib.machinery import ModuleSpec
+
+        return ModuleSpec(name, _LastFinder)  # type: ignore[arg-type]
+
+    @staticmethod
+    def create_module(spec):  # type: ignore[no-untyped-def]
+        return None
+
+    @staticmethod
+    def exec_module(module):  # type: ignore[no-untyped-def]
+        from torchao.quantization.quantize_.workflows.nf4 import nf4_tensor
+
+        sys.modules[_NF4] = nf4_tensor  # An import gives what stands here in the end.
+
+
+def _silence_torchao():  # type: ignore[no-untyped-def]
+    """Drop what is said at every import of torchao, and a user can do nothing about.
+
+    Beside a later torch than its own, torchao 0.13 to 0.17 say that their compiled kernels are left
+    out, which nothing here needs; and torch 2.14 that it will no longer take the way in which
+    torchao 0.18 registers two enumerations. Other messages stay.
     """
     import logging
 
-    def keep(record):  # type: ignore[no-untyped-def]
-        return not str(record.msg).startswith("Skipping import of cpp extensions")
+    dropped = (
+        "Skipping import of cpp extensions",
+        "%s is an Enum subclass and is now natively supported",
+    )
 
-    logging.getLogger("torchao").addFilter(keep)
+    def keep(record):  # type: ignore[no-untyped-def]
+        return not str(record.msg).startswith(dropped)
+
+    for logger in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(logger).addFilter(keep)
 
 
 def _end(kind, error, trace):  # type: ignore[no-untyped-def]
@@ -114,4 +194,5 @@ def _our_recipes(registry):  # type: ignore[no-untyped-def]
     ]
 
 
-sys.meta_path.insert(0, _RegistryFinder)
+sys.meta_path.insert(0, _Finder)
+sys.meta_path.append(_LastFinder)

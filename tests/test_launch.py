@@ -133,3 +133,36 @@ def test_the_hook_imports_nothing_at_start_up() -> None:
         "assert not {'torch', 'torchtune', 'emarecipes', 'pathlib'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_torchtune_gets_of_torchao_what_others_do_not() -> None:
+    """Where `emarecipes` is imported and no .pth was read, too."""
+    code = """
+import sys
+from importlib.util import find_spec
+del sys.modules["_emarecipes_launch"]
+sys.meta_path[:] = [finder for finder in sys.meta_path if finder.__module__ != "_emarecipes_launch"]
+import emarecipes
+import torchao.dtypes, torchao.quantization
+def there():
+    names = ("int4_weight_only", "int8_dynamic_activation_int4_weight")
+    owners = [*((torchao.quantization, name) for name in names)]
+    return [hasattr(*pair) for pair in (*owners, (torchao.dtypes, "TensorCoreTiledLayout"))]
+before, moved = there(), find_spec("torchao.dtypes.nf4tensor") is None
+from torchtune.training.quantization import Int8DynActInt4WeightQuantizer
+from torchtune.modules.common_utils import NF4Tensor
+from torchao.dtypes.nf4tensor import NF4Tensor as named
+assert there() == before and named is NF4Tensor
+home = "torchao.quantization.quantize_.workflows.nf4.nf4_tensor"
+assert NF4Tensor.__module__ == (home if moved else "torchao.dtypes.nf4tensor")
+assert not moved or sys.modules[home].__spec__.name == home
+if not before[1]:
+    try:
+        Int8DynActInt4WeightQuantizer().quantize(None)
+    except NotImplementedError as error:
+        told = "calls torchao's int8_dynamic_activation_int4_weight, which torchao "
+        assert told in str(error) and "\\n" not in str(error), error
+    else:
+        raise AssertionError
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

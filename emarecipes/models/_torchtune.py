@@ -19,12 +19,12 @@ from safetensors import safe_open
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torchao.dtypes.nf4tensor import NF4Tensor
 from torchtune import training
 from torchtune.config import instantiate
 from torchtune.datasets import _sft, _text_completion
 from torchtune.models.gemma2._component_builders import Gemma2FinalNorm
 from torchtune.modules import TransformerDecoder
+from torchtune.modules.common_utils import NF4Tensor  # torchao has moved it
 from torchtune.modules.peft import get_adapter_params, set_trainable_params
 from torchtune.training.checkpointing import _checkpointer
 

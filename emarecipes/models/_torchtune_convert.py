@@ -11,12 +11,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchao.dtypes.nf4tensor import linear_nf4
 from torchtune.models.convert_weights import tune_to_hf
 from torchtune.models.gemma2._convert_weights import gemma2_tune_to_hf
 from torchtune.models.phi3._convert_weights import phi3_tune_to_hf
 from torchtune.models.qwen2._convert_weights import qwen2_tune_to_hf
-from torchtune.modules.peft import DoRALinear
+from torchtune.modules.peft.dora import DoRALinear, linear_nf4  # torchao has moved the latter
 
 from emarecipes.errors import UserError
 from emarecipes.models.families import names
