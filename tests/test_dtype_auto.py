@@ -24,7 +24,7 @@ rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
 machine._shared["cpu"] = machine.Precision(["fp32", "bf16"][rank], f"rank {rank} says so")
 machine.share_precision()
-clock._local_day = lambda: ["2026-11-27", "2026-11-28"][rank]  # Midnight passes between them.
+clock.local_day = lambda: ["2026-11-27", "2026-11-28"][rank]  # Midnight passes between them.
 clock.share_today()
 print(machine.native_precision("cpu").dtype, clock.today())
 dist.barrier()

@@ -35,7 +35,7 @@ def test_a_term_that_no_step_had_rows_for(
             step=2, tokens=9, seconds=1.0, skipped=0, first=figures, last=figures
         )
         loss: Any = SimpleNamespace(names=["ce", *weights], weights=[1.0, *weights.values()])
-        print_summary(loss, counters, 0, output_dir=tmp_path)
+        print_summary(loss, counters, 0, output_dir=tmp_path, ended=None)
         return capsys.readouterr().out
 
     expected = "No step had rows for own: without effect in this run."

@@ -29,18 +29,20 @@ def free_port() -> int:
 
 
 def test_a_judge_whose_server_is_not_there_is_named_with_its_address(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.undo()  # Inspect waits for seconds between attempts, as it does.
     port = free_port()
-    monkeypatch.setenv("FAKE_API_KEY", "key")
-    monkeypatch.setenv("FAKE_BASE_URL", f"http://127.0.0.1:{port}/v1")
+    name = "openai-api/absent/judge"  # Inspect keeps a model by its name, with its address.
+    monkeypatch.setenv("ABSENT_API_KEY", "key")
+    monkeypatch.setenv("ABSENT_BASE_URL", f"http://127.0.0.1:{port}/v1")
+    monkeypatch.setenv("INSPECT_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(provider, "_BETWEEN", 0.2)
     begun = time.monotonic()
     with pytest.raises(UserError) as error:
-        ask(JUDGE, ["one", "two"], progress=lambda n: None)
+        ask(name, ["one", "two"], progress=lambda n: None)
     assert str(error.value).startswith(
-        f"the judge {JUDGE} failed: no server answers at 127.0.0.1:{port} ("
+        f"the judge {name} failed: no server answers at 127.0.0.1:{port} ("
     )
     assert "refused" in str(error.value)
     assert time.monotonic() - begun < 20
