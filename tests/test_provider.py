@@ -69,6 +69,7 @@ def test_a_served_model_that_goes_while_it_is_asked(monkeypatch: pytest.MonkeyPa
 
 
 def test_replies_from_the_cache_need_no_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(provider, "_BETWEEN", 4.0)  # As it is: the first reply may take a second.
     prompts = ["one", "two"]
     with serve(lambda call: "80") as server:
         monkeypatch.setenv("FAKE_BASE_URL", server.url)
