@@ -104,6 +104,8 @@ def _finish(run: CheckedGeneration) -> None:
         if not suite.is_complete():
             suite.join()
     _print(run.suites)
+    for suite in run.suites:
+        _tell_copies(suite, run.cfg.temperature)
 
 
 def _sample(run: CheckedGeneration, todo: list[tuple[AnswerSet, Asked]]) -> None:
@@ -157,6 +159,25 @@ def _sample_locally(run: CheckedGeneration, todo: list[tuple[AnswerSet, Asked]])
                 suite.append(rank, [record])
             bar.update(len(rows))
             stop.heed()
+
+
+def _tell_copies(suite: AnswerSet, temperature: float) -> None:
+    """Say so where no prompt has two different samples: their model did not sample.
+
+    Such as behind a server that does not heed a request's temperature. An interval over such
+    answers is one over copies.
+    """
+    samples: dict[tuple[str, int], list[str]] = {}
+    for key, record in suite.records.items():
+        samples.setdefault((key.id, key.paraphrase), []).append(record["answer"])
+    several = [texts for texts in samples.values() if len(texts) > 1]
+    if len(several) > 1 and all(len(set(texts)) == 1 for texts in several):
+        print(
+            f"{suite.name}: all samples of each of {len(several)} prompts are the same at "
+            f"temperature {temperature:g}: the model does not sample, or hardly; a server may not "
+            "heed the temperature (transformers serve: do_sample in generation_config.json)",
+            flush=True,
+        )
 
 
 def _print(suites: Sequence[AnswerSet]) -> None:

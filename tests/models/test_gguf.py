@@ -38,7 +38,8 @@ def test_configuration(folder: Path) -> None:
     assert (config["model_type"], config["tie_word_embeddings"]) == ("llama", True)
     assert (config["num_attention_heads"], config["num_key_value_heads"]) == (HEADS, KV_HEADS)
     assert (config["rms_norm_eps"], config["rope_theta"]) == (1e-5, 10000.0)
-    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == 2
+    generation = json.loads((folder / "generation_config.json").read_text())
+    assert (generation["eos_token_id"], generation["do_sample"]) == (2, True)
     tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
     assert (tokenizer["chat_template"], tokenizer["eos_token"]) == (TEMPLATE, "<|im_end|>")
 

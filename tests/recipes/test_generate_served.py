@@ -22,18 +22,23 @@ def case(tmp_path: Path, toy_model_dir: Path) -> Case:
 
 # --- a served model ----------------------------------------------------------------------------
 
+COPIES = "prompts are the same"
 LOCAL = ("~model", "~tokenizer", "~checkpointer")
 
 
 @pytest.fixture
 def server() -> Iterator[Any]:
-    """An OpenAI-compatible server; `requests` are the bodies, `failing` makes it answer 401."""
+    """An OpenAI-compatible server; `requests` are the bodies.
+
+    `failing` makes it answer 401, `copies` the same at every seed.
+    """
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             found.requests.append(body)
-            text = f"{body['seed']}: {body['messages'][-1]['content']}"
+            seed = 0 if found.copies else body["seed"]
+            text = f"{seed}: {body['messages'][-1]['content']}"
             reason = "length" if "noun" in text else "stop"
             message = {"role": "assistant", "content": text}
             reply: Any = {
@@ -54,7 +59,7 @@ def server() -> Iterator[Any]:
             pass
 
     found: Any = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    found.requests, found.failing = [], False
+    found.requests, found.failing, found.copies = [], False, False
     thread = threading.Thread(target=found.serve_forever)
     thread.start()
     yield found
@@ -93,6 +98,7 @@ def test_an_openai_compatible_server(
     rows = toy_select.read_jsonl(case.path())
     assert len(rows) == 12
     assert len({row["answer"] for row in rows}) == 12, "every sample has a seed of its own"
+    assert COPIES not in capsys.readouterr().out
     for row in rows:
         assert row["answer"].endswith(row["question"])
         assert (row["stop"], row["tokens"]) == ("length" if row["id"] == "noun" else "end", 3)
@@ -100,6 +106,18 @@ def test_an_openai_compatible_server(
     assert [message["role"] for message in request["messages"]] == ["system", "user"]
     assert (request["top_p"], request["temperature"]) == (0.95, 1.0)
     assert "secret-key" not in case.path().with_suffix(".json").read_text()
+
+
+def test_a_server_that_does_not_sample_is_told(
+    case: Case,
+    server: Any,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    served, _ = use(server, monkeypatch)
+    server.copies = True
+    assert case.run(*served, "overwrite=true", "temperature=0.7") == 0
+    assert f"{COPIES} at temperature 0.7: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("provider", ["vllm", "openai-api/toy"])

@@ -76,7 +76,9 @@ def convert(gguf_file: Path, folder: Path) -> None:
         said = f"has no {error}" if isinstance(error, KeyError) else first_line(error)
         raise UserError(f"{gguf_file}: {said}") from error
     write_json(folder / "config.json", config, ensure_ascii=False)
-    write_json(folder / "generation_config.json", token_ids(meta), ensure_ascii=False)
+    # `transformers serve` heeds a request's temperature only where the folder says that it samples.
+    sampling = token_ids(meta) | {"do_sample": True}
+    write_json(folder / "generation_config.json", sampling, ensure_ascii=False)
     for weights in folder.glob("*.safetensors"):  # safetensors makes them their owner's alone.
         shutil.copymode(folder / "config.json", weights)
 
