@@ -58,7 +58,9 @@ def provider_model(
     config = switched_off(name) | config
     limits = {"max_retries": MAX_RETRIES, "attempt_timeout": timeout}
     try:
-        return get_model(name, config=GenerateConfig(**limits, **config))
+        # Not kept by Inspect, which would hand out the same one again whatever address the
+        # environment names by then.
+        return get_model(name, config=GenerateConfig(**limits, **config), memoize=False)
     except Exception as error:
         raise UserError(f"{what} {name} cannot be used: {error_line(error)}") from None
 

@@ -12,7 +12,7 @@ from emarecipes import provider
 from emarecipes.errors import UserError
 from emarecipes.generation.answers import AnswerKey, Asked
 from emarecipes.generation.served import answer_served
-from emarecipes.judges.calls import ask
+from emarecipes.judges.calls import ask, check_judge
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +33,7 @@ def test_a_judge_whose_server_is_not_there_is_named_with_its_address(
 ) -> None:
     monkeypatch.undo()  # Inspect waits for seconds between attempts, as it does.
     port = free_port()
-    name = "openai-api/absent/judge"  # Inspect keeps a model by its name, with its address.
+    name = "openai-api/absent/judge"
     monkeypatch.setenv("ABSENT_API_KEY", "key")
     monkeypatch.setenv("ABSENT_BASE_URL", f"http://127.0.0.1:{port}/v1")
     monkeypatch.setenv("INSPECT_CACHE_DIR", str(tmp_path))
@@ -66,6 +66,16 @@ def test_a_served_model_that_goes_while_it_is_asked(monkeypatch: pytest.MonkeyPa
         with pytest.raises(UserError, match=r"no server answers at 127\.0\.0\.1:\d+ \("):
             answer_served(cfg, asked, done)
     assert len(answered) == 1
+
+
+def test_a_judge_is_asked_where_the_environment_says_by_then(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("FAKE_BASE_URL", f"http://127.0.0.1:{free_port()}/v1")
+    check_judge(JUDGE)
+    with serve(lambda call: "80") as server:
+        monkeypatch.setenv("FAKE_BASE_URL", server.url)
+        assert [r.score for r in ask(JUDGE, ["one"], progress=lambda n: None)] == [80]
 
 
 def test_replies_from_the_cache_need_no_server(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -149,7 +149,7 @@ def refused_request(error: BaseException | None) -> BaseException | None:
 
 
 def _judge(model_name: str, options: dict[str, Any] | None = None) -> Any:
-    """Inspect's model; the same one until `ask` closes it."""
+    """Inspect's model, which `ask` closes."""
     return provider_model("the judge", model_name, temperature=0.0, **(options or {}))
 
 
