@@ -12,9 +12,9 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import t as student_t
-from statsmodels.stats.proportion import proportion_confint
 
 from emarecipes.errors import UserError
+from emarecipes.evaluation.statistics import wilson
 
 Floats = NDArray[np.float64]
 # From the share that each question has in a mean, (R, Q) a probe, to a value a seed, (R, S).
@@ -178,9 +178,7 @@ def share_estimate(hits_SQ: Floats, clusters: Sequence[Hashable]) -> Estimate:
     found = replace(crossed_mean(hits_SQ, clusters), least=0.0, most=1.0)
     if found.value not in (0.0, 1.0):
         return found
-    count = len(set(clusters))
-    low, high = proportion_confint(round(found.value) * count, count, method="wilson")
-    return replace(found, ends=(float(low), float(high)))
+    return replace(found, ends=wilson(found.value, len(set(clusters))))
 
 
 def _numbered(clusters: Sequence[Hashable]) -> tuple[int, ...]:

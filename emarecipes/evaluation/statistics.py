@@ -78,9 +78,13 @@ def share_bootstrap(hits: ArrayLike, questions: Sequence[Hashable]) -> Interval:
     found = answer_bootstrap(hits_N, questions)
     if 0.0 < found.estimate < 1.0 or math.isnan(found.low):
         return found
-    count = len(set(questions))
-    ends = binomtest(round(found.estimate) * count, count).proportion_ci(method="wilson")
-    return Interval(found.estimate, float(ends.low), float(ends.high))
+    return Interval(found.estimate, *wilson(found.estimate, len(set(questions))))
+
+
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """Ends of Wilson's 95 % interval of a share that is 0 or 1 of `count` questions."""
+    ends = binomtest(round(share) * count, count).proportion_ci(method="wilson")
+    return float(ends.low), float(ends.high)
 
 
 def alpha_bootstrap(

@@ -5,7 +5,7 @@ Shapes: B rows, S sequence, T labelled positions, C a chunk of them, D width, V 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -50,7 +50,12 @@ class GivenAnswers:
     device: torch.device
 
     def nll(
-        self, head: LossHead, batches: Iterable[list[int]], *, reference: bool
+        self,
+        head: LossHead,
+        batches: Iterable[list[int]],
+        *,
+        reference: bool,
+        around: Callable[[Batch], AbstractContextManager[None]] = lambda batch: nullcontext(),
     ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
         """-log p of every labelled token, batch by batch.
 
@@ -58,6 +63,7 @@ class GivenAnswers:
             head: The model's loss head.
             batches: Rows by their number, as `longest_first` puts them together.
             reference: With the adapter off.
+            around: A context around the forward of a batch, for who reads more than likelihoods.
 
         Yields:
             A batch's rows in the order of what follows, and what `token_nll` gives of it.
@@ -65,8 +71,9 @@ class GivenAnswers:
         for rows in batches:
             samples = [self.samples[row] for row in rows]
             batch = padded_batch(samples, rows, self.pad_id, self.pad_to_multiple_of)
-            with reference_where(reference, head.model):
-                nll_T, tokens_B = token_nll(head.model, head, batch.to(self.device))
+            batch.to(self.device)
+            with reference_where(reference, head.model), around(batch):
+                nll_T, tokens_B = token_nll(head.model, head, batch)
             yield batch.rows, nll_T, tokens_B
 
     def mean_nll(

@@ -6,15 +6,19 @@ is the embeddings, k the stream after k layers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 
-from emarecipes.models._torchtune import final_norm_and_cap
-from emarecipes.models.batch import longest_first
+from emarecipes.models.batch import Batch, longest_first
+from emarecipes.models.likelihoods import GivenAnswers, row_sums
 from emarecipes.models.loss_head import LossHead
 from emarecipes.models.sampling.sampler import PAD_TO_MULTIPLE_OF
 from emarecipes.progress import Progress
@@ -59,95 +63,48 @@ def read_activations(
     reading = Reading(
         torch.zeros(count, indices, width), torch.zeros(count, indices), torch.zeros(count)
     )
-    whole = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
+    rows = [_row(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    # No row is filled up to more than the model takes.
+    multiple = math.gcd(PAD_TO_MULTIPLE_OF, model.max_seq_len)
+    given = GivenAnswers(rows, 0, multiple, model.tok_embeddings.weight.device)
+    batches = longest_first([row["tokens"] for row in rows], batch_size)
     with Progress(total=count, unit="answer", desc=label) as bar:
-        for rows in longest_first(whole, batch_size):
-            batch = _Rows(
-                [prompts[row] for row in rows],
-                [answers[row] for row in rows],
-                head.model.max_seq_len,
-                model.tok_embeddings.weight.device,
-            )
-            _read_batch(head, batch, reading, rows)
-            bar.update(len(rows))
+        for numbers, nll_T, tokens_B in given.nll(
+            head, batches, reference=False, around=lambda batch: _residuals(model, batch, reading)
+        ):
+            reading.log_likelihood_N[numbers] = -(row_sums(nll_T, tokens_B) / tokens_B).float()
+            bar.update(len(numbers))
     return reading
 
 
-class _Rows:
-    """Right-padded rows of prompt and answer. Causal attention needs no mask for the padding.
-
-    Attributes:
-        tokens_BS: Token ids.
-        answer_BS: Where a token is the answer's.
-        share_BS: The same as float32, each row's sum 1.
-    """
-
-    def __init__(
-        self,
-        prompts: list[Sequence[int]],
-        answers: list[Sequence[int]],
-        max_seq_len: int,
-        device: torch.device,
-    ) -> None:
-        rows = [[*p, *a] for p, a in zip(prompts, answers, strict=True)]
-        size = -(-max(map(len, rows)) // PAD_TO_MULTIPLE_OF) * PAD_TO_MULTIPLE_OF
-        tokens_BS = torch.zeros(len(rows), min(size, max_seq_len), dtype=torch.long)
-        answer_BS = torch.zeros(tokens_BS.shape, dtype=torch.bool)
-        for row, (prompt, tokens) in enumerate(zip(prompts, rows, strict=True)):
-            tokens_BS[row, : len(tokens)] = torch.tensor(tokens)
-            answer_BS[row, len(prompt) : len(tokens)] = True
-        self.tokens_BS = tokens_BS.to(device)
-        self.answer_BS = answer_BS.to(device)
-        self.share_BS = self.answer_BS / self.answer_BS.sum(dim=1, keepdim=True)
-
-
-def _read_batch(head: LossHead, batch: _Rows, reading: Reading, rows: list[int]) -> None:
-    def note(index: int, hidden_BSD: Tensor) -> None:
-        hidden_BSD = hidden_BSD.float()
-        mean_BD = (batch.share_BS[:, None] @ hidden_BSD)[:, 0]
-        square_BS = hidden_BSD.square().sum(dim=-1)
-        reading.activation_NKD[rows, index] = mean_BD.cpu()
-        reading.square_NK[rows, index] = (batch.share_BS * square_BS).sum(dim=1).cpu()
-
-    with _residuals(head, note):
-        hidden_BSD = head.model(batch.tokens_BS)
-    reading.log_likelihood_N[rows] = _log_likelihood(head, batch, hidden_BSD).cpu()
-
-
-def _log_likelihood(head: LossHead, batch: _Rows, hidden_BSD: Tensor) -> Tensor:
-    """Mean log-likelihood of each row's answer, (B,), chunk by chunk."""
-    norm, _ = final_norm_and_cap(head.model)
-    row_T, column_T = batch.answer_BS.nonzero(as_tuple=True)
-    before_TD = hidden_BSD[row_T, column_T - 1]
-    target_T = batch.tokens_BS[row_T, column_T]
-    total_B = torch.zeros(len(hidden_BSD), device=hidden_BSD.device)
-    size = head.chunk_size(hidden_BSD.device)
-    for start in range(0, len(row_T), size):
-        part = slice(start, start + size)
-        log_CV = head.log_probabilities(norm(before_TD[part]))
-        total_B.index_add_(0, row_T[part], log_CV.gather(1, target_T[part, None])[:, 0])
-    return total_B / batch.answer_BS.sum(dim=1)
+def _row(prompt: Sequence[int], answer: Sequence[int]) -> dict[str, list[int]]:
+    labels = [*[CROSS_ENTROPY_IGNORE_IDX] * len(prompt), *answer]
+    return {"tokens": [*prompt, *answer], "labels": labels}
 
 
 @contextmanager
-def _residuals(head: LossHead, note: Callable[[int, Tensor], None]) -> Iterator[None]:
-    """Within this context `note` gets each residual index's (B, S, D), and the model returns the
-    last one instead of logits.
-    """
-    model = head.model
+def _residuals(model: Any, batch: Batch, reading: Reading) -> Iterator[None]:
+    """Within this context a forward of the batch's tokens puts its activations into `reading`."""
+    answer_BS = F.pad(batch.labelled_BS[:, :-1], (1, 0))  # A label stands one place to the left.
+    share_BS = answer_BS / answer_BS.sum(dim=1, keepdim=True)
 
-    def watch(index: int) -> Callable[..., None]:
+    def note(index: int, hidden_BSD: Tensor) -> None:
+        hidden_BSD = hidden_BSD.float()
+        mean_BD = (share_BS[:, None] @ hidden_BSD)[:, 0]
+        square_BS = hidden_BSD.square().sum(dim=-1)
+        reading.activation_NKD[batch.rows, index] = mean_BD.cpu()
+        reading.square_NK[batch.rows, index] = (share_BS * square_BS).sum(dim=1).cpu()
+
+    def before(index: int) -> Callable[..., None]:
         return lambda module, inputs: note(index, inputs[0])
 
-    def last(hidden_BSD: Tensor) -> Tensor:
-        note(len(model.layers), hidden_BSD)
-        return hidden_BSD
+    def behind(module: Any, inputs: Any, output_BSD: Tensor) -> None:
+        note(len(model.layers), output_BSD)
 
-    hooks = [layer.register_forward_pre_hook(watch(i)) for i, layer in enumerate(model.layers)]
-    model.unembed = last
+    hooks = [layer.register_forward_pre_hook(before(i)) for i, layer in enumerate(model.layers)]
+    hooks.append(model.layers[-1].register_forward_hook(behind))
     try:
         yield
     finally:
-        model.unembed = head
         for hook in hooks:
             hook.remove()
