@@ -9,6 +9,7 @@ killed, and nobody tells the others.
 prints one JSON object a line: of the whole run first, then of every attempt.
 """
 
+import gc
 import json
 import os
 import random
@@ -163,6 +164,7 @@ def draw(rng: random.Random, sizes: dict[str, int], left: float) -> tuple[str, i
 def main() -> None:
     config, kills, seed, processes = Path(sys.argv[1]), *map(int, sys.argv[2:5])
     folder = config.parent
+    gc.freeze()  # As in emarecipes/comparison/server.py.
     rng = random.Random(seed)
     report = folder / "report.json"
     (ended, *_) = launch(config, folder / "whole", processes=processes, fatal=None, report=report)

@@ -135,6 +135,24 @@ def test_the_hook_imports_nothing_at_start_up() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.parametrize(
+    ("program", "stays"),
+    [("/bin/tune", True), ("recipes/ema_lora.py", True), ("fortune", False), ("-c", False)],
+)
+def test_torchtune_is_imported_without_collecting(program: str, stays: bool) -> None:
+    """And in our commands what was imported is in no later collection."""
+    code = """
+import gc, sys
+from types import SimpleNamespace
+from emarecipes import _launch
+sys.argv = [sys.argv[1], *sys.argv]
+_launch._load_without_collecting(SimpleNamespace(), lambda module: print(gc.isenabled()))
+print(gc.isenabled(), gc.get_freeze_count() > 1000)
+"""
+    command = [sys.executable, "-c", code, program]
+    assert subprocess.check_output(command, text=True).split() == ["False", "True", str(stays)]
+
+
 def test_torchtune_gets_of_torchao_what_others_do_not() -> None:
     """Where `emarecipes` is imported and no .pth was read, too."""
     code = """

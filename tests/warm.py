@@ -19,7 +19,7 @@ from typing import Any
 from emarecipes.comparison import process
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload([*process._IMPORTED, "torch.distributed.run"])
+SERVER.set_forkserver_preload(["torch.distributed.run", process.SERVER])
 # What a process needs that asks the server which its parent asked, instead of starting another.
 _SERVER_STATE: Any = forkserver._forkserver
 _SHARED = ("_forkserver_address", "_forkserver_authkey")  # The latter from Python 3.14 on.

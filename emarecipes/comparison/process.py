@@ -22,12 +22,7 @@ from typing import Protocol
 import torch
 
 _TUNE = str(Path(sys.executable).with_name("tune"))
-_IMPORTED = (
-    "emarecipes.comparison.run",
-    "emarecipes.evaluation.run",
-    "emarecipes.generation",
-    "emarecipes.training.run",
-)
+SERVER = "emarecipes.comparison.server"  # What it imports.
 
 
 class Started(Protocol):
@@ -43,7 +38,7 @@ class Started(Protocol):
 class _Forked:
     def __init__(self, command: Sequence[str], log: Path, env: Mapping[str, str]) -> None:
         server = multiprocessing.get_context("forkserver")
-        server.set_forkserver_preload(list(_IMPORTED))
+        server.set_forkserver_preload([SERVER])
         arguments = (list(command), str(log), dict(env))
         self._process = server.Process(target=_run, args=arguments)
         self._process.start()

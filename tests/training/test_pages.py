@@ -6,9 +6,12 @@ import sys
 
 import pytest
 
+from emarecipes.training import pages
+
+# The file alone: its package's imports take longer than all rounds.
 ROUNDS = """
-import resource, torch
-from emarecipes.training.pages import keep_freed_pages
+import resource, runpy, sys, torch
+keep_freed_pages = runpy.run_path(sys.argv[1])["keep_freed_pages"]
 kept = {call}
 def work():
     held = [torch.ones(1024, 1536) for _ in range(20)]  # 6 MB each
@@ -23,7 +26,7 @@ print(kept, (faults() - before) // 4)
 
 def faults(call: str, **variables: str) -> tuple[str, int]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
-    command = [sys.executable, "-c", ROUNDS.format(call=call)]
+    command = [sys.executable, "-c", ROUNDS.format(call=call), pages.__file__]
     output = subprocess.check_output(command, env=kept | variables, text=True)
     answer, count = output.split()
     return answer, int(count)
