@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
 
@@ -27,6 +27,7 @@ from emarecipes.served.here import Given
 # What a server answers to a request that it does not know: the next way is tried.
 _UNKNOWN = (400, 404, 405, 415, 422, 500, 501)
 _BIAS = 1e4
+_FIRST = 4
 
 _Way = Callable[[Any, str, Given], Awaitable[list[float] | None]]
 
@@ -35,6 +36,8 @@ def score_served(
     model: Any, name: str, given: Sequence[Given], at_a_time: int, done: Callable[[], object]
 ) -> tuple[str, Floats] | None:
     """Log-probabilities (T,) of every token of the answers, and the way they were asked for.
+
+    A token that the server gives none of is nan.
 
     Args:
         model: Inspect's, from `emarecipes.provider.provider_model`.
@@ -47,7 +50,7 @@ def score_served(
         None where the server has none of the ways.
 
     Raises:
-        UserError: It cannot be reached, refuses a later answer, or gives what is no number.
+        UserError: It cannot be reached, or refuses a later answer.
     """
     client = getattr(model.api, "client", None)
     if not hasattr(client, "completions") or not hasattr(model.api, "service_model_name"):
@@ -64,8 +67,8 @@ def score_served(
                 found = await way(client, called, answer)
             except Exception as error:
                 raise _failed(name, error) from None
-        if not _is_whole(found):
-            raise UserError(f"{name}: gives no log-probability of a token that it was given")
+        if found is None or not any(map(math.isfinite, found)):
+            raise UserError(f"{name}: gives no log-probability of the tokens of an answer")
         replies += 1
         done()
         return found
@@ -82,22 +85,19 @@ def score_served(
 
 
 async def _knows(client: Any, called: str, way: _Way, given: Given, name: str) -> bool:
-    """Whether a server has a way, by an answer's first token."""
+    """Whether a server has a way, by an answer's first tokens."""
     try:
-        return _is_whole(await way(client, called, Given(given.prompt, given.answer[:1])))
+        found = await way(client, called, Given(given.prompt, given.answer[:_FIRST]))
     except Exception as error:
         if getattr(error, "status_code", None) in _UNKNOWN:
             return False
         raise _failed(name, error) from None
+    return found is not None and any(map(math.isfinite, found))
 
 
 def _failed(name: str, error: Exception) -> UserError:
     at = ", ".join(base_urls(name))
     return UserError(f"the model {name} failed{f' at {at}' if at else ''}: {error_line(error)}")
-
-
-def _is_whole(found: list[float] | None) -> TypeGuard[list[float]]:
-    return found is not None and all(map(math.isfinite, found))
 
 
 async def _complete(client: Any, called: str, prompt: list[int], **more: Any) -> dict[str, Any]:
@@ -137,11 +137,12 @@ async def _logit_bias(client: Any, called: str, given: Given) -> list[float] | N
         prompt = [*given.prompt, *given.answer[:place]]
         bias = {str(token): _BIAS}
         choice = await _complete(client, called, prompt, logit_bias=bias, logprobs=1)
-        content = (choice.get("logprobs") or {}).get("content") or [{}]
+        # Empty where the token alone is no text, such as the first byte of a letter of several.
+        content = (choice.get("logprobs") or {}).get("content", [{}])
         # By its number: another form of reply gives text alone, and the value after the bias.
-        if content[0].get("id") != token:
+        if content and content[0].get("id") != token:
             return None
-        values.append(float(content[0]["logprob"]))
+        values.append(float(content[0]["logprob"]) if content else math.nan)
     return values
 
 

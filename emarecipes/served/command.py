@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from omegaconf import OmegaConf
 from rich.console import Console
@@ -77,9 +78,20 @@ def _compare(run: CheckedGeneration, here: Here, server: Any, name: str) -> bool
         console.print(f"{name} gives no log-probabilities of given tokens: greedy answers instead")
         return _compare_answers(run, here, name, console)
     way, served_T = scored
-    lengths = [len(one.answer) for one in here.given]
-    found = compare(served_T, base_T, adapter_T, lengths, lambda c: here.log_probabilities(scale=c))
-    _print(console, found, name, f"{len(lengths)} answers, {len(base_T)} tokens, by {way}")
+    told_T = np.isfinite(served_T)
+    answers = np.repeat(range(len(here.given)), [len(one.answer) for one in here.given])
+    lengths = [n for n in np.bincount(answers[told_T]).tolist() if n]
+    found = compare(
+        served_T[told_T],
+        base_T[told_T],
+        adapter_T[told_T],
+        lengths,
+        lambda scale: here.log_probabilities(scale=scale)[told_T],
+    )
+    untold = int((~told_T).sum())
+    left_out = f" ({untold} of which it does not tell)" if untold else ""
+    of = f"{len(here.given)} answers, {len(served_T)} tokens{left_out}, by {way}"
+    _print(console, found, name, of)
     if found.shift < LEAST_SHIFT:
         raise UserError(
             f"the adapter moves these tokens by {found.shift:.2g} nats: too little to be told from "
