@@ -67,8 +67,8 @@ def score_served(
                 found = await way(client, called, answer)
             except Exception as error:
                 raise _failed(name, error) from None
-        if found is None or not any(map(math.isfinite, found)):
-            raise UserError(f"{name}: gives no log-probability of the tokens of an answer")
+        if found is None:
+            raise UserError(f"{name}: gives log-probabilities of one answer, and none of another")
         replies += 1
         done()
         return found
@@ -76,7 +76,7 @@ def score_served(
     async def everything() -> tuple[str, Floats] | None:
         async with model:
             for way_name, way in WAYS.items():
-                if await _knows(client, called, way, given[0], name):
+                if await _knows(client, called, way, given, name):
                     parts = await asyncio.gather(*(one(way, answer) for answer in given))
                     return way_name, np.array([value for part in parts for value in part])
         return None
@@ -84,15 +84,18 @@ def score_served(
     return asyncio.run(while_there(everything, f"the model {name}", model, lambda: replies))
 
 
-async def _knows(client: Any, called: str, way: _Way, given: Given, name: str) -> bool:
-    """Whether a server has a way, by an answer's first tokens."""
-    try:
-        found = await way(client, called, Given(given.prompt, given.answer[:_FIRST]))
-    except Exception as error:
-        if getattr(error, "status_code", None) in _UNKNOWN:
-            return False
-        raise _failed(name, error) from None
-    return found is not None and any(map(math.isfinite, found))
+async def _knows(client: Any, called: str, way: _Way, given: Sequence[Given], name: str) -> bool:
+    """Whether a server has a way, by the first tokens of some answers."""
+    for one in given[:_FIRST]:
+        try:
+            found = await way(client, called, Given(one.prompt, one.answer[:_FIRST]))
+        except Exception as error:
+            if getattr(error, "status_code", None) in _UNKNOWN:
+                return False
+            raise _failed(name, error) from None
+        if found is not None and any(map(math.isfinite, found)):
+            return True
+    return False
 
 
 def _failed(name: str, error: Exception) -> UserError:
@@ -138,7 +141,7 @@ async def _logit_bias(client: Any, called: str, given: Given) -> list[float] | N
         bias = {str(token): _BIAS}
         choice = await _complete(client, called, prompt, logit_bias=bias, logprobs=1)
         # Empty where the token alone is no text, such as the first byte of a letter of several.
-        content = (choice.get("logprobs") or {}).get("content", [{}])
+        content = (choice.get("logprobs") or {}).get("content")
         # By its number: another form of reply gives text alone, and the value after the bias.
         if content and content[0].get("id") != token:
             return None

@@ -24,7 +24,7 @@ from emarecipes.probes.suites import spread_out
 from emarecipes.progress import Progress
 from emarecipes.provider import provider_model
 from emarecipes.served.asked import score_served
-from emarecipes.served.figures import LEAST_SHIFT, Found, compare
+from emarecipes.served.figures import LEAST_SHIFT, Found, compare, distance
 from emarecipes.served.here import Here
 
 
@@ -71,6 +71,11 @@ def _run(argv: Sequence[str]) -> bool:
 
 def _compare(run: CheckedGeneration, here: Here, server: Any, name: str) -> bool:
     base_T, adapter_T = (here.log_probabilities(reference=on) for on in (True, False))
+    if (shift := distance(adapter_T, base_T)) < LEAST_SHIFT:
+        raise UserError(
+            f"the adapter moves the tokens of these answers by {shift:.2g} nats: too little to be "
+            "told from none; ask other questions, or give more --prompts and --tokens"
+        )
     with Progress(total=len(here.given), unit="answer", desc="scoring") as bar:
         scored = score_served(server, name, here.given, run.cfg.batch_size, lambda: bar.update(1))
     console = Console(highlight=False, soft_wrap=True)
@@ -92,11 +97,6 @@ def _compare(run: CheckedGeneration, here: Here, server: Any, name: str) -> bool
     left_out = f" ({untold} of which it does not tell)" if untold else ""
     of = f"{len(here.given)} answers, {len(served_T)} tokens{left_out}, by {way}"
     _print(console, found, name, of)
-    if found.shift < LEAST_SHIFT:
-        raise UserError(
-            f"the adapter moves these tokens by {found.shift:.2g} nats: too little to be told from "
-            "none; ask other questions, or give more --prompts and --tokens"
-        )
     return found.verdict == "applied"
 
 

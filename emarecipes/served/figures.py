@@ -69,7 +69,7 @@ def slope_of(served_T: Floats, base_T: Floats, adapter_T: Floats, answers: Seque
     Args:
         served_T: Log-probabilities, nats.
         base_T: The base's, here.
-        adapter_T: The adapter's, here.
+        adapter_T: The adapter's, here; not the base's very own.
         answers: Tokens of each answer, in order.
     """
     d_T, y_T = adapter_T - base_T, served_T - base_T
@@ -105,30 +105,30 @@ def compare(
         answers: See `slope_of`.
         at_scale: The log-probabilities here, with the adapter's scale times a number.
     """
-    shift = _distance(adapter_T, base_T)
+    shift = distance(adapter_T, base_T)
     slope = slope_of(served_T, base_T, adapter_T, answers)
-    to_adapter, to_base = _distance(served_T, adapter_T), _distance(served_T, base_T)
+    to_adapter, to_base = distance(served_T, adapter_T), distance(served_T, base_T)
     largest = float(np.abs(served_T - adapter_T).max())
 
-    def found(verdict: str, scale: float | None = None, distance: float | None = None) -> Found:
-        return Found(verdict, slope, shift, to_adapter, to_base, largest, scale, distance)
+    def found(verdict: str, scale: float | None = None, rest: float | None = None) -> Found:
+        return Found(verdict, slope, shift, to_adapter, to_base, largest, scale, rest)
 
     if to_adapter <= NEAR * shift and abs(slope.estimate - 1) <= SCALE_TOLERANCE:
         return found("applied")
     if to_base <= NEAR * shift and abs(slope.estimate) <= SCALE_TOLERANCE:
         return found("base")
-    scale, distance = _nearest(served_T, at_scale)
-    return found("scaled" if distance <= NEAR * shift else "neither", scale, distance)
+    scale, rest = _nearest(served_T, at_scale)
+    return found("scaled" if rest <= NEAR * shift else "neither", scale, rest)
 
 
 def _nearest(served_T: Floats, at_scale: Callable[[float], Floats]) -> tuple[float, float]:
     """The scale that comes nearest, and its distance: the best of a coarse row, then refined."""
     coarse = [0.0, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0, _LARGEST_SCALE]
-    distances = [_distance(served_T, at_scale(scale)) for scale in coarse]
+    distances = [distance(served_T, at_scale(scale)) for scale in coarse]
     best = int(np.argmin(distances))
     ends = coarse[max(best - 1, 0)], coarse[min(best + 1, len(coarse) - 1)]
     result = optimize.minimize_scalar(
-        lambda scale: _distance(served_T, at_scale(float(scale))),
+        lambda scale: distance(served_T, at_scale(float(scale))),
         bounds=ends,
         method="bounded",
         options={"xatol": 1e-3 * max(coarse[best], 0.1), "maxiter": 12},
@@ -136,5 +136,6 @@ def _nearest(served_T: Floats, at_scale: Callable[[float], Floats]) -> tuple[flo
     return float(result.x), float(result.fun)
 
 
-def _distance(one_T: Floats, other_T: Floats) -> float:
+def distance(one_T: Floats, other_T: Floats) -> float:
+    """Root mean square of the difference."""
     return float(np.sqrt(np.mean((one_T - other_T) ** 2)))

@@ -12,7 +12,7 @@ import pytest
 import torch
 import toy_run
 import toy_select
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from toy_generate import Case
 from toy_llama_cpp import llama_server, needs_llama_cpp, write_base
 
@@ -207,6 +207,11 @@ def test_mistakes(
         "~model", "~tokenizer", "~checkpointer", f"served={NAME}", "~adapter"
     )
     assert "leave the override out" in line("adapter=null")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    zeros = {name: 0 * t if "lora_B" in name else t for name, t in tensors.items()}
+    save_file(zeros, adapter / "adapter_model.safetensors")
+    assert "by 0 nats: too little to be told from none" in line()
+    save_file(tensors, adapter / "adapter_model.safetensors")
     found = line()
     assert f"the model {NAME} failed at http://127.0.0.1:9/v1: " in found
     assert "secret-key" not in found
