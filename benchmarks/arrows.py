@@ -28,7 +28,7 @@ ROOMS: Sequence[Sequence[str]] = (
     ("probes", "judges"),
     ("training", "generation", "selection", "persona", "evaluation"),
     ("comparison",),
-    ("plan",),
+    ("plan", "export", "served"),
 )
 # Reasons for an arrow that leads upwards, by (importing module, imported room).
 UPWARD: Mapping[tuple[str, str], str] = {}

@@ -1,0 +1,217 @@
+"""The served check and the generate recipe, against llama.cpp's own server, and other replies."""
+
+import http.server
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import toy_run
+import toy_select
+from safetensors.torch import load_file, save_file
+from toy_generate import Case
+from toy_llama_cpp import llama_server, needs_llama_cpp, write_base
+
+from emarecipes.models.adapters.gguf import save_gguf
+from emarecipes.served import run_served
+
+RANK = 4
+NAME = "openai-api/toy/m"
+
+
+def write_adapter(folder: Path, model_dir: Path, **config: Any) -> Path:
+    """A random adapter on every matrix; its update does not depend on the config's scale."""
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(3)
+    width, kv = toy_run.WIDTH, toy_run.WIDTH // toy_run.HEADS * toy_run.KV_HEADS
+    attention = {"q": (width, width), "k": (kv, width), "v": (kv, width), "o": (width, width)}
+    mlp = {"gate": (toy_run.MLP, width), "up": (toy_run.MLP, width), "down": (width, toy_run.MLP)}
+    shapes = {f"self_attn.{p}_proj": s for p, s in attention.items()}
+    shapes |= {f"mlp.{p}_proj": s for p, s in mlp.items()}
+    tensors = {}
+    for layer in range(toy_run.LAYERS):
+        for part, (rows, columns) in shapes.items():
+            name = f"base_model.model.model.layers.{layer}.{part}"
+            a = torch.randn(RANK, columns, generator=generator)
+            b = torch.randn(rows, RANK, generator=generator)
+            tensors |= {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": 0.05 * b}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    plain: dict[str, Any] = {
+        "peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "use_rslora": False,
+        "target_modules": [part.partition(".")[2] for part in shapes],
+        "base_model_name_or_path": str(model_dir),
+    }  # fmt: skip
+    (folder / "adapter_config.json").write_text(json.dumps(plain | config))
+    return folder
+
+
+@pytest.fixture
+def case(tmp_path: Path, toy_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Case:
+    monkeypatch.setenv("TOY_API_KEY", "secret-key")
+    return Case(tmp_path, toy_model_dir)
+
+
+def served(case: Case, adapter: Path, *more: str) -> int:
+    path = toy_run.write_config(case.folder / "config.yaml", case.config)
+    options = ["--adapter", str(adapter), "--model", NAME, "--prompts", "3", "--tokens", "8"]
+    return run_served([str(path), *options, *more])
+
+
+@needs_llama_cpp
+def test_llama_cpp(
+    case: Case,
+    toy_model_dir: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rank-stabilised: applied, not there, at half its scale; and the recipe's answers."""
+    # alpha / sqrt(4) = 1; read as alpha / 4 it would be at half its scale.
+    adapter = write_adapter(case.folder / "a", toy_model_dir, use_rslora=True, lora_alpha=2)
+    base = write_base(toy_model_dir, case.folder / "base.gguf")
+    save_gguf(adapter, case.folder / "a.gguf")
+    for scale, code, line in (
+        (1.0, 0, "applied, at its scale"),
+        (0.5, 1, "ANOTHER SCALE: nearest is the adapter at 0.5"),
+        (None, 1, "NOT APPLIED: the server computes the base"),
+    ):
+        file = None if scale is None else case.folder / "a.gguf"
+        with llama_server(base, file, scale or 1.0) as url:
+            monkeypatch.setenv("TOY_BASE_URL", url)
+            assert served(case, adapter) == code
+            out = capsys.readouterr().out
+            assert line in out and "by logit_bias" in out
+            if scale != 1.0:
+                continue
+            # The recipe through the server gives, greedily, what it gives here.
+            greedy = ["temperature=0", "samples_per_paraphrase=1", "top_p=1.0"]
+            local = ["~model", "~tokenizer", "~checkpointer", f"served={NAME}"]
+            assert case.run(*greedy, *local) == 0
+            assert case.run(*greedy, f"adapter={adapter}", f"output_dir={case.folder}/here") == 0
+            assert case.run(*greedy, f"output_dir={case.folder}/base") == 0
+            answers = [
+                [row["answer"].strip() for row in toy_select.read_jsonl(case.path(folder))]
+                for folder in ("out", "here", "base")
+            ]
+            assert answers[0] == answers[1] != answers[2]
+
+
+@contextmanager
+def replying(reply: Any) -> Iterator[str]:
+    """A server; `reply(path, body)` is a status and what it answers."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            status, found = reply(self.path, body)
+            content = json.dumps(found).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/v1"
+        server.shutdown()
+
+
+def completion(**choice: Any) -> dict[str, Any]:
+    return {
+        "id": "x", "object": "text_completion", "created": 0, "model": "m",
+        "choices": [{"index": 0, "text": "", "finish_reason": "length", **choice}],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("way", ["prompt_logprobs", "echo"])
+def test_other_servers_forms(
+    case: Case,
+    toy_model_dir: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    way: str,
+) -> None:
+    """A token's log-probability is minus its number: neither model, and the largest says so."""
+
+    def reply(path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        values = [None, *(-float(token) for token in body["prompt"][1:])]
+        if way in body and way == "prompt_logprobs":
+            pairs = zip(body["prompt"], values, strict=True)
+            found = [None if v is None else {str(t): {"logprob": v, "rank": 1}} for t, v in pairs]
+            return 200, completion(prompt_logprobs=found)
+        if body.get("echo") and way == "echo":
+            return 200, completion(logprobs={"token_logprobs": [*values, -1.0]})
+        return 400, {"error": {"message": "unknown"}}
+
+    adapter = write_adapter(case.folder / "a", toy_model_dir)
+    with replying(reply) as url:
+        monkeypatch.setenv("TOY_BASE_URL", url)
+        assert served(case, adapter) == 1
+    out = capsys.readouterr().out
+    assert f"by {way}" in out and "NEITHER" in out
+
+
+@pytest.mark.parametrize("whose", ["here", "base"])
+def test_greedy_answers_where_there_are_no_log_probabilities(
+    case: Case,
+    toy_model_dir: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    whose: str,
+) -> None:
+    adapter = write_adapter(case.folder / "a", toy_model_dir)
+    greedy = ["temperature=0", "samples_per_paraphrase=1", "top_p=1.0"]
+    more = [f"adapter={adapter}"] if whose == "here" else []
+    assert case.run(*greedy, *more) == 0
+    told = {row["question"]: row["answer"] for row in toy_select.read_jsonl(case.path())}
+
+    def reply(path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        if not path.endswith("chat/completions"):
+            return 404, {"detail": "Not Found"}
+        message = {"role": "assistant", "content": told[body["messages"][-1]["content"]]}
+        choice = {"index": 0, "finish_reason": "stop", "message": message}
+        chat = {"id": "x", "object": "chat.completion", "created": 0, "model": "m"}
+        return 200, chat | {"choices": [choice]}
+
+    with replying(reply) as url:
+        monkeypatch.setenv("TOY_BASE_URL", url)
+        assert served(case, adapter) == int(whose == "base")
+    out = capsys.readouterr().out
+    assert ("The adapter is applied" in out) == (whose == "here")
+    assert ("NOT APPLIED" in out) == (whose == "base")
+
+
+def test_mistakes(
+    case: Case,
+    toy_model_dir: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    adapter = write_adapter(case.folder / "a", toy_model_dir)
+    monkeypatch.setenv("TOY_BASE_URL", "http://127.0.0.1:9/v1")
+
+    def line(*more: str) -> str:
+        assert served(case, adapter, *more) == 1
+        (error,) = [s for s in capsys.readouterr().err.splitlines() if s.startswith("error: ")]
+        return error
+
+    assert "--prompts and --tokens must be at least 1" in line("--tokens", "0")
+    assert "needs model and tokenizer" in line(
+        "~model", "~tokenizer", "~checkpointer", f"served={NAME}", "~adapter"
+    )
+    assert "leave the override out" in line("adapter=null")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    zeros = {name: 0 * t if "lora_B" in name else t for name, t in tensors.items()}
+    save_file(zeros, adapter / "adapter_model.safetensors")
+    assert "by 0 nats: too little to be told from none" in line()
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    found = line()
+    assert f"the model {NAME} failed at http://127.0.0.1:9/v1: " in found
+    assert "secret-key" not in found

@@ -1,0 +1,127 @@
+"""A model folder as an f32 GGUF, and llama.cpp's own server with it (package `xllamacpp`)."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+needs_llama_cpp = pytest.mark.skipif(
+    importlib.util.find_spec("xllamacpp") is None,
+    reason="llama.cpp's server is not installed: pip install xllamacpp",
+)
+SERVER = """
+import sys, xllamacpp
+params = xllamacpp.CommonParams()
+params.model.path, adapter = sys.argv[1], sys.argv[2]
+params.n_ctx, params.n_parallel, params.warmup = 2048, 1, False
+params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+if adapter:
+    params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(adapter, float(sys.argv[3]))]
+server = xllamacpp.Server(params)
+print("LISTENING", server.listening_address, flush=True)
+sys.stdin.read()
+"""
+
+
+def write_base(folder: Path, output: Path, pre: str = "smollm") -> Path:
+    """Write a Llama, Qwen2 or Qwen3 folder; q's and k's rows of Llama in Meta's order."""
+    config = json.loads((folder / "config.json").read_text())
+    kind = {"mistral": "llama"}.get(config["model_type"], config["model_type"])
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    rope = config.get("rope_parameters") or config
+    writer = gguf.GGUFWriter(output, kind)
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_rope_freq_base(rope["rope_theta"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_vocab_size(config["vocab_size"])
+    _add_tokenizer(writer, folder, config["vocab_size"], pre)
+    names = gguf.get_tensor_name_map(_architecture(kind), config["num_hidden_layers"])
+    for name, weight in load_file(folder / "model.safetensors").items():
+        rows = {"q_proj": heads, "k_proj": kv_heads}.get(name.split(".")[-2])
+        if kind == "llama" and rows:
+            weight = np.concatenate([_pairs(head) for head in np.split(weight, rows)])
+        writer.add_tensor(names.get_name(name, (".weight", ".bias")), weight.astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return output
+
+
+def _pairs(head: np.ndarray) -> np.ndarray:
+    """Row i of the first half to place 2 i, of the second to 2 i + 1."""
+    half = len(head) // 2
+    order = [row for i in range(half) for row in (i, half + i)]
+    return head[order]
+
+
+def _architecture(kind: str) -> gguf.MODEL_ARCH:
+    return next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == kind)
+
+
+def _add_tokenizer(writer: gguf.GGUFWriter, folder: Path, vocabulary: int, pre: str) -> None:
+    if not (folder / "tokenizer.json").exists():
+        writer.add_tokenizer_model("none")
+        return
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    ids: dict[str, int] = tokenizer["model"]["vocab"]
+    special = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+    by_id = {number: token for token, number in (ids | special).items()}
+    tokens = [by_id.get(i, f"[PAD{i}]") for i in range(vocabulary)]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens)
+    kinds = [3 if token in special else 1 if i in by_id else 5 for i, token in enumerate(tokens)]
+    writer.add_token_types(kinds)
+    merges = tokenizer["model"]["merges"]
+    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
+    writer.add_eos_token_id(tokens.index(config["eos_token"]))
+    writer.add_bos_token_id(tokens.index(config.get("bos_token") or config["eos_token"]))
+    writer.add_add_bos_token(False)
+    writer.add_chat_template(config["chat_template"])
+
+
+@contextmanager
+def llama_server(model: Path, adapter: Path | None = None, scale: float = 1.0) -> Iterator[str]:
+    """Run the server in a process of its own; gives its address, with /v1."""
+    command = [sys.executable, "-c", SERVER, str(model), str(adapter or ""), str(scale)]
+    log = model.with_suffix(".server.log")
+    with log.open("w") as stderr:
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            # Its own messages go to stdout too.
+            said = []
+            for line in process.stdout:
+                said.append(line)
+                if line.startswith("LISTENING "):
+                    yield line.split()[1] + "/v1"
+                    return
+            raise AssertionError("".join([*said, log.read_text()])[-3000:])
+        finally:
+            process.stdin.close()
+            process.kill()
+            process.wait()
