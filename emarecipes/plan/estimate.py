@@ -23,6 +23,7 @@ from emarecipes.models._torchtune import build_rope_on_meta, is_nf4, model_on_me
 from emarecipes.models.loss_head import LossHead, cross_entropy, term_values
 from emarecipes.models.loss_terms import LogitTerm
 from emarecipes.plan.trace import Trace, trace
+from emarecipes.training.frozen_layers import adapter_behind
 from emarecipes.training.logit_terms import values_of
 from emarecipes.training.reference_cache import reference_layers
 
@@ -152,8 +153,10 @@ def _fixed(
     trained = [p for p in model.parameters() if p.requires_grad]
     adapter = sum(p.nbytes for p in trained)
     numbers = sum(p.numel() for p in trained)
-    state = numbers * _optimizer_bytes(cfg, origin)
-    parts = {"weights": frozen, "adapter": adapter, "gradients": adapter, "optimizer": state}
+    still = adapter_behind(model, cfg.freeze_after) if cfg.freeze_after else []
+    gradients = adapter - sum(p.nbytes for p in still)
+    state = (numbers - sum(p.numel() for p in still)) * _optimizer_bytes(cfg, origin)
+    parts = {"weights": frozen, "adapter": adapter, "gradients": gradients, "optimizer": state}
     parts["adapter averages"] = 4.0 * averages * numbers
     parts = {name: size / load.gpus for name, size in parts.items()}
     parts["weights"] += buffers
