@@ -25,7 +25,7 @@ from emarecipes.models.loss_terms import LogitTerm
 from emarecipes.plan.trace import Trace, trace
 from emarecipes.training.frozen_layers import adapter_behind
 from emarecipes.training.logit_terms import values_of
-from emarecipes.training.reference_cache import reference_layers
+from emarecipes.training.reference_cache import reference_depth, reference_layers
 
 # NF4: half a byte a weight, a byte for 64 of them, four bytes for 64 x 256.
 _NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
@@ -127,6 +127,7 @@ def estimate(cfg: DictConfig, origin: Origin, load: Load) -> MemoryEstimate:
     after = fixed | {"SafeLoRA": 3.0 * 4 * max(map(math.prod, shapes), default=0)}
     if projecting and sum(after.values()) > sum(parts.values()):
         parts = after
+    share *= reference_depth(defenses.values(), len(model.layers)) / len(model.layers)
     flops = _flops(cfg, len(model.layers), layer, head, share)
     micro_batches = cfg.gradient_accumulation_steps * load.gpus
     return MemoryEstimate(parts, flops * micro_batches, rows * load.row_tokens * micro_batches)

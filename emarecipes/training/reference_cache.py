@@ -130,6 +130,14 @@ def reference_layers(defenses: Iterable[Defense]) -> list[int]:
     return sorted({layer for defense in reading for layer in defense.hidden_layers})
 
 
+def reference_depth(defenses: Iterable[Defense], depth: int) -> int:
+    """After how many of the `depth` layers the reference may end: where all is read."""
+    reading = [d for d in defenses if d.needs_reference]
+    if any(d.has("logit_term") for d in reading):
+        return depth
+    return max(reference_layers(reading), default=depth)
+
+
 def _refuse(wrong_row: int | None) -> None:
     if wrong_row is not None:
         raise UserError(

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torchtune.modules.peft import disable_adapter
 
 from emarecipes.defenses import Defense
+from emarecipes.models._torchtune import as_reference
 from emarecipes.models.batch import Batch
 from emarecipes.models.loss_head import LossHead, check_gradient
 from emarecipes.models.loss_terms import Request
 from emarecipes.training.logit_terms import LogitTerms, labelled
-from emarecipes.training.reference_cache import ReferenceCache, States
+from emarecipes.training.reference_cache import ReferenceCache, States, reference_depth
 from emarecipes.training.step_terms import StepTerms
 from emarecipes.training.weight_terms import WeightTerms
 
@@ -74,6 +74,7 @@ class TrainingLoss:
         self._once = on_weights | on_step  # In a step, not in a micro-batch.
         self._on_reference = {name for name, d in self._terms() if d.needs_reference}
         self._layers = sorted({i for d in self._on_hidden.values() for i in d.hidden_layers})
+        self._reference_depth = reference_depth(self._defenses.values(), len(model.layers))
         self._forward_context = forward_context or nullcontext()
         self.head = LossHead(model, chunk_elements, compiled=compiled)
         self._weight_terms = WeightTerms(model, on_weights)
@@ -262,13 +263,9 @@ class TrainingLoss:
 
     @torch.no_grad()
     def _reference_forward(self, batch: Batch, request: Request) -> States:
-        was_training = self._model.training
-        self._model.eval()  # The reference has no dropout.
-        try:
-            with disable_adapter(self._model), self.head.computing(request, reference_only=True):
-                return self._forward(batch)
-        finally:
-            self._model.train(was_training)
+        computing = self.head.computing(request, reference_only=True)
+        with as_reference(self._model, self._reference_depth), computing:
+            return self._forward(batch)
 
     def _forward(self, batch: Batch) -> tuple[Tensor, dict[int, Tensor]]:
         output = self._model(**batch.inputs)
