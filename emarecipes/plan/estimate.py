@@ -229,9 +229,11 @@ class _HeadTrace:
         read = any(d.needs_reference for d in on_logits)
         shares = [load.labelled, *(_share_of_tokens(d, load) for d in on_logits)]
         rows = [self._rows(size, share / max(shares)) for share in shares]
-        terms: list[tuple[LogitTerm, bool, Tensor | None]] = [(cross_entropy, False, rows[0])]
+        terms: list[tuple[LogitTerm, bool, bool, Tensor | None]]
+        terms = [(cross_entropy, False, False, rows[0])]
         terms += [
-            (values_of(d), d.needs_reference, r) for d, r in zip(on_logits, rows[1:], strict=True)
+            (values_of(d), d.needs_reference, d.reads_reference_at_targets, r)
+            for d, r in zip(on_logits, rows[1:], strict=True)
         ]
 
         def loss() -> Tensor:

@@ -18,7 +18,12 @@ from emarecipes.models.batch import Batch
 from emarecipes.models.loss_head import LossHead, check_gradient
 from emarecipes.models.loss_terms import Request
 from emarecipes.training.logit_terms import LogitTerms, labelled
-from emarecipes.training.reference_cache import ReferenceCache, States, reference_depth
+from emarecipes.training.reference_cache import (
+    ReferenceCache,
+    States,
+    reads_at_targets,
+    reference_depth,
+)
 from emarecipes.training.step_terms import StepTerms
 from emarecipes.training.weight_terms import WeightTerms
 
@@ -248,7 +253,8 @@ class TrainingLoss:
 
     def _request(self, batch: Batch, scales: Sequence[float]) -> Request:
         terms = self._logit_terms.of(batch, scales)
-        return Request(terms, batch.next_BS, places_BS=batch.places_BS)
+        at_targets = reads_at_targets(self._defenses.values())
+        return Request(terms, batch.next_BS, places_BS=batch.places_BS, at_targets=at_targets)
 
     def cache_reference(self, batch: Batch) -> None:
         """Store the reference's states of a micro-batch, of which every process has one."""
@@ -271,8 +277,7 @@ class TrainingLoss:
         output = self._model(**batch.inputs)
         *hidden, last = output if isinstance(output, list) else [output]
         by_layer = dict(zip(self._model.output_hidden_states, hidden, strict=True))
-        depth = len(self._model.layers)
-        if depth in self._layers:
+        if (depth := len(self._model.layers)) in self._layers:
             assert self.head.last_hidden_BSD is not None
             by_layer[depth] = self.head.last_hidden_BSD
         self.head.last_hidden_BSD = None
