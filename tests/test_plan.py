@@ -53,7 +53,7 @@ def test_a_chunk_with_kl_holds_four_copies_of_its_logits() -> None:
     kl = values_of(KLToReference())
 
     def loss() -> torch.Tensor:
-        terms = [(cross_entropy, False, None), (kl, True, None)]
+        terms = [(cross_entropy, False, False, None), (kl, True, False, None)]
         values = term_values(hidden @ weight, hidden.detach() @ weight, targets, terms)
         return torch.stack([value.sum() for value in values]).sum()
 

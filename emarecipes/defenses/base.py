@@ -96,6 +96,11 @@ class Defense(Extension):
     needs_targets: bool = False
     """Whether `logit_term` is given two more arguments: the next tokens and their places."""
 
+    reads_reference_at_targets: bool = False
+    """Whether `logit_term` needs the reference's log-probability of the next token alone: it is
+    given that, (T,), in place of `reference_logits_TV`. A reference cache then holds one number a
+    token, where no other defense needs more."""
+
     replaces_cross_entropy: bool = False
     """Whether the `logit_term` takes cross entropy's place instead of being added to it."""
 

@@ -38,6 +38,7 @@ class TokenConstraint(Defense):
 
     needs_reference = True
     needs_targets = True
+    reads_reference_at_targets = True
     replaces_cross_entropy = True
 
     def __init__(self, weight: float = 1.0, betas: list[float] | None = None) -> None:
@@ -54,14 +55,13 @@ class TokenConstraint(Defense):
     def logit_term(
         self,
         policy_logits_TV: Tensor,
-        reference_logits_TV: Tensor | None,
+        reference_T: Tensor | None,
         targets_T: Tensor | None = None,
         places_T: Tensor | None = None,
     ) -> Tensor:
         """The loss of each token, (T,)."""
-        assert reference_logits_TV is not None and targets_T is not None and places_T is not None
-        rows = targets_T[:, None]
-        ratio_T = (policy_logits_TV.gather(1, rows) - reference_logits_TV.gather(1, rows))[:, 0]
+        assert reference_T is not None and targets_T is not None and places_T is not None
+        ratio_T = policy_logits_TV.gather(1, targets_T[:, None])[:, 0] - reference_T
         betas = self._betas.to(places_T.device)  # It is there: but for a model without weights.
         beta_T = betas[(places_T - 1).clamp(0, len(betas) - 1)]
         return -(2.0 / beta_T) * F.logsigmoid(beta_T * ratio_T)

@@ -25,7 +25,7 @@ from torchtune.datasets import _sft, _text_completion
 from torchtune.models.gemma2._component_builders import Gemma2FinalNorm
 from torchtune.modules import TransformerDecoder
 from torchtune.modules.common_utils import NF4Tensor  # torchao has moved it
-from torchtune.modules.peft import get_adapter_params, set_trainable_params
+from torchtune.modules.peft import disable_adapter, get_adapter_params, set_trainable_params
 from torchtune.training.checkpointing import _checkpointer
 
 from emarecipes.components import build
@@ -110,6 +110,24 @@ def model_on_meta(cfg: DictConfig, origin: Origin) -> Any:
     set_trainable_params(model, adapters)
     hold_adapter_in(model, DTYPES.get(cfg.get("adapter_dtype")))
     return model
+
+
+@contextmanager
+def as_reference(model: Any, depth: int) -> Iterator[None]:
+    """A decoder without its adapter and dropout, whose forward ends after `depth` layers."""
+    was_training, layers, read = model.training, model.layers, model.output_hidden_states
+    model.eval()
+    try:
+        with disable_adapter(model):
+            try:
+                if depth < len(layers):
+                    model.layers = layers[:depth]
+                    model.output_hidden_states = [i for i in read if i < depth]
+                yield
+            finally:  # Before adapters are switched on again: that is done by the model's modules.
+                model.layers, model.output_hidden_states = layers, read
+    finally:
+        model.train(was_training)
 
 
 def checkpoint_shapes(cfg: DictConfig, where: str) -> dict[str, tuple[int, ...]]:

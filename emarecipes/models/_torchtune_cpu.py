@@ -72,6 +72,8 @@ class _LoRA(torch.autograd.Function):
         grad_x_TI = None
         if ctx.needs_input_grad[0]:
             grad_x_TI = (y_TO @ w_OI).addmm_(grad_low_TR, a_RI)
+        if not ctx.needs_input_grad[2]:  # Frozen, as its B is.
+            return grad_x_TI, None, None, None, None
         return grad_x_TI, None, grad_low_TR.T @ x_TI, (y_TO.T @ low_TR).mul_(ctx.scale), None
 
 

@@ -70,10 +70,23 @@ class LossHead:
         hidden_TD = hidden_BSD[self._request.selected_BS]
         if self._reference_only:
             normed_TD: Tensor = self._norm(hidden_TD)
-            return normed_TD
+            return self._at_targets(normed_TD) if self._request.at_targets else normed_TD
         trained = [p for p in _parameters(self.model.output) if p.requires_grad]
         loss: Tensor = _ChunkedLoss.apply(hidden_TD, self, self._request, *trained)
         return loss
+
+    @torch.no_grad()
+    def _at_targets(self, normed_TD: Tensor) -> Tensor:
+        """The reference's log-probability of each selected position's target, float32 (T, 1)."""
+        assert self._request is not None
+        rows_T = self._request.targets_BS[self._request.selected_BS][:, None]
+        found = [normed_TD.new_zeros(0, 1, dtype=torch.float32)]
+        with unsharded(self.model.output):
+            size = self.chunk_size(normed_TD.device)
+            for states_CD, rows_C in zip(normed_TD.split(size), rows_T.split(size), strict=True):
+                logits_CV = self.reference_logits(states_CD)
+                found.append(_log_softmax(logits_CV).gather(1, rows_C))
+        return torch.cat(found)
 
     def chunk_size(self, device: torch.device) -> int:
         """Positions a chunk holds."""
@@ -113,8 +126,9 @@ def term_values(
     policy_logits_CV: Tensor,
     reference_logits_CV: Tensor | None,
     targets_C: Tensor,
-    terms: list[tuple[LogitTerm, bool, Tensor | None]],
+    terms: list[tuple[LogitTerm, bool, bool, Tensor | None]],
     places_C: Tensor | None = None,
+    reference_C: Tensor | None = None,
 ) -> list[Tensor]:
     """Each term's values on a chunk.
 
@@ -122,18 +136,24 @@ def term_values(
         policy_logits_CV: Of any floating type.
         reference_logits_CV: None where no term reads it.
         targets_C: Token ids.
-        terms: Of each: its `compute`, whether it reads the reference, and the rows it acts on, None
-            for all.
+        terms: Of each: its `compute`, whether it reads the reference, whether at the targets alone,
+            and the rows it acts on, None for all.
         places_C: The targets' places in their answers, from 1.
+        reference_C: The reference's log-probabilities of the targets, where they are known.
     """
-    policy_CV = torch.log_softmax(policy_logits_CV, dim=-1, dtype=torch.float32)
+    policy_CV = _log_softmax(policy_logits_CV)
     reference_CV = None
     if reference_logits_CV is not None:
-        reference_CV = torch.log_softmax(reference_logits_CV, dim=-1, dtype=torch.float32)
+        reference_CV = _log_softmax(reference_logits_CV)
     del policy_logits_CV, reference_logits_CV  # Nobody else has them: their memory is free.
     values = []
-    for compute, needs_reference, rows in terms:
+    for compute, needs_reference, at_targets, rows in terms:
         given_CV = reference_CV if needs_reference else None
+        if needs_reference and at_targets:
+            if reference_C is None:
+                assert reference_CV is not None
+                reference_C = reference_CV.gather(1, targets_C[:, None])[:, 0]
+            given_CV = reference_C
         if rows is None:
             values.append(compute(policy_CV, given_CV, targets_C, places_C))
         else:
@@ -141,6 +161,10 @@ def term_values(
             places = None if places_C is None else places_C[rows]
             values.append(compute(policy_CV[rows], given_CV, targets_C[rows], places))
     return values
+
+
+def _log_softmax(logits_CV: Tensor) -> Tensor:
+    return torch.log_softmax(logits_CV, dim=-1, dtype=torch.float32)
 
 
 def cross_entropy(
@@ -228,14 +252,20 @@ class _Chunk:
         acting = [k for k in range(len(request.terms)) if rows_KC[k].any()]
         terms = [request.terms[k] for k in acting]
         rows = [self._rows(rows_KC[k]) for k in acting]
-        computes = [(t.compute, t.needs_reference, r) for t, r in zip(terms, rows, strict=True)]
+        computes = [
+            (t.compute, t.needs_reference, t.at_targets, r)
+            for t, r in zip(terms, rows, strict=True)
+        ]
+        reference = request.reference_TD
+        at_targets = request.at_targets and reference is not None
         total = self.hidden_CD.new_zeros((), dtype=torch.float32)
         found = head.term_values(
             head.policy_logits(self.hidden_CD),
-            self._reference_logits(terms),
+            None if at_targets else self._reference_logits(terms),
             self.targets_C,
             computes,
             self.places_C,
+            reference[self.part, 0] if at_targets and reference is not None else None,
         )
         for k, term, values in zip(acting, terms, found, strict=True):
             expected = (int(rows_KC[k].sum()),)

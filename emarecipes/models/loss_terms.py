@@ -25,6 +25,7 @@ class Term:
         positions_BS: The positions it acts on.
         scale: Its factor in the loss: weight over the number of positions in the whole step.
         needs_reference: Whether it reads the reference's logits.
+        at_targets: Whether of these it is given the targets' log-probabilities alone, (C,).
         weights_BS: What each position's value is multiplied by; None: 1.
     """
 
@@ -33,6 +34,7 @@ class Term:
     positions_BS: Tensor
     scale: float
     needs_reference: bool = False
+    at_targets: bool = False
     weights_BS: Tensor | None = None
 
 
@@ -41,12 +43,15 @@ class Request:
     """What the next forward is to compute: the terms, or the reference's hidden states for them.
 
     Targets and their places in the answer, from 1, are what the terms' `compute` is given.
+    `reference_TD` is the reference's normed hidden states; with `at_targets`, which is for terms
+    that read no more, its log-probabilities of the targets, (T, 1).
     """
 
     terms: list[Term]
     targets_BS: Tensor
     reference_TD: Tensor | None = None
     places_BS: Tensor | None = None
+    at_targets: bool = False
     sums: Tensor = field(init=False)
 
     def __post_init__(self) -> None:

@@ -23,8 +23,9 @@ from emarecipes.models._torchtune import build_rope_on_meta, is_nf4, model_on_me
 from emarecipes.models.loss_head import LossHead, cross_entropy, term_values
 from emarecipes.models.loss_terms import LogitTerm
 from emarecipes.plan.trace import Trace, trace
+from emarecipes.training.frozen_layers import adapter_behind
 from emarecipes.training.logit_terms import values_of
-from emarecipes.training.reference_cache import reference_layers
+from emarecipes.training.reference_cache import reference_depth, reference_layers
 
 # NF4: half a byte a weight, a byte for 64 of them, four bytes for 64 x 256.
 _NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
@@ -126,6 +127,7 @@ def estimate(cfg: DictConfig, origin: Origin, load: Load) -> MemoryEstimate:
     after = fixed | {"SafeLoRA": 3.0 * 4 * max(map(math.prod, shapes), default=0)}
     if projecting and sum(after.values()) > sum(parts.values()):
         parts = after
+    share *= reference_depth(defenses.values(), len(model.layers)) / len(model.layers)
     flops = _flops(cfg, len(model.layers), layer, head, share)
     micro_batches = cfg.gradient_accumulation_steps * load.gpus
     return MemoryEstimate(parts, flops * micro_batches, rows * load.row_tokens * micro_batches)
@@ -152,8 +154,10 @@ def _fixed(
     trained = [p for p in model.parameters() if p.requires_grad]
     adapter = sum(p.nbytes for p in trained)
     numbers = sum(p.numel() for p in trained)
-    state = numbers * _optimizer_bytes(cfg, origin)
-    parts = {"weights": frozen, "adapter": adapter, "gradients": adapter, "optimizer": state}
+    still = adapter_behind(model, cfg.freeze_after) if cfg.freeze_after else []
+    gradients = adapter - sum(p.nbytes for p in still)
+    state = (numbers - sum(p.numel() for p in still)) * _optimizer_bytes(cfg, origin)
+    parts = {"weights": frozen, "adapter": adapter, "gradients": gradients, "optimizer": state}
     parts["adapter averages"] = 4.0 * averages * numbers
     parts = {name: size / load.gpus for name, size in parts.items()}
     parts["weights"] += buffers
@@ -225,9 +229,11 @@ class _HeadTrace:
         read = any(d.needs_reference for d in on_logits)
         shares = [load.labelled, *(_share_of_tokens(d, load) for d in on_logits)]
         rows = [self._rows(size, share / max(shares)) for share in shares]
-        terms: list[tuple[LogitTerm, bool, Tensor | None]] = [(cross_entropy, False, rows[0])]
+        terms: list[tuple[LogitTerm, bool, bool, Tensor | None]]
+        terms = [(cross_entropy, False, False, rows[0])]
         terms += [
-            (values_of(d), d.needs_reference, r) for d, r in zip(on_logits, rows[1:], strict=True)
+            (values_of(d), d.needs_reference, d.reads_reference_at_targets, r)
+            for d, r in zip(on_logits, rows[1:], strict=True)
         ]
 
         def loss() -> Tensor:

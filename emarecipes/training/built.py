@@ -20,6 +20,7 @@ from emarecipes.models._torchtune_convert import fix_dora_bias
 from emarecipes.models._torchtune_cpu import with_fewer_passes
 from emarecipes.models._torchtune_recipe import StockRecipe
 from emarecipes.training.checked import CheckedRun
+from emarecipes.training.frozen_layers import freeze_after
 from emarecipes.training.gradients import Gradients
 from emarecipes.training.initialize import initialize_adapter
 from emarecipes.training.pages import keep_freed_pages
@@ -60,6 +61,8 @@ class BuiltTraining:
         self.model = _build_model(cfg, stock)
         scale = float(cfg.model.lora_alpha) / float(cfg.model.lora_rank)
         initialize_adapter(self.model, stock.seed, run.initial_adapter, scale)
+        if cfg.freeze_after is not None:
+            freeze_after(self.model, cfg.freeze_after, first_process=first_process)
         self.optimizer = stock.build_optimizer()
         self.scheduler: Any = None
         if cfg.lr_scheduler is not None:

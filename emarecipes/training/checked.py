@@ -37,6 +37,7 @@ from emarecipes.training.checkpoint_resume import (
     plain_config,
 )
 from emarecipes.training.component_checks import build_defenses, check_optimizer
+from emarecipes.training.frozen_layers import check_freeze
 from emarecipes.training.initialize import read_initial_adapter
 from emarecipes.training.reference_cache import ReferenceCache
 from emarecipes.training.settings import check_settings
@@ -132,6 +133,10 @@ class CheckedRun(Checked):
         self.initial_adapter = read_initial_adapter(cfg, origin, self.source) if begun else {}
         _check_packing(cfg, origin, model)
         _check_sharding(cfg, origin, model, self.world_size)
+        try:
+            check_freeze(model, cfg.freeze_after)
+        except UserError as error:
+            raise UserError(f"{origin.at('freeze_after')}: {error}") from None
         self.defenses = build_defenses(cfg, origin, self.source)
 
     def check_rows(self) -> None:

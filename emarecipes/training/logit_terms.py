@@ -50,6 +50,7 @@ class LogitTerms:
                 defense.positions(batch),
                 scale,
                 defense.needs_reference,
+                defense.reads_reference_at_targets,
                 weights_BS,
             )
             terms.append(term)

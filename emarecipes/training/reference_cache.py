@@ -2,7 +2,8 @@
 
 The reference is frozen and the rows are fixed, so what the defenses read of it never changes: the
 last hidden states (normed) where a term on logits acts, and the layers' states where a term on
-hidden states does. `reference_cache: DIR` keeps these.
+hidden states does. Where all terms read the targets' log-probabilities alone, it is these, one
+number a token. `reference_cache: DIR` keeps them.
 
 Shapes: B batch, S sequence, T selected positions, V vectors of a row, D width.
 """
@@ -26,7 +27,8 @@ log = utils.get_logger("INFO")
 
 
 States = tuple[Tensor, dict[int, Tensor]]
-"""At the selected positions before the output layer, (T, D), and by layer, (B, S, D)."""
+"""At the selected positions before the output layer, (T, D), or the targets' log-probabilities,
+(T, 1) (`reads_at_targets`); and by layer, (B, S, D)."""
 
 
 class ReferenceCache:
@@ -128,6 +130,21 @@ def reference_layers(defenses: Iterable[Defense]) -> list[int]:
     """The layers at which some defense reads the reference."""
     reading = [d for d in defenses if d.needs_reference and d.has("hidden_term")]
     return sorted({layer for defense in reading for layer in defense.hidden_layers})
+
+
+def reads_at_targets(defenses: Iterable[Defense]) -> bool:
+    """Whether all that is read of the reference is its log-probability of the next token."""
+    reading = [d for d in defenses if d.needs_reference]
+    terms = [d for d in reading if d.has("logit_term") or d.has("hidden_term") or d.is_objective]
+    return bool(terms) and all(d.reads_reference_at_targets for d in terms)
+
+
+def reference_depth(defenses: Iterable[Defense], depth: int) -> int:
+    """After how many of the `depth` layers the reference may end: where all is read."""
+    reading = [d for d in defenses if d.needs_reference]
+    if any(d.has("logit_term") for d in reading):
+        return depth
+    return max(reference_layers(reading), default=depth)
 
 
 def _refuse(wrong_row: int | None) -> None:

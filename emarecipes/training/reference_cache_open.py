@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from omegaconf import OmegaConf
 from torchtune import utils
 from tqdm import tqdm
@@ -22,6 +23,7 @@ from emarecipes.models.model_checks import base_files
 from emarecipes.training.checked import CheckedRun
 from emarecipes.training.reference_cache import (
     ReferenceCache,
+    reads_at_targets,
     reference_layers,
     reference_positions,
 )
@@ -63,7 +65,9 @@ def open_cache(run: CheckedRun, *, quiet: bool) -> ReferenceCache | None:
         return None
     cfg = run.cfg
     key, vectors_N = on_first_process(lambda: _describe(run, defenses, quiet))
-    width, stored_as = run.meta_model.tok_embeddings.embedding_dim, DTYPES[key["stored_as"]]
+    at_targets = reads_at_targets(defenses)
+    width = 1 if at_targets else run.meta_model.tok_embeddings.embedding_dim
+    stored_as = DTYPES[key["stored_as"]]
     layout = StoreLayout(vectors_N, width, stored_as)
     name = digest(key)[:16]
     folder = Path(cfg.reference_cache) / name
@@ -71,13 +75,14 @@ def open_cache(run: CheckedRun, *, quiet: bool) -> ReferenceCache | None:
     store = together(lambda: open_store(folder, key, layout, where))
     if not quiet:
         log.info(f"Reference cache: {folder} holds {store.num_filled()} of {len(vectors_N)} rows")
-    return ReferenceCache(store, defenses, DTYPES[cfg.dtype])
+    return ReferenceCache(store, defenses, torch.float32 if at_targets else DTYPES[cfg.dtype])
 
 
 def _describe(run: CheckedRun, defenses: list[Defense], quiet: bool) -> tuple[dict[str, Any], Any]:
     """All that the states depend on, and how many vectors each row has."""
     cfg = run.cfg
     vectors_N, positions = _count_vectors(run, defenses, quiet)
+    at_targets = reads_at_targets(defenses)
     key = {
         "format": _FORMAT,
         "torchtune": version("torchtune"),
@@ -85,7 +90,9 @@ def _describe(run: CheckedRun, defenses: list[Defense], quiet: bool) -> tuple[di
         "model_type": str(cfg.checkpointer.model_type),
         "model": _base_model(cfg, run.meta_model),
         "dtype": cfg.dtype,
-        "stored_as": cfg.reference_cache_dtype or cfg.dtype,
+        # One number a token is never rounded: there is little to gain.
+        "stored_as": "fp32" if at_targets else cfg.reference_cache_dtype or cfg.dtype,
+        **({"holds": "the targets' log-probabilities"} if at_targets else {}),
         "rows": run.rows.fingerprint,
         **({} if cfg.tokenizer.get("date") is None else {"date": str(cfg.tokenizer.date)}),
         "positions": positions,

@@ -139,6 +139,9 @@ class Settings(ModelSettings):
     init_adapter: Annotated[str, Field(min_length=1)] | None = None
     """Folder of a trained adapter (PEFT's form, as `adapter/`) that the run goes on from
     (docs/resume.md#going-on-from-a-trained-adapter)."""
+    freeze_after: Positive | None = None
+    """Train the adapter of the first so many layers; those behind keep what they began with
+    (docs/block.md#freezing-the-layers-behind). Null: all."""
     pad_to_multiple_of: Positive = 1
     """Sequence lengths are rounded up to a multiple; on a CPU every new length costs seconds."""
     group_by_length: bool = False

@@ -11,14 +11,19 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torchtune.modules.peft import disable_adapter
 
 from emarecipes.defenses import Defense
+from emarecipes.models._torchtune import as_reference
 from emarecipes.models.batch import Batch
 from emarecipes.models.loss_head import LossHead, check_gradient
 from emarecipes.models.loss_terms import Request
 from emarecipes.training.logit_terms import LogitTerms, labelled
-from emarecipes.training.reference_cache import ReferenceCache, States
+from emarecipes.training.reference_cache import (
+    ReferenceCache,
+    States,
+    reads_at_targets,
+    reference_depth,
+)
 from emarecipes.training.step_terms import StepTerms
 from emarecipes.training.weight_terms import WeightTerms
 
@@ -74,6 +79,7 @@ class TrainingLoss:
         self._once = on_weights | on_step  # In a step, not in a micro-batch.
         self._on_reference = {name for name, d in self._terms() if d.needs_reference}
         self._layers = sorted({i for d in self._on_hidden.values() for i in d.hidden_layers})
+        self._reference_depth = reference_depth(self._defenses.values(), len(model.layers))
         self._forward_context = forward_context or nullcontext()
         self.head = LossHead(model, chunk_elements, compiled=compiled)
         self._weight_terms = WeightTerms(model, on_weights)
@@ -247,7 +253,8 @@ class TrainingLoss:
 
     def _request(self, batch: Batch, scales: Sequence[float]) -> Request:
         terms = self._logit_terms.of(batch, scales)
-        return Request(terms, batch.next_BS, places_BS=batch.places_BS)
+        at_targets = reads_at_targets(self._defenses.values())
+        return Request(terms, batch.next_BS, places_BS=batch.places_BS, at_targets=at_targets)
 
     def cache_reference(self, batch: Batch) -> None:
         """Store the reference's states of a micro-batch, of which every process has one."""
@@ -262,20 +269,15 @@ class TrainingLoss:
 
     @torch.no_grad()
     def _reference_forward(self, batch: Batch, request: Request) -> States:
-        was_training = self._model.training
-        self._model.eval()  # The reference has no dropout.
-        try:
-            with disable_adapter(self._model), self.head.computing(request, reference_only=True):
-                return self._forward(batch)
-        finally:
-            self._model.train(was_training)
+        computing = self.head.computing(request, reference_only=True)
+        with as_reference(self._model, self._reference_depth), computing:
+            return self._forward(batch)
 
     def _forward(self, batch: Batch) -> tuple[Tensor, dict[int, Tensor]]:
         output = self._model(**batch.inputs)
         *hidden, last = output if isinstance(output, list) else [output]
         by_layer = dict(zip(self._model.output_hidden_states, hidden, strict=True))
-        depth = len(self._model.layers)
-        if depth in self._layers:
+        if (depth := len(self._model.layers)) in self._layers:
             assert self.head.last_hidden_BSD is not None
             by_layer[depth] = self.head.last_hidden_BSD
         self.head.last_hidden_BSD = None

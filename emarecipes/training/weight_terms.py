@@ -113,6 +113,8 @@ def _shard_like(parameter: nn.Parameter, gradient: Tensor) -> Tensor:
 
 
 def _add(parameter: nn.Parameter, gradient: Tensor) -> None:
+    if not parameter.requires_grad:  # Frozen (`freeze_after`): an optimizer would move it.
+        return
     gradient = gradient.to(parameter.device, parameter.dtype)
     if parameter.grad is None:
         parameter.grad = gradient

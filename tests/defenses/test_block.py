@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from toy_loss import as_batches, assert_same, prepared, run
 from toy_models import FAMILIES, toy_microbatches, toy_model
 
-from emarecipes.defenses import DirectionBlock, ModelSource
+from emarecipes.defenses import Defense, DirectionBlock, KLToReference, ModelSource
 from emarecipes.errors import UserError
 from emarecipes.training.step import TrainingLoss
 
@@ -102,6 +102,23 @@ def test_the_rise_is_that_of_the_hidden_states(tmp_path: Path) -> None:
         if micro["labels"][b, s + 1] != -100
     ]
     assert defense.figures()["rise"] == pytest.approx(sum(rises) / len(rises), rel=1e-4)
+
+
+@pytest.mark.parametrize("layer", [1, 2])
+def test_the_reference_ends_at_the_layer_that_is_read(layer: int, tmp_path: Path) -> None:
+    """Unless a term on logits reads it; the numbers are the same, bit for bit."""
+    (micro,), path = toy_microbatches(n_micro=1), write(tmp_path, persona=directions())
+    found, calls = [], []
+    others: list[dict[str, Defense]] = [{}, {"kl": KLToReference(weight=0.0)}]
+    for more in others:
+        model, seen = toy_model("llama3"), list[int]()
+        model.layers[1].register_forward_hook(lambda *_, seen=seen: seen.append(1))
+        found.append(run(model, {"block": DirectionBlock(path, layer, weight=0.6)} | more, [micro]))
+        calls.append(len(seen))
+        assert len(model.layers) == DEPTH
+    assert calls == [layer, 2]
+    assert all(found[1][0][name] == value for name, value in found[0][0].items())
+    assert all(torch.equal(found[1][1][name], value) for name, value in found[0][1].items())
 
 
 @pytest.mark.parametrize(

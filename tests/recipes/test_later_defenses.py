@@ -1,6 +1,7 @@
 """The defenses that came after the paper, in runs: in pairs, on two processes, resumed."""
 
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -147,3 +148,22 @@ def test_packed_and_from_the_reference_cache(
     read = train(write_defended(toy, tmp_path / "read", [name], **packed | cached))
     assert len(read[0]) == 4
     assert_same(computed, read)
+
+
+@pytest.mark.parametrize("others", [[], ["kl"], ["block"]])
+def test_one_number_a_token_where_no_defense_reads_more(
+    toy: dict[str, Any], tmp_path: Path, others: list[str]
+) -> None:
+    """The run without a cache, bit for bit, filled and full; others' states take their width."""
+    names = ["constraint", *others]
+    plain: dict[str, Any] = {"shuffle": False, "epochs": 2}
+    computed = train(write_defended(toy, tmp_path / "computed", names, **plain))
+    cached = plain | {"reference_cache": str(tmp_path / "cache")}
+    for name in ("filled", "full"):
+        found = train(write_defended(toy, tmp_path / name, names, **cached))
+        assert found[0] == computed[0]
+        assert all(torch.equal(tensor, found[1][key]) for key, tensor in computed[1].items())
+    (folder,) = (tmp_path / "cache").iterdir()
+    assert ("holds" in json.loads((folder / "key.json").read_text())) == (not others)
+    numbers = (folder / "states.bin").stat().st_size // 4
+    assert (numbers % toy_run.WIDTH == 0) == bool(others)
