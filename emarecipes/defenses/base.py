@@ -218,8 +218,11 @@ class Defense(Extension):
         """
         raise NotImplementedError
 
-    def policy_forward(self) -> AbstractContextManager[None]:
-        """A context around the policy's forward in training, and around nothing else."""
+    def begin_step(self, step: int) -> None:
+        """Called before step number `step`, from 1, also in a resumed run, on every process."""
+
+    def policy_forward(self, batch: Batch) -> AbstractContextManager[None]:
+        """A context around the policy's forward of `batch` in training, and around nothing else."""
         return nullcontext()
 
     def before_update(

@@ -166,6 +166,8 @@ class LoRATraining:
         started = time.perf_counter()
         batches = self._batches(rows)
         self.loss.begin_step(step)
+        for defense in self.run.defenses.values():
+            defense.begin_step(step)
         counts = self.loss.counts(batches)
         # With the tokens of this step, for the log, and whether to stop: one reduction.
         tokens = sum(batch.num_tokens for batch in batches)
