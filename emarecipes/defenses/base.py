@@ -156,6 +156,10 @@ class Defense(Extension):
         """Change a row's messages before they are tokenized. `source` is "task" or "safe"."""
         return messages
 
+    def needed_sources(self) -> dict[str, str]:
+        """Keys of the config, and the source of rows without which each does nothing."""
+        return {} if self.samples == "all" else {"samples": self.samples}
+
     def positions(self, batch: Batch) -> Tensor:
         """Boolean (B, S): the positions that `logit_term` is asked for."""
         mask_BS = batch.labelled_BS if self.tokens == "response" else batch.real_BS
@@ -238,6 +242,12 @@ class Defense(Extension):
         weight * term: (parameter, gradient) of each trained parameter. A name is left out in steps
         that the term is not in, and at weight 0. Under FSDP2 these are shards (`DTensor`): what is
         computed across parameters must be summed over the processes.
+        """
+
+    def saw_term(self, value: float) -> None:
+        """Called before `after_step` with the term's value, as logged, where a step had the term.
+
+        The same on every process. Not called where a step was skipped (`skip_nonfinite`).
         """
 
     def after_step(self, model: nn.Module, step: int) -> None:

@@ -224,11 +224,12 @@ def _check_rows(
     check_rows_fit(cfg, origin, rows, model)
     _check_warmup(cfg, origin, rows.num_steps(needed))
     for name, defense in defenses.items():
-        if defense.samples != "all" and defense.samples not in rows.sources:
-            raise UserError(
-                f"{origin.at(f'defenses.{name}.samples')}: no row has the source "
-                f"{defense.samples}; packed rows have none, safe ones come with an interleaved set"
-            )
+        for key, source in defense.needed_sources().items():
+            if source not in rows.sources:
+                raise UserError(
+                    f"{origin.at(f'defenses.{name}.{key}')}: no row has the source {source}; "
+                    "packed rows have none, safe ones come with an interleaved set"
+                )
     if rows.safe_ce_weight == 0 and not any(_acts_on_safe(d) for d in defenses.values()):
         raise UserError(
             f"{origin.at('dataset.safe.ce_weight')}: at 0 safe rows act through defenses "
