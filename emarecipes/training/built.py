@@ -22,6 +22,7 @@ from emarecipes.models._torchtune_recipe import StockRecipe
 from emarecipes.training.checked import CheckedRun
 from emarecipes.training.gradients import Gradients
 from emarecipes.training.initialize import initialize_adapter
+from emarecipes.training.muon import build_muon, is_muon
 from emarecipes.training.pages import keep_freed_pages
 from emarecipes.training.step import TrainingLoss
 
@@ -60,7 +61,8 @@ class BuiltTraining:
         self.model = _build_model(cfg, stock)
         scale = float(cfg.model.lora_alpha) / float(cfg.model.lora_rank)
         initialize_adapter(self.model, stock.seed, run.initial_adapter, scale)
-        self.optimizer = stock.build_optimizer()
+        muon = is_muon(cfg)
+        self.optimizer = build_muon(cfg, self.model) if muon else stock.build_optimizer()
         self.scheduler: Any = None
         if cfg.lr_scheduler is not None:
             self.scheduler = instantiate(

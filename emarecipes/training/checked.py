@@ -38,6 +38,7 @@ from emarecipes.training.checkpoint_resume import (
 )
 from emarecipes.training.component_checks import build_defenses, check_optimizer
 from emarecipes.training.initialize import read_initial_adapter
+from emarecipes.training.muon import check_muon, is_muon
 from emarecipes.training.reference_cache import ReferenceCache
 from emarecipes.training.settings import check_settings
 
@@ -130,6 +131,8 @@ class CheckedRun(Checked):
         cfg, origin, model = self.cfg, self.origin, self.source.meta_model
         begun = bool(self.adapter_folders())
         self.initial_adapter = read_initial_adapter(cfg, origin, self.source) if begun else {}
+        if is_muon(cfg):
+            check_muon(cfg, origin, model, self.world_size)
         _check_packing(cfg, origin, model)
         _check_sharding(cfg, origin, model, self.world_size)
         self.defenses = build_defenses(cfg, origin, self.source)
