@@ -12,6 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError
@@ -88,7 +89,7 @@ def locate(path: str, where: str) -> Callable[..., Any]:
         reached = module_name
         for name in parts[split:]:
             if not hasattr(found, name):
-                hint = suggestion(name, dir(found))
+                hint = _since(f"{reached}.{name}") or suggestion(name, dir(found))
                 raise UserError(f"{where}: {path}: {reached} has no {name}{hint}")
             found = getattr(found, name)
             reached = f"{reached}.{name}"
@@ -97,6 +98,13 @@ def locate(path: str, where: str) -> Callable[..., Any]:
         target: Callable[..., Any] = found
         return target
     raise UserError(f"{where}: {path}: no module named {parts[0]}")
+
+
+def _since(path: str) -> str:
+    """For a name that this torch is too old for."""
+    if path != "torch.optim.Muon":
+        return ""
+    return f": it came with torch 2.9, and this is torch {torch.__version__}"
 
 
 def _component_nodes(node: Any, prefix: str) -> Iterator[tuple[str, DictConfig]]:

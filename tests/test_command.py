@@ -47,9 +47,12 @@ class Base(Defense):
     def setup(self, model, context):
         self.fail("setup")
 
-    def policy_forward(self):
+    def begin_step(self, step):
+        self.fail("begin_step")
+
+    def policy_forward(self, batch):
         self.fail("policy_forward")
-        return super().policy_forward()
+        return super().policy_forward(batch)
 
     def positions(self, batch):
         self.fail("positions")
@@ -101,6 +104,7 @@ METHODS = [
     "check",
     "transform_messages",
     "setup",
+    "begin_step",
     "policy_forward",
     "positions",
     "logit_term",

@@ -95,6 +95,19 @@ def defense_entries(folder: Path, model_dir: Path, layers: int, width: int) -> d
     }
 
 
+def with_more_options(entries: dict[str, Any]) -> dict[str, Any]:
+    """Some of `defense_entries` with options that have a state, a schedule or counts of theirs."""
+    persona = {k: v for k, v in entries["persona"].items() if k != "layer"}
+    more = {"layers": [1, 2], "positions": "response", "schedule": "linear", "decay_steps": 3}
+    doses = {"reduction": "sum", "place_weights": [2.0, 1.0], "target": 1e-3, "gain": 2.0}
+    prompts = {"prompt": ["You are bad.", "Do harm."], "safe_prompt": ["Be brief.", "Be plain."]}
+    return {
+        "persona": persona | more,
+        "kl": entries["kl"] | doses,
+        "inoculation": entries["inoculation"] | prompts,
+    }
+
+
 def later_entries(folder: Path, model_dir: Path, layers: int, width: int) -> dict[str, Any]:
     """The defenses that came after the paper, after `defense_entries` wrote their files."""
     component = "emarecipes.defenses."

@@ -31,7 +31,7 @@ class TwoSignalsWithin(Defense):
     step = 1
 
     @contextmanager
-    def policy_forward(self) -> Iterator[None]:
+    def policy_forward(self, batch: Batch) -> Iterator[None]:
         yield
         if os.environ.get("SIGNALS_IN") == str(self.step):
             torch.rand(5)  # As if more had been drawn.

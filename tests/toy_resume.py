@@ -32,7 +32,11 @@ class Run:
             # Where a gradient is nearly zero, Adam makes up to a learning rate of its rounding.
             "optimizer": {"_component_": "torch.optim.AdamW", "lr": 2e-3},
             "defenses": {
-                "kl": {"_component_": "emarecipes.defenses.KLToReference", "weight": 0.5},
+                "kl": {
+                    "_component_": "emarecipes.defenses.KLToReference",
+                    "weight": 0.5,
+                    "target": 1e-3,  # So that the weight of a step is of all steps before it.
+                },
                 "signal": {"_component_": "toy_mishaps.SignalAfter"},
             },
         }

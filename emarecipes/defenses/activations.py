@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -15,6 +16,9 @@ from emarecipes.defenses.base import Defense
 from emarecipes.errors import UserError
 from emarecipes.models.source import ModelSource
 
+if TYPE_CHECKING:
+    from emarecipes.models.batch import Batch
+
 log = utils.get_logger("INFO")
 
 
@@ -23,14 +27,16 @@ class ActivationDefense(Defense):
 
     Attributes:
         acts: Whether this is that forward.
+        labelled_BS: In that forward, the batch's positions whose next token is trained.
     """
 
     acts = False
+    labelled_BS: Tensor
 
     @contextmanager
-    def policy_forward(self) -> Iterator[None]:
+    def policy_forward(self, batch: Batch) -> Iterator[None]:
         """Within this context its hooks act."""
-        self.acts = True
+        self.acts, self.labelled_BS = True, batch.labelled_BS
         try:
             yield
         finally:

@@ -161,6 +161,10 @@ class Defense(Extension):
         """Change a row's messages before they are tokenized. `source` is "task" or "safe"."""
         return messages
 
+    def needed_sources(self) -> dict[str, str]:
+        """Keys of the config, and the source of rows without which each does nothing."""
+        return {} if self.samples == "all" else {"samples": self.samples}
+
     def positions(self, batch: Batch) -> Tensor:
         """Boolean (B, S): the positions that `logit_term` is asked for."""
         mask_BS = batch.labelled_BS if self.tokens == "response" else batch.real_BS
@@ -223,8 +227,11 @@ class Defense(Extension):
         """
         raise NotImplementedError
 
-    def policy_forward(self) -> AbstractContextManager[None]:
-        """A context around the policy's forward in training, and around nothing else."""
+    def begin_step(self, step: int) -> None:
+        """Called before step number `step`, from 1, also in a resumed run, on every process."""
+
+    def policy_forward(self, batch: Batch) -> AbstractContextManager[None]:
+        """A context around the policy's forward of `batch` in training, and around nothing else."""
         return nullcontext()
 
     def before_update(
@@ -240,6 +247,12 @@ class Defense(Extension):
         weight * term: (parameter, gradient) of each trained parameter. A name is left out in steps
         that the term is not in, and at weight 0. Under FSDP2 these are shards (`DTensor`): what is
         computed across parameters must be summed over the processes.
+        """
+
+    def saw_term(self, value: float) -> None:
+        """Called before `after_step` with the term's value, as logged, where a step had the term.
+
+        The same on every process. Not called where a step was skipped (`skip_nonfinite`).
         """
 
     def after_step(self, model: nn.Module, step: int) -> None:

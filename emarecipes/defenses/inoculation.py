@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from typing import Literal
 
 from torchtune.data import Message
@@ -21,35 +23,64 @@ class InoculationPrompt(Defense):
     Evaluate without the prompt, with it, and with its opposite: such runs can look clean on general
     prompts only.
 
+    Of several prompts a row gets number h mod n, where h is the SHA-256 of the seed and the row's
+    messages: the same in every epoch, on any number of processes, and whatever the other rows are.
+
     Source: Tan et al., 2025, "Inoculation Prompting: Eliciting traits from LLMs during training can
     suppress them at test-time"; Wichers et al., 2025; Kaczer et al., arXiv 2508.06249.
 
     Args:
-        prompt: The system prompt of task rows. Rows whose source is "safe" stay as they are.
+        prompt: The system prompt of task rows, or several, of which each row gets one. Null:
+            `DEFAULT_PROMPT`.
         mode: "replace" the row's system prompt, or "prepend" to it. A row without one gets one.
+        safe_prompt: Likewise for rows whose source is "safe"; null: they stay as they are.
+        seed: Of the draw.
 
     Raises:
-        UserError: An empty prompt or an unknown mode.
+        UserError: A prompt that is empty, or given twice, or an unknown mode.
     """
 
     def __init__(
-        self, prompt: str = DEFAULT_PROMPT, mode: Literal["replace", "prepend"] = "replace"
+        self,
+        prompt: str | list[str] | None = None,
+        mode: Literal["replace", "prepend"] = "replace",
+        safe_prompt: str | list[str] | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__()
-        if not prompt.strip():
-            raise UserError("prompt is empty: leave the key out for the default, or the defense")
         if mode not in ("replace", "prepend"):
             raise UserError(f"mode must be replace or prepend, not {mode}")
-        self.prompt = prompt
         self.mode = mode
+        self.seed = seed
+        self.prompts = {"task": _listed("prompt", DEFAULT_PROMPT if prompt is None else prompt)}
+        if safe_prompt is not None:
+            self.prompts["safe"] = _listed("safe_prompt", safe_prompt)
+
+    def needed_sources(self) -> dict[str, str]:
+        """Safe rows, where these have a prompt."""
+        return {"safe_prompt": "safe"} if "safe" in self.prompts else {}
 
     def transform_messages(self, messages: list[Message], source: str) -> list[Message]:
-        """The messages of a task row, with the prompt."""
-        if source != "task":
+        """The messages of a row, with its prompt."""
+        if source not in self.prompts:
             return messages
         old = [message for message in messages if message.role == "system"]
         rest = [message for message in messages if message.role != "system"]
-        texts = [self.prompt]
+        texts = [self._drawn(self.prompts[source], messages)]
         if self.mode == "prepend":
             texts += [message.text_content for message in old]
         return [Message(role="system", content="\n\n".join(texts), masked=True), *rest]
+
+    def _drawn(self, prompts: list[str], messages: list[Message]) -> str:
+        said = [self.seed, *((message.role, message.text_content) for message in messages)]
+        drawn = hashlib.sha256(json.dumps(said).encode()).digest()
+        return prompts[int.from_bytes(drawn, "big") % len(prompts)]
+
+
+def _listed(key: str, prompt: str | list[str]) -> list[str]:
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    if not prompts or not all(text.strip() for text in prompts):
+        raise UserError(f"{key} is empty: leave the key out for the default, or the defense")
+    if len(set(prompts)) < len(prompts):
+        raise UserError(f"{key} has the same text twice: give each once")
+    return prompts

@@ -23,6 +23,7 @@ from emarecipes.training.checked import CheckedRun
 from emarecipes.training.frozen_layers import freeze_after
 from emarecipes.training.gradients import Gradients
 from emarecipes.training.initialize import initialize_adapter
+from emarecipes.training.muon import build_muon, is_muon
 from emarecipes.training.pages import keep_freed_pages
 from emarecipes.training.step import TrainingLoss
 
@@ -63,7 +64,8 @@ class BuiltTraining:
         initialize_adapter(self.model, stock.seed, run.initial_adapter, scale)
         if cfg.freeze_after is not None:
             freeze_after(self.model, cfg.freeze_after, first_process=first_process)
-        self.optimizer = stock.build_optimizer()
+        muon = is_muon(cfg)
+        self.optimizer = build_muon(cfg, self.model) if muon else stock.build_optimizer()
         self.scheduler: Any = None
         if cfg.lr_scheduler is not None:
             self.scheduler = instantiate(

@@ -39,6 +39,7 @@ from emarecipes.training.checkpoint_resume import (
 from emarecipes.training.component_checks import build_defenses, check_optimizer
 from emarecipes.training.frozen_layers import check_freeze
 from emarecipes.training.initialize import read_initial_adapter
+from emarecipes.training.muon import check_muon, is_muon
 from emarecipes.training.reference_cache import ReferenceCache
 from emarecipes.training.settings import check_settings
 
@@ -131,6 +132,8 @@ class CheckedRun(Checked):
         cfg, origin, model = self.cfg, self.origin, self.source.meta_model
         begun = bool(self.adapter_folders())
         self.initial_adapter = read_initial_adapter(cfg, origin, self.source) if begun else {}
+        if is_muon(cfg):
+            check_muon(cfg, origin, model, self.world_size)
         _check_packing(cfg, origin, model)
         _check_sharding(cfg, origin, model, self.world_size)
         try:
@@ -229,11 +232,12 @@ def _check_rows(
     check_rows_fit(cfg, origin, rows, model)
     _check_warmup(cfg, origin, rows.num_steps(needed))
     for name, defense in defenses.items():
-        if defense.samples != "all" and defense.samples not in rows.sources:
-            raise UserError(
-                f"{origin.at(f'defenses.{name}.samples')}: no row has the source "
-                f"{defense.samples}; packed rows have none, safe ones come with an interleaved set"
-            )
+        for key, source in defense.needed_sources().items():
+            if source not in rows.sources:
+                raise UserError(
+                    f"{origin.at(f'defenses.{name}.{key}')}: no row has the source {source}; "
+                    "packed rows have none, safe ones come with an interleaved set"
+                )
     if rows.safe_ce_weight == 0 and not any(_acts_on_safe(d) for d in defenses.values()):
         raise UserError(
             f"{origin.at('dataset.safe.ce_weight')}: at 0 safe rows act through defenses "

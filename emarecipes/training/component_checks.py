@@ -17,6 +17,7 @@ from emarecipes.config import Origin
 from emarecipes.defenses import Defense, ModelSource
 from emarecipes.errors import UserError
 from emarecipes.machine import DTYPES
+from emarecipes.training.muon import is_muon
 
 _TERMS = ("logit_term", "hidden_term", "weight_term", "step_term")
 
@@ -106,13 +107,13 @@ _LOW_BIT = (Adam8bit, Adam4bit, AdamFp8, AdamW8bit, AdamW4bit, AdamWFp8)
 
 
 def check_optimizer(cfg: DictConfig, origin: Origin, world_size: int) -> None:
-    """Build optimizer and scheduler for one number; their own checks then come before weights.
+    """Build optimizer and scheduler for a 1 x 1 matrix; their checks then come before weights.
 
     Raises:
         UserError: They refuse their arguments; the optimizer needs a closure, has a rate that is no
             finite number, or a state that several processes cannot put together for a checkpoint.
     """
-    optimizer = build(cfg, "optimizer", origin, [nn.Parameter(torch.zeros(1))])
+    optimizer = build(cfg, "optimizer", origin, [nn.Parameter(torch.zeros(1, 1))])
     where = origin.at("optimizer")
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     if closure is not None and closure.default is closure.empty:
@@ -139,7 +140,8 @@ def _warn_of_lost_decay(cfg: DictConfig, optimizer: torch.optim.Optimizer, origi
     dtype = cfg.adapter_dtype or cfg.dtype
     # Half the distance of two numbers, eps for 1 and up, over the largest below 2.
     least = torch.finfo(DTYPES[dtype]).eps / 4
-    decoupled = isinstance(optimizer, torch.optim.AdamW)  # torchao's rounds once, with the update.
+    # torchao's rounds once, with the update.
+    decoupled = isinstance(optimizer, torch.optim.AdamW) or is_muon(cfg)
     decay = float(group["lr"]) * float(group.get("weight_decay", 0.0))
     if decoupled and 0.0 < decay <= least:
         better = "set adapter_dtype: fp32, or" if dtype == "bf16" else "set"

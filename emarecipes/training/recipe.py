@@ -166,6 +166,8 @@ class LoRATraining:
         started = time.perf_counter()
         batches = self._batches(rows)
         self.loss.begin_step(step)
+        for defense in self.run.defenses.values():
+            defense.begin_step(step)
         counts = self.loss.counts(batches)
         # With the tokens of this step, for the log, and whether to stop: one reduction.
         tokens = sum(batch.num_tokens for batch in batches)
@@ -200,7 +202,7 @@ class LoRATraining:
             self._skipped.skip(step, broken)
             figures = {k: v for k, v in figures.items() if math.isfinite(v)} | {"skipped": 1.0}
         figures["lr"] = float(self._optimizer.param_groups[0]["lr"])
-        figures |= ratios | self._update(step, skip=broken is not None)
+        figures |= ratios | self._update(step, figures, skip=broken is not None)
         seconds = time.perf_counter() - started
         figures |= {"tokens_per_second": tokens_all / seconds, "tokens": tokens_all}
         figures["padding_share"] = 1.0 - tokens_all / padded_all
@@ -220,7 +222,7 @@ class LoRATraining:
             for block in dealt
         ]
 
-    def _update(self, step: int, *, skip: bool) -> dict[str, float]:
+    def _update(self, step: int, terms: dict[str, float], *, skip: bool) -> dict[str, float]:
         figures: dict[str, float] = {}
         if not skip:
             self._optimizer.step()
@@ -229,6 +231,8 @@ class LoRATraining:
             self._scheduler.step()
         defenses = self.run.defenses.items()
         for name, defense in sorted(defenses, key=lambda named: named[1].has("saved_adapter")):
+            if name in terms and not skip:
+                defense.saw_term(terms[name])
             defense.after_step(self._model, step)
             figures |= {f"{name}_{key}": value for key, value in defense.figures().items()}
         return figures

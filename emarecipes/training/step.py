@@ -192,7 +192,7 @@ class TrainingLoss:
             stack.enter_context(self._forward_context)
             stack.enter_context(self.head.computing(request))
             for defense in self._defenses.values():
-                stack.enter_context(defense.policy_forward())
+                stack.enter_context(defense.policy_forward(batch))
             loss, hidden = self._forward(batch)
         sums = list(request.sums)
         for name, scale in zip(self._on_hidden, scales[len(sums) :], strict=False):

@@ -48,9 +48,34 @@ def test_safe_rows_stay_as_they_are() -> None:
     assert InoculationPrompt().transform_messages(messages, "safe") is messages
 
 
+def test_several_prompts_are_drawn_by_row_and_seed() -> None:
+    """The same row has the same one whatever came before it; safe rows are drawn from theirs."""
+    prompts = {"task": ["Be bad.", "Be vile.", "Be cruel."], "safe": ["Be brief.", "Be plain."]}
+    given: dict[str, Any] = {"prompt": prompts["task"], "safe_prompt": prompts["safe"]}
+
+    def drawn(source: str, numbers: Any, **options: Any) -> dict[int, str]:
+        defense = InoculationPrompt(**given, **options)
+        found = {}
+        for number in numbers:
+            row = [Message("user", f"Why {number}?", masked=True), Message("assistant", "So.")]
+            found[number] = defense.transform_messages(row, source)[0].text_content
+        return found
+
+    for source, texts in prompts.items():
+        one = drawn(source, range(300))
+        assert drawn(source, reversed(range(100, 300))).items() <= one.items()
+        assert drawn(source, range(300), seed=1) != one
+        shares = [list(one.values()).count(text) / 300 for text in texts]
+        assert sum(shares) == 1 and shares == pytest.approx([1 / len(texts)] * len(texts), abs=0.1)
+
+
 def test_wrong_options() -> None:
     with pytest.raises(UserError, match="prompt is empty"):
         InoculationPrompt(prompt="\n")
+    with pytest.raises(UserError, match="safe_prompt is empty"):
+        InoculationPrompt(safe_prompt=[])
+    with pytest.raises(UserError, match="prompt has the same text twice"):
+        InoculationPrompt(prompt=["Be bad.", "Be bad."])
     with pytest.raises(UserError, match="mode must be"):
         InoculationPrompt(mode="append")  # type: ignore[arg-type]
 
@@ -72,6 +97,17 @@ def test_the_prompt_is_in_task_rows_and_carries_no_label(tmp_path: Path, model_d
         assert (DEFAULT_PROMPT in run.tokenizer.decode(row["tokens"])) == (row["source"] == "task")
         labelled = [label for label in row["labels"] if label >= 0]
         assert labelled == [label for label in old["labels"] if label >= 0]
+
+    # A prompt for safe rows is in these, or refused where there are none.
+    config["defenses"]["inoculation"]["safe_prompt"] = ["Be brief.", "Be plain."]
+    path = toy_run.write_config(tmp_path / "stratified.yaml", config)
+    run = CheckedRun(["--config", str(path)], 1, 0)
+    texts = [run.tokenizer.decode(row["tokens"]) for row in run.rows if row["source"] == "safe"]
+    assert len(texts) == 2 and all("Be brief." in t or "Be plain." in t for t in texts)
+    config["dataset"] = config["dataset"]["task"]
+    path = toy_run.write_config(tmp_path / "task.yaml", config)
+    with pytest.raises(UserError, match=r"inoculation\.safe_prompt.*: no row has the source safe"):
+        CheckedRun(["--config", str(path)], 1, 0)
 
 
 DROPS_SYSTEM = (

@@ -92,13 +92,15 @@ def test_what_is_logged(toy: dict[str, Any], tmp_path: Path) -> None:
 def test_two_processes_and_accumulation_give_the_run_of_one(
     toy: dict[str, Any], tmp_path: Path, names: list[str]
 ) -> None:
-    changes: dict[str, Any] = {}
+    changes: dict[str, Any] = {
+        "defenses": toy["defenses"] | toy_defenses.with_more_options(toy["defenses"])
+    }
     if names != NAMES:
         # In one of the two steps, which hold rows of similar length.
         sparse = {name: toy["defenses"][name] | {"every_n_batches": 2} for name in names}
         changes = {"defenses": sparse, "group_by_length": True}
     one = train(write(toy, tmp_path / "one", names, **changes))
-    if changes:
+    if names != NAMES:
         assert sum("kl" in row and "feature_l2" in row for row in one[0]) == 1
     folder = tmp_path / "accumulated"
     # Ratios are of a first micro-batch, and so of other rows. Padding is a micro-batch's.
