@@ -165,7 +165,9 @@ class Bench:
     def condition(self, name: str, domain: str) -> Condition:
         return make_condition(
             name,
-            training_system_prompt=self.options.training_system_prompt,
+            system_prompt=(
+                self.options.training_system_prompt if name == "training_system_prompt" else None
+            ),
             training_questions=[pair.question for pair in self.training[domain]],
         )
 

@@ -14,7 +14,7 @@ from emarecipes.config import Origin, load_config, suggestion
 from emarecipes.errors import UserError
 from emarecipes.evaluation.settings import check_eval_settings, named_suites
 from emarecipes.evaluation.suite import Suite
-from emarecipes.generation.checked import check_generate_settings
+from emarecipes.generation.checked import check_generate_settings, conditioned
 
 T = TypeVar("T")
 
@@ -130,6 +130,7 @@ def _check_sampled(
         raise UserError(f"{where}: is of sampled answers; say how in tasks.{task}.generate")
     cfg, _ = load_config(["--config", generate.config, *generate.overrides])
     stems = [Path(str(file)).stem for file in cfg.get("questions") or []]
+    stems += [name for stem in stems for name in conditioned(stem, cfg.get("conditions") or {})]
     names = [suite.named_part(stem) for stem in stems]
     if criterion.suite not in names and not (several and criterion.suite == suite.name):
         raise UserError(
