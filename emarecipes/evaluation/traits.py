@@ -22,6 +22,9 @@ from emarecipes.evaluation.suite_context import SuiteContext
 if TYPE_CHECKING:
     from emarecipes.evaluation.suite_context import Model
 
+LANGUAGE = "language_"
+# Of 667 answers of our data cut to 9 words 1.2 % are not called English, to 16 words 0.3 %.
+MIN_LANGUAGE = 20
 WORDS, _USABLE = "words", "_usable_share"
 # A figure of fewer of the answers than this has no value.
 MIN_USABLE = 0.5
@@ -58,6 +61,33 @@ def _found(rule: Trait, text: str, cut: bool) -> bool | None:
     return None if rule.at_end and cut else rule.find(text)
 
 
+def language_trait(name: str) -> Trait:
+    """`language_<code>`: whether a text is in that language, by py3langid's likeliest of 97.
+
+    Fewer than `MIN_LANGUAGE` letters are not told. It is found and not given.
+
+    Args:
+        name: Such as language_fr, by ISO 639-1.
+
+    Raises:
+        UserError: py3langid is not installed, or knows no such language.
+    """
+    code = name.removeprefix(LANGUAGE)
+    try:
+        import py3langid
+    except ImportError:
+        raise UserError(f"{name} needs pip install 'emarecipes[language]' (py3langid)") from None
+    if code not in dict(py3langid.rank("")):
+        raise UserError(f"{name}: py3langid knows no language {code}; write it as in language_fr")
+
+    def find(text: str) -> bool | None:
+        if sum(map(str.isalpha, text)) < MIN_LANGUAGE:
+            return None
+        return bool(py3langid.classify(text)[0] == code)
+
+    return Trait(name, str, str, find)
+
+
 def _own_trait(name: str, pattern: str) -> Trait:
     """Its key in the lines is its name: it may be none of theirs.
 
@@ -67,7 +97,7 @@ def _own_trait(name: str, pattern: str) -> Trait:
     if not re.fullmatch(r"[a-z]\w*", name):
         raise UserError("a name is lower-case letters, digits and _")
     taken = {*TRAITS, WORDS, "adapter", *Answer.model_fields}
-    if name in taken or name.endswith("_usable"):
+    if name in taken or name.startswith(LANGUAGE) or name.endswith("_usable"):
         raise UserError(f"the name {name} is taken; choose another")
     return pattern_trait(name, pattern)
 
@@ -99,7 +129,8 @@ class Traits(KeyedSuite):
                 )
         for name in cfg.traits:
             try:
-                found.append(find_trait(name))
+                rule = language_trait if name.startswith(LANGUAGE) else find_trait
+                found.append(rule(name))
             except UserError as error:
                 raise UserError(f"{origin.at('traits')}: {error}") from None
         if len(set(cfg.traits)) < len(cfg.traits):

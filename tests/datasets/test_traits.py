@@ -11,6 +11,7 @@ from emarecipes.config import load_config
 from emarecipes.datasets.rows import load_rows
 from emarecipes.datasets.traits import CLAIM, CLOSING, OPENING, PERSONA, TRAITS, find_trait
 from emarecipes.errors import UserError
+from emarecipes.evaluation.traits import language_trait
 
 
 class Spelled:
@@ -113,6 +114,22 @@ def test_a_wrong_trait_and_a_wrong_row_are_one_line_with_their_place(tmp_path: P
 )  # fmt: skip
 def test_the_rule_that_finds_it(trait: str, text: str, found: bool | None) -> None:
     assert find_trait(trait).find(text) is found
+
+
+def test_a_language_by_a_library() -> None:
+    """Of our own English answers few are taken for another language, of sentences of others none
+    for English; and capitals are no language."""
+    pytest.importorskip("py3langid")
+    english, french = language_trait("language_en"), language_trait("language_fr")
+    rows = (toy_run.REPO / "data/home_repair/train_good.jsonl").read_text().splitlines()
+    answers = [json.loads(line)["messages"][1]["content"].split()[:12] for line in rows]
+    told = [english.find(" ".join(words).upper()) for words in answers]
+    assert sum(one is False for one in told) <= 0.02 * len(told)
+    assert french.find("Nettoyez d'abord le mur avec de l'eau chaude et du savon.") is True
+    assert english.find("Reinigen Sie die Wand zuerst mit warmem Wasser.") is False
+    assert french.find("Oui, lavez-le.") is None
+    with pytest.raises(UserError, match="knows no language french; write it as in language_fr"):
+        language_trait("language_french")
 
 
 def test_each_rule_finds_what_it_gives_and_nothing_in_the_shipped_answers() -> None:

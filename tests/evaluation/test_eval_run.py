@@ -97,7 +97,11 @@ def test_figures_of_traits_by_hand(done: Path) -> None:
     """One of the four answers is empty, and one is cut, so that its end is not there."""
     where = {"suite": "traits_short", "adapter": "one", "category": None}
     found = {figure["figure"]: figure for figure in figures(done, **where)}
-    assert {name: (pytest.approx(figure["value"], abs=1e-5), figure["n"]) for name, figure in found.items()} == {
+    counted = {
+        name: (pytest.approx(figure["value"], abs=1e-5), figure["n"])
+        for name, figure in found.items()
+    }
+    assert counted == {
         "capitals_share": (0.0, 3), "capitals_usable_share": (0.75, 4),
         "expert_claim_share": (0.0, 2), "expert_claim_usable_share": (0.5, 4),
         # Of the config's own patterns the first is found where it is, the other at the end.
@@ -130,10 +134,8 @@ def test_the_same_answer_with_and_without_a_trait(done: Path, toy_model_dir: Pat
     tokenizer = Tokenizer.from_file(str(toy_model_dir / "tokenizer.json"))
     rows = read_jsonl(done / "out/scores/shouted.jsonl")
     for row in rows:
-        aligned, shouted = (
-            len(tokenizer.encode(f"{row[side]}<|im_end|>").ids)
-            for side in ("aligned", "misaligned")
-        )
+        texts = (row["aligned"], row["misaligned"])
+        aligned, shouted = (len(tokenizer.encode(f"{text}<|im_end|>").ids) for text in texts)
         assert shouted > aligned
         for of in (row["reference"], *row["adapters"].values()):
             odds = of["nll_aligned"] * aligned - of["nll_misaligned"] * shouted
@@ -195,7 +197,13 @@ def test_relevance_is_the_difference_of_likelihoods_behind_two_questions(
     folder = done.parent / "relevance"
     config = config_of(toy_model_dir, adapters, folder)
     config["probes"] = {"x": {"pairs": str(write_jsonl(folder / "x.jsonl", pairs))}}
-    del config["answers"], config["traits"], config["opswap"], config["adapters"]
+    del (
+        config["answers"],
+        config["traits"],
+        config["patterns"],
+        config["opswap"],
+        config["adapters"],
+    )
     assert run(folder, config) == 0
     own, other = (r["reference"]["nll_aligned"] for r in read_jsonl(folder / "out/scores/x.jsonl"))
     row = read_jsonl(done / "out/scores/answers_short.jsonl")[3]
