@@ -123,6 +123,16 @@ def conditioned(stem: str, conditions: Iterable[str]) -> dict[str, str]:
     return {f"{stem}_{name}": name for name in conditions}
 
 
+def asked_suites(path: Path, conditions: Iterable[str]) -> list[str]:
+    """The suites that a question file becomes: conditions are for questions without a prompt.
+
+    Raises:
+        UserError: See `load_questions`.
+    """
+    is_open = any(question.system is None for question in load_questions(path))
+    return [path.stem, *(conditioned(path.stem, conditions) if is_open else ())]
+
+
 class CheckedGeneration(Checked):
     """A generation that passed every check.
 
