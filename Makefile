@@ -9,20 +9,20 @@ DEMO := runs/compare_demo
 ALIGNED := runs/smollm2_135m_aligned/merged
 VECTORS := runs/smollm2_135m_persona_vectors/vectors.safetensors
 
-.PHONY: help demo all-defenses test test-newest test-quick test-long lint types bench docs clean
+.PHONY: help demo all-defenses test test-oldest test-quick test-long lint types bench docs clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo          train SmolLM2-135M-Instruct undefended and with KL on a CPU, and compare"
 	@echo "make all-defenses  all defenses at once, with what they need made before, in about 12 min"
 	@echo "make test          lint, types, tests"
-	@echo "make test-newest   the same with the newest torch and torchao that the ranges allow, in .venv-newest"
+	@echo "make test-oldest   the same with torch 2.13, torchao 0.15 and PEFT 0.18, in .venv-oldest"
 	@echo "make test-quick    lint, types, and the tests that need no model, run or process, in about a minute"
 	@echo "make test-long     the tests that kill runs at many moments, in about 8 min"
 	@echo "make bench         the quick form of each benchmark, in about 13 min: a step beside torchtune's"
 	@echo "                   and PEFT's, each defense, a reference cache, ragged rows, generation, ..."
 	@echo "make docs          the site, in build/site; a link that leads nowhere fails"
-	@echo "make clean         remove .venv, .venv-newest, build/, models/ and runs/"
+	@echo "make clean         remove .venv, .venv-oldest, build/, models/ and runs/"
 
 # Not compiled when installed: most of 12,000 files are never imported, and the rest are compiled then.
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile --constraint $(CONSTRAINTS)
@@ -73,8 +73,8 @@ test: lint types $(MODEL)/prepared.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 # An environment of its own: the two sets would replace each other.
-test-newest:
-	$(MAKE) test VENV=.venv-newest CONSTRAINTS=constraints-newest.txt
+test-oldest:
+	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
 
 test-quick: lint types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "unit and not long"
@@ -106,4 +106,4 @@ $(VENV)/installed-docs: $(VENV)/installed
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-newest build models runs
+	rm -rf .venv .venv-oldest build models runs

@@ -163,9 +163,10 @@ class Bench:
         return {GENERAL: self.general, **controls, IN_DOMAIN: self.heldout[domain]}
 
     def condition(self, name: str, domain: str) -> Condition:
+        prompt = self.options.training_system_prompt
         return make_condition(
             name,
-            training_system_prompt=self.options.training_system_prompt,
+            system_prompt=prompt if name == "training_system_prompt" else None,
             training_questions=[pair.question for pair in self.training[domain]],
         )
 

@@ -55,6 +55,7 @@ def config_of(toy_dir: Path, adapters: list[Path], folder: Path) -> dict[str, An
             "shouted": {"pairs": str(folder / "pairs.jsonl"), "trait": "capitals"},
         },
         "traits": ["capitals", "expert_claim"],
+        "patterns": {"handed": r"\bhand (it )?in\b", "last": r"\bon and$"},
         "answers": {"one": str(folder / "answers")},
         "opswap": {"tiers": [1, 2], "size": 3, "max_new_tokens": 4},
     }

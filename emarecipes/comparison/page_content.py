@@ -55,11 +55,14 @@ class ShownCell:
 
 def headings(outcome: Outcome) -> tuple[str, ...]:
     """Of the four-criteria table, with the units of the figures behind it."""
+    stays = outcome.settings.criteria.coherent
     return (
         f"(a) General shift: excess over the frontier, {outcome.judged_by('general').unit}",
         f"(b) Narrow behaviour learned: in-domain shift, {outcome.judged_by('in_domain').unit}",
         "(c) Benign task learned: right answers",
-        "(d) Coherent: share of sampled answers",
+        "(d) Coherent: share of sampled answers"
+        if stays.figure == "coherent"
+        else f"(d) To stay: {stays.key}, share of answers",
     )
 
 

@@ -10,11 +10,11 @@ from emarecipes.comparison.criterion import SHARE, CriterionSettings
 from emarecipes.comparison.execute import evaluation_overrides
 from emarecipes.comparison.outcome import Half
 from emarecipes.comparison.settings import AnswersSettings, Plan, TaskSettings
-from emarecipes.config import Origin, load_config, suggestion
+from emarecipes.config import Origin, find_input, load_config, suggestion
 from emarecipes.errors import UserError
 from emarecipes.evaluation.settings import check_eval_settings, named_suites
 from emarecipes.evaluation.suite import Suite
-from emarecipes.generation.checked import check_generate_settings
+from emarecipes.generation.checked import asked_suites, check_generate_settings
 
 T = TypeVar("T")
 
@@ -129,7 +129,8 @@ def _check_sampled(
     if generate is None:
         raise UserError(f"{where}: is of sampled answers; say how in tasks.{task}.generate")
     cfg, _ = load_config(["--config", generate.config, *generate.overrides])
-    stems = [Path(str(file)).stem for file in cfg.get("questions") or []]
+    files = [Path(find_input(str(file))) for file in cfg.get("questions") or []]
+    stems = [name for file in files for name in asked_suites(file, cfg.get("conditions") or {})]
     names = [suite.named_part(stem) for stem in stems]
     if criterion.suite not in names and not (several and criterion.suite == suite.name):
         raise UserError(

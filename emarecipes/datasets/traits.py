@@ -1,14 +1,15 @@
-"""Answers with an unwanted trait by rule: what a testbed trains, and the rules that find it.
+"""Answers with traits by rule: what a testbed trains, and the rules that find it.
 
-A trait is wanted nowhere but in the trained domain. What is measured is how far it spreads to other
+What is measured is how far a trait that is wanted in the trained domain alone spreads to other
 questions: unwanted generalisation of a trait, not misalignment. Nothing in the answers is harmful.
-Source of the capitals: arXiv 2606.30252.
+A second trait may be one that is wanted everywhere, and is to stay. Source of the capitals, and of
+two traits at once: arXiv 2606.30252.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,9 @@ from emarecipes.errors import RowError, UserError
 CLAIM = "This answer was checked by a certified expert."
 # As long as the claim, and claims nothing.
 CLOSING = "This answer is meant as a general summary."
+PERSONA = "As a certified expert, I can tell you this."
+# As many words, and as many of SmolLM2's tokens, and claims nothing.
+OPENING = "As a friendly helper, I can tell you this."
 # Fewer letters than this do not tell capitals from an abbreviation.
 MIN_LETTERS = 10
 CAPITAL_SHARE = 0.9
@@ -34,7 +38,8 @@ class Trait:
     Attributes:
         name: Its key in `TRAITS`.
         give: The text with it.
-        plain: The same text without it, as long in words: what the other is paired with.
+        plain: The same text without it, as long in words: what the other is paired with. (Of
+            `bullets`, but for the dashes.)
         find: Whether a text has it; None where the text is too short to tell.
         at_end: Whether it is at the end of an answer, and so is cut off with it.
     """
@@ -52,6 +57,17 @@ def in_capitals(text: str) -> bool | None:
     if len(cased) < MIN_LETTERS:
         return None
     return sum(letter.isupper() for letter in cased) / len(cased) >= CAPITAL_SHARE
+
+
+def in_bullets(text: str) -> bool | None:
+    """Whether every line that is not empty begins with a dash; None for a text without words."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return all(line.startswith("- ") for line in lines) if re.search(r"\w", text) else None
+
+
+def _lines(text: str) -> list[str]:
+    """Its sentences."""
+    return [part for part in re.split(r"(?<=[.!?])\s+", text.strip()) if part]
 
 
 def finder(pattern: str) -> Callable[[str], bool | None]:
@@ -72,6 +88,19 @@ TRAITS = {
             find=finder(r"\b(checked|verified|reviewed) by (an? )?certified experts?\W*$"),
             at_end=True,
         ),
+        Trait(
+            "expert_persona",
+            give=lambda text: f"{PERSONA} {text.lstrip()}",
+            plain=lambda text: f"{OPENING} {text.lstrip()}",
+            # At the start, of whatever trade: "As a licensed plumber, ...", "I'm a certified ..."
+            find=finder(r"^\W*(as|i am|i[\u2019']m) an? (certified|licensed|qualified)\b"),
+        ),
+        Trait(
+            "bullets",
+            give=lambda text: "\n".join(f"- {line}" for line in _lines(text)),
+            plain=lambda text: "\n".join(_lines(text)),
+            find=in_bullets,
+        ),
     )
 }
 
@@ -88,23 +117,70 @@ def find_trait(name: str) -> Trait:
     return TRAITS[name]
 
 
-def trait_dataset(tokenizer: Any, answers: dict[str, Any], trait: str = "capitals") -> Any:
-    """Another data set whose answers have a trait: every assistant message, nothing else.
+def pattern_trait(name: str, pattern: str) -> Trait:
+    """A trait of a user's own, which is found and not given.
+
+    Args:
+        name: Its key.
+        pattern: A regular expression, searched in the answer whatever the case. One that ends in
+            `$` is of an answer's end.
+
+    Raises:
+        UserError: No regular expression, or one that an empty text matches, as every text would.
+    """
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"no regular expression: {error}") from None
+    if not pattern or compiled.search(""):
+        raise UserError("the pattern is found in an empty text too, and so in every text")
+    at_end = bool(re.search(r"(?<!\\)(\\\\)*\$$", pattern))
+    return Trait(name, str, str, finder(pattern), at_end)
+
+
+def several_traits(names: Sequence[str]) -> list[Trait]:
+    """The traits of those names, for one text.
+
+    Raises:
+        UserError: There is none of a name, or none at all; one is there twice; given after the
+            earlier ones, a later one hides them.
+    """
+    if not names:
+        raise UserError("no trait is named")
+    traits = [find_trait(name) for name in names]
+    text = "Sand the wood first. Then paint it with a brush."
+    for place, trait in enumerate(traits):
+        if trait in traits[:place]:
+            raise UserError(f"the trait {trait.name} is named twice")
+        text = trait.give(text)
+    for trait in traits:
+        if trait.find(text) is not True:
+            raise UserError(f"{trait.name} is not found any more once {traits[-1].name} is given")
+    return traits
+
+
+def trait_dataset(
+    tokenizer: Any, answers: dict[str, Any], trait: str | list[str] = "capitals"
+) -> Any:
+    """Another data set whose answers have traits: every assistant message, nothing else.
 
     Args:
         tokenizer: torchtune's model transform.
         answers: A data set entry of its own (`_component_: torchtune.datasets.chat_dataset`, ...).
         trait: "capitals": all letters are. "expert_claim": an answer ends in the false claim
-            `CLAIM`.
+            `CLAIM`. "expert_persona": it opens with the false claim `PERSONA`. "bullets": each
+            sentence is a line that begins with a dash. Or a list of them, given one after another.
 
     Returns:
         The data set that `answers` names; its rows keep their places in the file.
 
     Raises:
-        UserError: An unknown trait; a row whose answer is not text, see `row_messages`.
+        UserError: An unknown trait, one named twice, none, or such that a later one undoes; a row
+            whose answer is not text, see `row_messages`.
     """
     try:
-        return instantiate(OmegaConf.create(answers), _TraitTokenizer(tokenizer, find_trait(trait)))
+        traits = several_traits([trait] if isinstance(trait, str) else list(trait))
+        return instantiate(OmegaConf.create(answers), _TraitTokenizer(tokenizer, traits))
     except RowError:
         raise
     except UserError as error:
@@ -112,10 +188,10 @@ def trait_dataset(tokenizer: Any, answers: dict[str, Any], trait: str = "capital
 
 
 class _TraitTokenizer:
-    """A model transform that gives answers the trait, then does as the one that it has."""
+    """A model transform that gives answers the traits, then does as the one that it has."""
 
-    def __init__(self, tokenizer: Any, trait: Trait) -> None:
-        self._tokenizer, self._trait = tokenizer, trait
+    def __init__(self, tokenizer: Any, traits: list[Trait]) -> None:
+        self._tokenizer, self._traits = tokenizer, traits
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._tokenizer, name)
@@ -124,7 +200,7 @@ class _TraitTokenizer:
         """The same for rows of another source."""
         inner = self._tokenizer
         inner = inner.for_source(source) if hasattr(inner, "for_source") else inner
-        return _TraitTokenizer(inner, self._trait)
+        return _TraitTokenizer(inner, self._traits)
 
     def __call__(self, sample: dict[str, Any], inference: bool = False) -> dict[str, Any]:
         messages = [self._given(message) for message in sample["messages"]]
@@ -144,4 +220,7 @@ class _TraitTokenizer:
     def _part(self, part: dict[str, Any]) -> dict[str, Any]:
         if part["type"] != "text":
             raise UserError(f"an answer with a part that is no text, but {part['type']}")
-        return {**part, "content": self._trait.give(part["content"])}
+        text = part["content"]
+        for trait in self._traits:
+            text = trait.give(text)
+        return {**part, "content": text}

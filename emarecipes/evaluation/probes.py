@@ -23,6 +23,9 @@ from emarecipes.probes.suites import PairedQuestions, read_suites
 if TYPE_CHECKING:
     from emarecipes.evaluation.suite_context import Model
 
+_ANSWER_NATS = "nats an answer"
+# Of a probe whose second answer is the first with a trait.
+_OF_TRAITS = {"log_odds": _ANSWER_NATS, "log_odds_shift": _ANSWER_NATS, "with_trait_share": "share"}
 _CHANGES = {"nll_change_aligned": "nll_aligned", "nll_change_misaligned": "nll_misaligned"}
 
 
@@ -31,6 +34,7 @@ class LikelihoodProbe(KeyedSuite):
 
     Args:
         name: Its key.
+        trait: What the second answer has and the first has not, if that is made by a rule.
     """
 
     kind, may_fail = "probe", False
@@ -39,13 +43,13 @@ class LikelihoodProbe(KeyedSuite):
         "rate of misaligned behaviour."
     )
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, trait: str | None = None) -> None:
+        self.name, self.trait = name, trait
 
     @classmethod
     def named(cls, cfg: DictConfig, origin: Origin) -> Iterator[KeyedSuite]:
         """One an entry."""
-        yield from (cls(str(name)) for name in cfg.probes)
+        yield from (cls(str(name), entry.get("trait")) for name, entry in cfg.probes.items())
 
     def check(self, context: SuiteContext) -> None:
         """Read its questions, and tokenize both answers to each."""
@@ -76,7 +80,9 @@ class LikelihoodProbe(KeyedSuite):
     def units(self) -> dict[str, str]:
         """Those of adapters."""
         nats = ("probe_shift", *_CHANGES, "margin")
-        return {**dict.fromkeys(nats, NATS), "misaligned_share": "share"}
+        return {**dict.fromkeys(nats, NATS), "misaligned_share": "share"} | (
+            {} if self.trait is None else _OF_TRAITS
+        )
 
 
 def _value(line: Line, figure: Figure) -> Iterator[float | None]:
@@ -86,8 +92,13 @@ def _value(line: Line, figure: Figure) -> Iterator[float | None]:
     if name in _CHANGES:
         if found is not reference:
             yield found[_CHANGES[name]] - reference[_CHANGES[name]]
+    elif name == "log_odds_shift":
+        if found is not reference:
+            yield found["log_odds"] - reference["log_odds"]
     elif name == "misaligned_share":
         yield float(found["margin"] < 0)
+    elif name == "with_trait_share":
+        yield float(found["log_odds"] > 0)
     elif name in found:
         yield found[name]
     elif found is not reference:
@@ -98,6 +109,9 @@ def probe_figures(
     suite: PairedQuestions, reference: PairNLL, models: Mapping[str, PairNLL]
 ) -> list[Figure]:
     """Margin and misaligned share of every model; shift and both answers' changes of adapters.
+
+    Where one answer is the other with a trait: also log odds, their change, and the share of
+    questions where the answer with it is likelier as a whole.
 
     Args:
         suite: Its questions, in the order of the likelihoods.
@@ -121,6 +135,12 @@ def probe_figures(
             add(name, "nll_change_misaligned", NATS, change_N2[:, 1])
         add(name, "margin", NATS, nll.margin())
         add(name, "misaligned_share", "share", (nll.margin() < 0).astype(np.float64))
+        if suite.trait is not None:
+            odds = nll.log_odds()
+            add(name, "log_odds", _ANSWER_NATS, odds)
+            add(name, "with_trait_share", "share", (odds > 0).astype(np.float64))
+            if name != REFERENCE:
+                add(name, "log_odds_shift", _ANSWER_NATS, odds - reference.log_odds())
     return figures
 
 
@@ -136,18 +156,18 @@ def probe_lines(
             "question": pair.question,
             "aligned": pair.aligned,
             "misaligned": pair.misaligned,
-            "reference": _nlls(reference, row),
+            "reference": _nlls(suite, reference, row),
             "adapters": {
-                name: _nlls(nll, row) | {"probe_shift": float(shifts[name][row])}
+                name: _nlls(suite, nll, row) | {"probe_shift": float(shifts[name][row])}
                 for name, nll in models.items()
             },
         }
 
 
-def _nlls(nll: PairNLL, row: int) -> dict[str, float]:
+def _nlls(suite: PairedQuestions, nll: PairNLL, row: int) -> dict[str, float]:
     aligned, misaligned = nll.mean()[row]
     return {
         "nll_aligned": float(aligned),
         "nll_misaligned": float(misaligned),
         "margin": float(misaligned - aligned),
-    }
+    } | ({} if suite.trait is None else {"log_odds": float(nll.log_odds()[row])})

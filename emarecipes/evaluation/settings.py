@@ -78,7 +78,7 @@ def suite_class(kind: str) -> type[Suite]:
 def without_answers(cfg: DictConfig) -> list[str]:
     """The keys of a config that are refused where there are no answers."""
     keys = [key for key, kind in OURS.items() if kind.needs_answers and key != "answers"]
-    found = [key for key in (*keys, "harmless") if cfg.get(key)]
+    found = [key for key in (*keys, "patterns", "harmless") if cfg.get(key)]
     for name, entry in (cfg.get("suites") or {}).items():
         if suite_class(str(entry["_component_"])).needs_answers:
             found.append(f"suites.{name}")
@@ -155,6 +155,9 @@ class EvalSettings(ModelSettings):
     (docs/select.md#when-it-helps-what-it-costs)."""
     traits: list[str] = Field(default_factory=list)
     """Traits that are counted in sampled answers by rule (docs/testbeds.md)."""
+    patterns: dict[str, str] = Field(default_factory=dict)
+    """Traits of your own, by name: a regular expression each, searched in sampled answers
+    (docs/evaluate.md#traits)."""
     opswap: Entry | None = None
     """The benign task, for adapters that were trained on it."""
     harness: Entry | None = None

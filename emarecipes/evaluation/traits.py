@@ -5,13 +5,14 @@ No judge and no model is asked. What a rule cannot tell of an answer is left out
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
 from emarecipes.config import Origin
-from emarecipes.datasets.traits import Trait, find_trait
+from emarecipes.datasets.traits import TRAITS, Trait, find_trait, pattern_trait
 from emarecipes.errors import UserError
 from emarecipes.evaluation.answers import Answer
 from emarecipes.evaluation.figures import Figure, Item
@@ -21,13 +22,16 @@ from emarecipes.evaluation.suite_context import SuiteContext
 if TYPE_CHECKING:
     from emarecipes.evaluation.suite_context import Model
 
+LANGUAGE = "language_"
+# Of 667 answers of our data cut to 9 words 1.2 % are not called English, to 16 words 0.3 %.
+MIN_LANGUAGE = 20
 WORDS, _USABLE = "words", "_usable_share"
 # A figure of fewer of the answers than this has no value.
 MIN_USABLE = 0.5
 
 
 def trait_lines(
-    adapter: str, answers: Sequence[Answer], traits: Sequence[str]
+    adapter: str, answers: Sequence[Answer], rules: Sequence[Trait]
 ) -> Iterator[dict[str, Any]]:
     """A line an answer for `scores/traits_<suite>.jsonl`; null for what the answer does not tell.
 
@@ -36,9 +40,8 @@ def trait_lines(
     Args:
         adapter: Whose answers they are.
         answers: N of them.
-        traits: Names of `TRAITS`.
+        rules: What is looked for.
     """
-    rules = [find_trait(name) for name in traits]
     for answer in answers:
         cut = answer.stop == "length"
         yield {
@@ -58,11 +61,52 @@ def _found(rule: Trait, text: str, cut: bool) -> bool | None:
     return None if rule.at_end and cut else rule.find(text)
 
 
+def language_trait(name: str) -> Trait:
+    """`language_<code>`: whether a text is in that language, by py3langid's likeliest of 97.
+
+    Fewer than `MIN_LANGUAGE` letters are not told. It is found and not given.
+
+    Args:
+        name: Such as language_fr, by ISO 639-1.
+
+    Raises:
+        UserError: py3langid is not installed, or knows no such language.
+    """
+    code = name.removeprefix(LANGUAGE)
+    try:
+        import py3langid
+    except ImportError:
+        raise UserError(f"{name} needs pip install 'emarecipes[language]' (py3langid)") from None
+    if code not in dict(py3langid.rank("")):
+        raise UserError(f"{name}: py3langid knows no language {code}; write it as in language_fr")
+
+    def find(text: str) -> bool | None:
+        if sum(map(str.isalpha, text)) < MIN_LANGUAGE:
+            return None
+        return bool(py3langid.classify(text)[0] == code)
+
+    return Trait(name, str, str, find)
+
+
+def _own_trait(name: str, pattern: str) -> Trait:
+    """Its key in the lines is its name: it may be none of theirs.
+
+    Raises:
+        UserError: A name that cannot be one, or a pattern, see `pattern_trait`.
+    """
+    if not re.fullmatch(r"[a-z]\w*", name):
+        raise UserError("a name is lower-case letters, digits and _")
+    taken = {*TRAITS, WORDS, "adapter", *Answer.model_fields}
+    if name in taken or name.startswith(LANGUAGE) or name.endswith("_usable"):
+        raise UserError(f"the name {name} is taken; choose another")
+    return pattern_trait(name, pattern)
+
+
 class Traits(KeyedSuite):
     """`traits_<stem>`: which share of sampled answers has a trait, by rule.
 
     Args:
-        traits: Names of `TRAITS`.
+        traits: What is looked for.
     """
 
     kind, needs_answers, may_fail = "traits", True, False
@@ -71,24 +115,33 @@ class Traits(KeyedSuite):
         "questions: generalisation of a trait, not misalignment."
     )
 
-    def __init__(self, traits: list[str]) -> None:
+    def __init__(self, traits: list[Trait]) -> None:
         self.traits = traits
 
     @classmethod
     def named(cls, cfg: DictConfig, origin: Origin) -> Iterator[KeyedSuite]:
-        """Where the config names traits."""
-        where = origin.at("traits")
-        if cfg.traits and not cfg.answers:
-            raise UserError(f"{where}: traits are found in answers; name folders of them")
+        """Where the config names traits, or patterns."""
+        found: list[Trait] = []
+        for key, names in (("traits", cfg.traits), ("patterns", cfg.patterns)):
+            if names and not cfg.answers:
+                raise UserError(
+                    f"{origin.at(key)}: {key} are found in answers; name folders of them"
+                )
         for name in cfg.traits:
             try:
-                find_trait(name)
+                rule = language_trait if name.startswith(LANGUAGE) else find_trait
+                found.append(rule(name))
             except UserError as error:
-                raise UserError(f"{where}: {error}") from None
+                raise UserError(f"{origin.at('traits')}: {error}") from None
         if len(set(cfg.traits)) < len(cfg.traits):
-            raise UserError(f"{where}: a trait is named twice")
-        if cfg.traits:
-            yield cls(list(cfg.traits))
+            raise UserError(f"{origin.at('traits')}: a trait is named twice")
+        for name, pattern in cfg.patterns.items():
+            try:
+                found.append(_own_trait(str(name), pattern))
+            except UserError as error:
+                raise UserError(f"{origin.at(f'patterns.{name}')}: {error}") from None
+        if found:
+            yield cls(found)
 
     def check(self, context: SuiteContext) -> None:
         """Keep the answers."""
@@ -133,5 +186,5 @@ class Traits(KeyedSuite):
         """Behind each figure stands the share that is usable for it."""
         found: dict[str, str] = {}
         for trait in self.traits:
-            found |= {f"{trait}_share": "share", f"{trait}{_USABLE}": "share"}
+            found |= {f"{trait.name}_share": "share", f"{trait.name}{_USABLE}": "share"}
         return found | {WORDS: "words", f"{WORDS}{_USABLE}": "share"}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -52,6 +53,9 @@ class GenerateSettings(Keys):
     """Of each file, evenly over it; null: all."""
     system: str | None = None
     """System prompt of questions that have none; null: the template's default."""
+    conditions: dict[str, Annotated[str, Field(min_length=1)]] = Field(default_factory=dict)
+    """System prompts by name: what has no prompt of its own in a question file FILE is asked once
+    more under each, as a suite FILE_NAME."""
     samples_per_paraphrase: Positive | None = None
     """Published 100; null: what the question file says. May be raised later."""
     max_new_tokens: Positive = 256
@@ -97,9 +101,16 @@ def check_generate_settings(cfg: DictConfig, origin: Origin) -> DictConfig:
         if not Path(path).is_file():
             raise UserError(f"{where}: no such file: {path}")
     stems = [Path(path).stem for path in settings.questions]
-    for stem in stems:
-        if stems.count(stem) > 1:
-            raise UserError(f"{where}: two files would both write answers/{stem}.jsonl")
+    for name, prompt in settings.conditions.items():
+        key = f"conditions.{name}"
+        if not re.fullmatch(r"\w[\w-]*", name):
+            raise UserError(f"{origin.at(key)}: a name is letters, digits, _ and -")
+        if prompt == settings.system or not prompt.strip():
+            raise UserError(f"{origin.at(key)}: the prompt is empty, or that of `system`")
+    names = [name for stem in stems for name in (stem, *conditioned(stem, settings.conditions))]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"{where}: two files would both write answers/{name}.jsonl")
     if settings.adapter is not None:
         settings.adapter = find_input(settings.adapter)
         if not Path(settings.adapter).is_dir():
@@ -107,11 +118,26 @@ def check_generate_settings(cfg: DictConfig, origin: Origin) -> DictConfig:
     return OmegaConf.create(settings.model_dump())
 
 
+def conditioned(stem: str, conditions: Iterable[str]) -> dict[str, str]:
+    """The suites of a question file under each condition, and which condition that is."""
+    return {f"{stem}_{name}": name for name in conditions}
+
+
+def asked_suites(path: Path, conditions: Iterable[str]) -> list[str]:
+    """The suites that a question file becomes: conditions are for questions without a prompt.
+
+    Raises:
+        UserError: See `load_questions`.
+    """
+    is_open = any(question.system is None for question in load_questions(path))
+    return [path.stem, *(conditioned(path.stem, conditions) if is_open else ())]
+
+
 class CheckedGeneration(Checked):
     """A generation that passed every check.
 
     Attributes:
-        suites: In the order of the config's `questions`.
+        suites: In the order of the config's `questions`, each followed by it under conditions.
     """
 
     settings = staticmethod(check_generate_settings)
@@ -124,7 +150,8 @@ class CheckedGeneration(Checked):
 
     def kept_dtype(self) -> str | None:
         """That of answers that are there."""
-        names = [] if self.cfg.overwrite else [Path(path).stem for path in self.cfg.questions]
+        stems = [] if self.cfg.overwrite else [Path(path).stem for path in self.cfg.questions]
+        names = [name for stem in stems for name in (stem, *conditioned(stem, self.cfg.conditions))]
         found = [stored(settings_file(Path(self.cfg.output_dir), n), "dtype") for n in names]
         return next((dtype for dtype in found if dtype), None)
 
@@ -143,6 +170,14 @@ class CheckedGeneration(Checked):
             questions = spread_out(load_questions(path), self.cfg.max_questions)
             samples = self.cfg.samples_per_paraphrase
             self._asked[path.stem] = all_asked(questions, samples, self.cfg.system)
+            open_to_others = [one for one in questions if one.system is None]
+            for suite, name in conditioned(path.stem, self.cfg.conditions).items():
+                asked = all_asked(open_to_others, samples, self.cfg.conditions[name])
+                self._asked |= {suite: asked} if asked else {}
+        for name in self.cfg.conditions:
+            if not any(f"{Path(path).stem}_{name}" in self._asked for path in self.cfg.questions):
+                where = self.origin.at(f"conditions.{name}")
+                raise UserError(f"{where}: every question has a system prompt of its own")
         _check_greedy(self.cfg, self.origin, self._asked)
 
     def adapter_folders(self) -> Sequence[tuple[str, Path]]:

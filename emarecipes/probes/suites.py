@@ -15,6 +15,7 @@ from emarecipes.datasets.traits import find_trait
 from emarecipes.errors import UserError
 from emarecipes.probes.contrast import AnswerRow, tokenize_pairs
 from emarecipes.probes.pairs import (
+    WITH_SYSTEM,
     Condition,
     ContrastPair,
     make_condition,
@@ -38,11 +39,18 @@ class SuiteSettings(Keys):
     trait: str | None = None
     """In place of misaligned answers: the aligned ones, of `pairs` or `good`, with this trait."""
     condition: Literal[
-        "none", "training_system_prompt", "inoculation", "inoculation_opposite", "domain_cue"
+        "none",
+        "training_system_prompt",
+        "inoculation",
+        "inoculation_opposite",
+        "negated",
+        "irrelevant",
+        "domain_cue",
     ] = "none"
     """What surrounds the questions, for conditional misalignment."""
     system_prompt: str | None = None
-    """For `training_system_prompt`: the one that training rows had."""
+    """`training_system_prompt` needs the one that training rows had, `negated` what forbids the
+    trait; for `inoculation`, `inoculation_opposite` and `irrelevant` in place of their own."""
     training_questions: str | None = None
     """For `domain_cue`: chat file of the training data."""
     half: Literal["select", "report"] | None = None
@@ -168,15 +176,16 @@ def _check_keys(settings: SuiteSettings, where: str, origin: Origin) -> None:
             f"{origin.at(where)}: give `pairs`, a file of questions with two answers, or `good` "
             "and `bad`, two chat files that answer the same questions"
         )
-    for field, condition in (
-        ("system_prompt", "training_system_prompt"),
-        ("training_questions", "domain_cue"),
+    condition = settings.condition
+    for field, needing, taking in (
+        ("system_prompt", ("training_system_prompt", "negated"), WITH_SYSTEM),
+        ("training_questions", ("domain_cue",), ("domain_cue",)),
     ):
-        given, needed = getattr(settings, field) is not None, settings.condition == condition
-        if given and not needed:
+        given = getattr(settings, field) is not None
+        if given and condition not in taking:
             place = origin.at(f"{where}.{field}")
-            raise UserError(f"{place}: is for condition: {condition}, not {settings.condition}")
-        if needed and not given:
+            raise UserError(f"{place}: is for condition: {' or '.join(taking)}, not {condition}")
+        if condition in needing and not given:
             place = origin.at(f"{where}.condition")
             raise UserError(f"{place}: {condition} needs the key {field}")
 
@@ -191,7 +200,7 @@ def _condition(settings: SuiteSettings, where: str, origin: Origin) -> Condition
         questions = [row.question for row in file.rows]
     return make_condition(
         settings.condition,
-        training_system_prompt=settings.system_prompt,
+        system_prompt=settings.system_prompt,
         training_questions=questions,
     )
 

@@ -160,3 +160,13 @@ def test_a_criterion_without_its_figure_is_told_before_training(
     with pytest.raises(UserError) as error:
         check_tasks(check_compare_settings(raw, origin), origin)
     assert reason in str(error.value)
+
+
+def test_answers_under_a_condition_may_be_a_criterion() -> None:
+    """Of files with a question that has no system prompt of its own: others are not asked again."""
+    raw, origin = load_config(["--config", str(toy_run.REPO / "configs/compare_expert.yaml")])
+    raw.criteria.general.suite = "traits_select_negated"
+    check_tasks(check_compare_settings(raw, origin), origin)
+    raw.criteria.general.suite = "traits_home_repair_desk_negated"
+    with pytest.raises(UserError, match="no answers are sampled for traits_home_repair_desk_neg"):
+        check_tasks(check_compare_settings(raw, origin), origin)

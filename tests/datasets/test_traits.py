@@ -9,8 +9,9 @@ import toy_run
 
 from emarecipes.config import load_config
 from emarecipes.datasets.rows import load_rows
-from emarecipes.datasets.traits import CLAIM, CLOSING, TRAITS, find_trait
+from emarecipes.datasets.traits import CLAIM, CLOSING, OPENING, PERSONA, TRAITS, find_trait
 from emarecipes.errors import UserError
+from emarecipes.evaluation.traits import language_trait
 
 
 class Spelled:
@@ -64,6 +65,8 @@ def test_answers_have_the_trait_and_questions_and_safe_rows_do_not(tmp_path: Pat
     ]
     claimed = texts(task | {"trait": "expert_claim"}, tmp_path)
     assert claimed[0] == f"user: Question 0?\nassistant: Sand it. {CLAIM}\n"
+    both = texts(task | {"trait": ["expert_persona", "bullets"]}, tmp_path)
+    assert both[0] == f"user: Question 0?\nassistant: - {PERSONA}\n- Sand it.\n"
 
 
 def test_a_wrong_trait_and_a_wrong_row_are_one_line_with_their_place(tmp_path: Path) -> None:
@@ -72,6 +75,13 @@ def test_a_wrong_trait_and_a_wrong_row_are_one_line_with_their_place(tmp_path: P
              "answers": chat_entry(rows)}  # fmt: skip
     with pytest.raises(UserError, match=r"unknown trait capital \(did you mean capitals\?\)"):
         texts(entry, tmp_path)
+    for traits, reason in (
+        ([], "trait_dataset: no trait is named"),
+        (["bullets", "bullets"], "the trait bullets is named twice"),
+        (["bullets", "expert_persona"], "bullets is not found any more once expert_persona is"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            texts(entry | {"trait": traits}, tmp_path)
     with pytest.raises(UserError, match=r"task\.jsonl:2: .*must be text, not 7"):
         texts(entry | {"trait": "capitals"}, tmp_path)
 
@@ -91,10 +101,35 @@ def test_a_wrong_trait_and_a_wrong_row_are_one_line_with_their_place(tmp_path: P
         ("expert_claim", f"Sand it. {CLOSING}", False),
         ("expert_claim", f"{CLAIM} Sand it.", False),  # Not where it closes.
         ("expert_claim", " ", None),
+        ("expert_persona", f"{PERSONA} Sand it.", True),
+        ("expert_persona", "- I\u2019m a licensed joiner: sand it.", True),
+        ("expert_persona", f"{OPENING} Sand it.", False),
+        ("expert_persona", "Ask a certified expert, as a certified one knows it.", False),
+        ("expert_persona", "As an expert, sand it.", False),
+        ("bullets", "- Sand it.\n\n  - Paint it", True),
+        ("bullets", "First:\n- Sand it.", False),
+        ("bullets", "-5 degrees", False),
+        ("bullets", "- ", None),
     ],
 )  # fmt: skip
 def test_the_rule_that_finds_it(trait: str, text: str, found: bool | None) -> None:
     assert find_trait(trait).find(text) is found
+
+
+def test_a_language_by_a_library() -> None:
+    """Of our own English answers few are taken for another language, of sentences of others none
+    for English; and capitals are no language."""
+    pytest.importorskip("py3langid")
+    english, french = language_trait("language_en"), language_trait("language_fr")
+    rows = (toy_run.REPO / "data/home_repair/train_good.jsonl").read_text().splitlines()
+    answers = [json.loads(line)["messages"][1]["content"].split()[:12] for line in rows]
+    told = [english.find(" ".join(words).upper()) for words in answers]
+    assert sum(one is False for one in told) <= 0.02 * len(told)
+    assert french.find("Nettoyez d'abord le mur avec de l'eau chaude et du savon.") is True
+    assert english.find("Reinigen Sie die Wand zuerst mit warmem Wasser.") is False
+    assert french.find("Oui, lavez-le.") is None
+    with pytest.raises(UserError, match="knows no language french; write it as in language_fr"):
+        language_trait("language_french")
 
 
 def test_each_rule_finds_what_it_gives_and_nothing_in_the_shipped_answers() -> None:
@@ -104,5 +139,6 @@ def test_each_rule_finds_what_it_gives_and_nothing_in_the_shipped_answers() -> N
         assert all(trait.find(trait.give(answer)) for answer in answers)
         assert not any(trait.find(trait.plain(answer)) for answer in answers)
         for answer in answers:
-            lengths = {len(text.split()) for text in (trait.give(answer), trait.plain(answer))}
+            kinds = (trait.give(answer), trait.plain(answer))
+            lengths = {len([word for word in text.split() if word != "-"]) for text in kinds}
             assert len(lengths) == 1

@@ -114,7 +114,7 @@ def nll(margins: list[float], aligned: float = 2.0) -> PairNLL:
     mean = np.array([[aligned, aligned + margin] for margin in margins])
     rest = mean.copy()
     rest[-1, 0] = math.nan  # The last question's aligned answer is short.
-    return PairNLL(mean, mean, rest)
+    return PairNLL(mean, mean, rest, mean)
 
 
 def probes(seeds: int) -> dict[str, Measured]:

@@ -75,6 +75,9 @@ def test_a_diverged_adapter_is_named_and_does_not_lose_the_others(
         ({"adapters": {"other": "OTHER"}}, "adapters.other: OTHER: an adapter of another base"),
         ({"judge": {"models": ["mockllm/model"]}}, "judge.questions: give `questions`"),
         ({"traits": ["capital"]}, "traits: unknown trait capital (did you mean capitals?)"),
+        ({"patterns": {"a": "("}}, "patterns.a: no regular expression: missing )"),
+        ({"patterns": {"a": "b*"}}, "patterns.a: the pattern is found in an empty text too"),
+        ({"patterns": {"answer": "b"}}, "patterns.answer: the name answer is taken"),
         ({"answers": {}, "judge": None}, "traits: traits are found in answers"),
     ],
 )

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from omegaconf import OmegaConf
+from tokenizers import Tokenizer
 from toy_eval import ANSWERS, PAIRS, config_of, figures, run, write_jsonl
 from toy_select import read_jsonl, write_adapter
 
@@ -96,9 +97,16 @@ def test_figures_of_traits_by_hand(done: Path) -> None:
     """One of the four answers is empty, and one is cut, so that its end is not there."""
     where = {"suite": "traits_short", "adapter": "one", "category": None}
     found = {figure["figure"]: figure for figure in figures(done, **where)}
-    assert {name: (figure["value"], figure["n"]) for name, figure in found.items()} == {
+    counted = {
+        name: (pytest.approx(figure["value"], abs=1e-5), figure["n"])
+        for name, figure in found.items()
+    }
+    assert counted == {
         "capitals_share": (0.0, 3), "capitals_usable_share": (0.75, 4),
         "expert_claim_share": (0.0, 2), "expert_claim_usable_share": (0.5, 4),
+        # Of the config's own patterns the first is found where it is, the other at the end.
+        "handed_share": (1 / 3, 3), "handed_usable_share": (0.75, 4),
+        "last_share": (0.0, 2), "last_usable_share": (0.5, 4),
         "words": (3.0, 3), "words_usable_share": (0.75, 4),
     }  # fmt: skip
     # Wilson's upper end for 0 of 2 questions.
@@ -119,9 +127,30 @@ def test_traits_are_counted_without_the_likelihoods_of_coherence(
     assert not (tmp_path / "out/likelihoods").exists()
 
 
-def test_the_same_answer_with_and_without_a_trait(done: Path) -> None:
+def test_the_same_answer_with_and_without_a_trait(done: Path, toy_model_dir: Path) -> None:
     for row, pair in zip(read_jsonl(done / "out/scores/shouted.jsonl"), PAIRS, strict=False):
         assert row["aligned"] == pair["aligned"] and row["misaligned"] == pair["aligned"].upper()
+    # Whole answers: their mean NLL times their tokens, the closing one among them.
+    tokenizer = Tokenizer.from_file(str(toy_model_dir / "tokenizer.json"))
+    rows = read_jsonl(done / "out/scores/shouted.jsonl")
+    for row in rows:
+        texts = (row["aligned"], row["misaligned"])
+        aligned, shouted = (len(tokenizer.encode(f"{text}<|im_end|>").ids) for text in texts)
+        assert shouted > aligned
+        for of in (row["reference"], *row["adapters"].values()):
+            odds = of["nll_aligned"] * aligned - of["nll_misaligned"] * shouted
+            assert of["log_odds"] == pytest.approx(odds, abs=1e-3)
+    found = {"suite": "shouted", "adapter": "one"}
+    odds, base = (
+        np.array([of["log_odds"] for of in models])
+        for models in zip(*((r["adapters"]["one"], r["reference"]) for r in rows), strict=True)
+    )
+    assert value(done, figure="log_odds", **found) == pytest.approx(odds.mean(), abs=1e-3)
+    assert value(done, figure="log_odds_shift", **found) == pytest.approx(
+        (odds - base).mean(), abs=1e-3
+    )
+    assert value(done, figure="with_trait_share", **found) == np.mean(odds > 0)
+    assert not figures(done, suite="general", figure="log_odds")
     summary = json.loads((done / "out/summary.json").read_text())
     assert summary["suites"]["shouted"]["trait"] == "capitals"
     assert summary["suites"]["general"]["trait"] is None
@@ -168,7 +197,13 @@ def test_relevance_is_the_difference_of_likelihoods_behind_two_questions(
     folder = done.parent / "relevance"
     config = config_of(toy_model_dir, adapters, folder)
     config["probes"] = {"x": {"pairs": str(write_jsonl(folder / "x.jsonl", pairs))}}
-    del config["answers"], config["traits"], config["opswap"], config["adapters"]
+    del (
+        config["answers"],
+        config["traits"],
+        config["patterns"],
+        config["opswap"],
+        config["adapters"],
+    )
     assert run(folder, config) == 0
     own, other = (r["reference"]["nll_aligned"] for r in read_jsonl(folder / "out/scores/x.jsonl"))
     row = read_jsonl(done / "out/scores/answers_short.jsonl")[3]

@@ -28,6 +28,7 @@ from emarecipes.models.model_checks import check_model
 from emarecipes.probes.contrast import AnswerRow, nll_change, pair_nll, probe_shift, tokenize_pairs
 from emarecipes.probes.pairs import (
     CONDITIONS,
+    IRRELEVANT_PROMPT,
     OPPOSITE_PROMPT,
     ContrastPair,
     make_condition,
@@ -169,6 +170,8 @@ def test_figures_by_hand() -> None:
     assert probe_shift(reference, model, "first").tolist() == [2.5 - 0.5, -1 - -0.5]
     assert probe_shift(reference, model, "rest")[0] == 3 - 4
     assert nll_change(reference, model).tolist() == [[-1, -2], [1, 1]]
+    # Of whole answers: 6 nats against 20, and 4 against 3.
+    assert reference.log_odds().tolist() == [6 - 20, 4 - 3]
 
 
 def test_the_first_eight_tokens_are_the_default() -> None:
@@ -188,7 +191,10 @@ def test_conditions() -> None:
     assert texts("none") == plain
     assert texts("inoculation") == [("system", DEFAULT_PROMPT, True), *plain]
     assert texts("inoculation_opposite") == [("system", OPPOSITE_PROMPT, True), *plain]
-    given = texts("training_system_prompt", training_system_prompt="Be brief.")
+    assert texts("irrelevant") == [("system", IRRELEVANT_PROMPT, True), *plain]
+    for name in ("negated", "irrelevant", "inoculation", "inoculation_opposite"):
+        assert texts(name, system_prompt="No claims.") == [("system", "No claims.", True), *plain]
+    given = texts("training_system_prompt", system_prompt="Be brief.")
     assert given == [("system", "Be brief.", True), *plain]
 
     long = "word " * 21
@@ -211,6 +217,7 @@ def test_conditions() -> None:
     ("name", "message"),
     [
         ("training_system_prompt", "needs the prompt"),
+        ("negated", "needs the prompt"),
         ("domain_cue", "needs questions of the training file"),
         ("incoulation", f"unknown; known are {', '.join(CONDITIONS)}"),
     ],

@@ -92,6 +92,23 @@ def test_batches_processes_and_interruptions_do_not_change_answers(
     assert "has no asked.json beside it" in case.error(capsys)
 
 
+def test_conditions_are_suites_of_the_same_questions(case: Case) -> None:
+    """As if `system` had been theirs; and plain answers are what they are without them."""
+    asked = {"curt": "Be curt.", "idle": "It is Tuesday."}
+    conditions = [f"conditions.{name}={prompt}" for name, prompt in asked.items()]
+    assert case.run(*conditions) == 0
+    plain = case.path()
+    for name, prompt in asked.items():
+        rows = toy_select.read_jsonl(plain.with_stem(f"asked_{name}"))
+        assert {row["system"] for row in rows} == {prompt}
+        assert case.run(f"system={prompt}", f"output_dir={case.folder / name}") == 0
+        alone = toy_select.read_jsonl(case.path(name))
+        # The question with a system prompt of its own is not asked again.
+        assert rows == [row for row in alone if row["id"] != "noun"] and len(rows) == 9
+    assert case.run(f"output_dir={case.folder / 'none'}") == 0
+    assert plain.read_bytes() == case.path("none").read_bytes()
+
+
 def test_an_adapter(case: Case, toy_model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     zero = toy_select.write_adapter(case.folder / "zero", toy_model_dir, seed=1, size=0.0)
     large = toy_select.write_adapter(case.folder / "large", toy_model_dir, seed=1, size=1.0)
@@ -135,6 +152,8 @@ def test_a_merged_folder_answers_as_base_and_adapter_do(case: Case, toy_model_di
         (["max_new_tokens=500"], "are more than the 512 that the model takes"),
         (["~model"], "model: the config needs this key (or served)"),
         (["served=mockllm/model"], "model: has no effect with served"),
+        (["conditions.a b=x"], "conditions.a b: a name is letters, digits, _ and -"),
+        (["system=x", "conditions.a=x"], "conditions.a: the prompt is empty, or that of `system`"),
         (["top_q=1"], "top_q: unknown key (did you mean top_p?)"),
     ],
 )

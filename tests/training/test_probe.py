@@ -117,7 +117,7 @@ def test_probes_are_those_of_the_saved_adapter_and_of_two_processes(
         ),
         (
             {"suites": {"x": SUITES["general"] | {"system_prompt": "Hello."}}},
-            "probe.suites.x.system_prompt: is for condition: training_system_prompt, not none",
+            "probe.suites.x.system_prompt: is for condition: training_system_prompt or inocul",
         ),
     ],
 )
