@@ -10,6 +10,7 @@ from typing import Any
 from emarecipes.comparison.cells import ALPHA, NO_VERDICT, NOT_MEASURED, Cell
 from emarecipes.comparison.criteria import NO_EFFECT, ArmFigures
 from emarecipes.comparison.outcome import Outcome
+from emarecipes.comparison.page_design import estimand
 from emarecipes.comparison.statistics import Estimate
 
 SHOWN_ANSWERS = 10
@@ -55,9 +56,10 @@ class ShownCell:
 
 def headings(outcome: Outcome) -> tuple[str, ...]:
     """Of the four-criteria table, with the units of the figures behind it."""
+    of = ", bad minus good answers" if outcome.paired else ""
     return (
-        f"(a) General shift: excess over the frontier, {outcome.judged_by('general').unit}",
-        f"(b) Narrow behaviour learned: in-domain shift, {outcome.judged_by('in_domain').unit}",
+        f"(a) General shift{of}: excess over the frontier, {outcome.judged_by('general').unit}",
+        f"(b) Narrow behaviour learned: in-domain shift{of}, {outcome.judged_by('in_domain').unit}",
         "(c) Benign task learned: right answers",
         "(d) Coherent: share of sampled answers",
     )
@@ -117,7 +119,7 @@ def status(outcome: Outcome) -> list[str]:
             f"{NO_VERDICT.capitalize()}: differences between arms may be chance. Intervals are "
             "over questions alone."
         )
-    lines += _effect(outcome)
+    lines += estimand(outcome) + _effect(outcome)
     general = outcome.judged_by("general")
     if not general.halves:
         source = "sampled answers" if general.sampled else outcome.settings.criteria.general.suite
@@ -164,7 +166,8 @@ def _effect(outcome: Outcome) -> list[str]:
     unit = outcome.judged_by("general").unit
     beyond = f"beyond {outcome.settings.probes.controls}" if effect.controls else "(no controls)"
     by_probe = {name: f"{show(e)} {unit} {beyond}" for name, e in effect.by_probe.items()}
-    moves = f"undefended training moves {effect.general} by {by_probe[effect.general]}"
+    more = " on bad answers, more than on good ones," if outcome.paired else ""
+    moves = f"undefended training{more} moves {effect.general} by {by_probe[effect.general]}"
     if effect.is_there:
         still = [name for name in by_probe if name not in effect.moved]
         bound = f"{share:.0%} of it, ±{effect.bound:.3f} {unit}"
@@ -239,7 +242,8 @@ def frontier_rows(outcome: Outcome) -> list[dict[str, str]]:
 def all_figures(outcome: Outcome) -> list[dict[str, str]]:
     """Every whole-suite figure of the evaluations, as a mean over seeds, with n and thresholds."""
     rows = []
-    for task, scores in (("narrow", outcome.narrow), ("benign", outcome.benign)):
+    tasks = (("narrow", outcome.narrow), ("good", outcome.good), ("benign", outcome.benign))
+    for task, scores in tasks:
         for found in outcome.figures:
             of_arm = scores.get(found.arm.name)
             for key, first in (of_arm.figures[0] if of_arm and of_arm.figures else {}).items():

@@ -59,7 +59,7 @@ def _compare(argv: Sequence[str]) -> None:
         raise UserError(f"{error}{first}") from None
     page = write_report(outcome, runner.folder)
     write_json(runner.folder / RESULT, as_json(outcome), indent=1)
-    write_text(runner.folder / BY_QUESTION, by_question(outcome.narrow))
+    write_text(runner.folder / BY_QUESTION, by_question(outcome.narrow, outcome.good))
     print_outcome(outcome)
     print(f"report: {page}")
     if runner.failures:

@@ -21,6 +21,8 @@ from emarecipes.errors import UserError
 from emarecipes.settings import Entry, Keys, Seed, parse_settings
 
 Role = Literal["undefended", "frontier", "defense", "control"]
+# A task beside `narrow`: the same questions with good answers, the other half of every pair.
+GOOD = "good"
 _NAME = re.compile(r"[A-Za-z]\w*")
 
 
@@ -71,7 +73,7 @@ class AnswersSettings(_Strict):
 
 
 class TaskSettings(_Strict):
-    """What every arm is trained on."""
+    """What every arm is trained on. `good` has its data alone; all else is `narrow`'s."""
 
     dataset: Entry | None = None
     """In place of the arm's (of its `task` in an interleaved set)."""
@@ -95,7 +97,8 @@ class CompareSettings(Keys):
     arms: Annotated[dict[str, Entry], Field(min_length=1)]
     """Ways of training, by name."""
     tasks: dict[str, Entry] = Field(default_factory=dict)
-    """`narrow`, and maybe `benign`: what every arm is trained on."""
+    """`narrow`, and maybe `benign` and `good`: what every arm is trained on. With `good`, the
+    narrow task's questions with good answers, figures are differences of the two."""
     criteria: CriteriaSettings = Field(default_factory=CriteriaSettings)
     """Which figures of the evaluations a defense is judged by."""
     bounds: BoundSettings = Field(default_factory=BoundSettings)
@@ -153,7 +156,10 @@ def check_compare_settings(cfg: DictConfig, origin: Origin) -> Plan:
     tasks = {
         name: _entry(TaskSettings, entry, f"tasks.{name}", origin)
         for name, entry in settings.tasks.items()
+        if name != GOOD
     }
+    if GOOD in settings.tasks:
+        tasks[GOOD] = _good_task(settings.tasks[GOOD], tasks.get("narrow"), origin)
     plan = Plan(settings=settings, arms=arms, tasks=tasks)
     _check_tasks(plan, origin)
     for name, arm in arms.items():
@@ -190,11 +196,28 @@ def _entry(kind: type[Any], entry: Entry, key: str, origin: Origin) -> Any:
         raise UserError(f"{origin.at(where)}: {reason}, not {first['input']!r}") from None
 
 
+def _good_task(entry: Entry, narrow: TaskSettings | None, origin: Origin) -> TaskSettings:
+    """The good task: its own data, trained, asked and scored as the narrow one."""
+    where = origin.at(f"tasks.{GOOD}")
+    if narrow is None:
+        raise UserError(f"{where}: is the other half of a task narrow, which is not there")
+    for key in ("evaluate", "generate"):
+        if key in entry:
+            raise UserError(f"{where}.{key}: a good task is scored as narrow is; leave it out")
+    own = {**entry, "evaluate": narrow.evaluate.model_dump()}
+    good: TaskSettings = _entry(TaskSettings, own, f"tasks.{GOOD}", origin)
+    if narrow.dataset is not None and good.dataset is None:
+        raise UserError(f"{where}: narrow has a dataset; give the one with good answers")
+    good.overrides = [*narrow.overrides, *good.overrides]
+    good.generate = narrow.generate and narrow.generate.model_copy(deep=True)
+    return good
+
+
 def _check_tasks(plan: Plan, origin: Origin) -> None:
     trained = [arm for arm in plan.arms.values() if arm.config is not None]
     for name in plan.tasks:
-        if name not in ("narrow", "benign"):
-            raise UserError(f"{origin.at(f'tasks.{name}')}: tasks are narrow and benign")
+        if name not in ("narrow", "benign", GOOD):
+            raise UserError(f"{origin.at(f'tasks.{name}')}: tasks are narrow, benign and good")
     if trained and "narrow" not in plan.tasks:
         raise UserError(f"{origin.at('tasks')}: arms that are trained need a task narrow")
     for name, task in plan.tasks.items():
@@ -212,6 +235,10 @@ def _check_arm(name: str, arm: ArmSettings, plan: Plan, origin: Origin) -> None:
     if (arm.config is None) == (arm.collect is None):
         raise UserError(f"{origin.at(key)}: an arm has one of config and collect")
     if arm.collect is not None:
+        if GOOD in plan.tasks:
+            raise UserError(
+                f"{origin.at(f'{key}.collect')}: with a task good every arm is trained on both"
+            )
         if arm.sweep or arm.overrides:
             raise UserError(f"{origin.at(key)}: overrides and sweep need a config, not collect")
         if len(arm.collect) != len(plan.settings.seeds):
@@ -224,6 +251,8 @@ def _check_arm(name: str, arm: ArmSettings, plan: Plan, origin: Origin) -> None:
     for task in arm.tasks or []:
         if task not in plan.tasks:
             raise UserError(f"{origin.at(f'{key}.tasks')}: there is no task {task}")
+    if GOOD in plan.tasks and arm.tasks and not {"narrow", GOOD} <= set(arm.tasks):
+        raise UserError(f"{origin.at(f'{key}.tasks')}: figures are narrow minus good; name both")
     _check_overrides(arm.overrides, key, origin)
     for swept, values in arm.sweep.items():
         texts = sorted(str(value) for value in values)

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from emarecipes.comparison.criterion import SHARE, CriterionSettings
 from emarecipes.comparison.execute import evaluation_overrides
 from emarecipes.comparison.outcome import Half
-from emarecipes.comparison.settings import AnswersSettings, Plan, TaskSettings
+from emarecipes.comparison.settings import GOOD, AnswersSettings, Plan, TaskSettings
 from emarecipes.config import Origin, load_config, suggestion
 from emarecipes.errors import UserError
 from emarecipes.evaluation.settings import check_eval_settings, named_suites
@@ -27,6 +27,8 @@ def check_tasks(plan: Plan, origin: Origin) -> None:
             no evaluation would give.
     """
     for name, task in plan.tasks.items():
+        if name == GOOD:  # As narrow's.
+            continue
         if task.generate is not None:
             _named(origin, f"tasks.{name}.generate", _check_generation, task.generate)
         for half in ("select", "report"):
