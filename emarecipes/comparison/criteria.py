@@ -13,6 +13,7 @@ from math import isnan
 
 from emarecipes.comparison.arms import Arm
 from emarecipes.comparison.cells import (
+    ALPHA,
     NO_VERDICT,
     NOT_MEASURED,
     Cell,
@@ -123,6 +124,7 @@ def measure(
     probes: ProbeNames,
     bounds: BoundSettings,
     family: Sequence[str],
+    alpha: float = ALPHA,
 ) -> tuple[list[ArmFigures], Effect, list[str]]:
     """All figures of all arms that have scores.
 
@@ -133,6 +135,7 @@ def measure(
         probes: Roles of the suites.
         bounds: What counts as no difference.
         family: Names of the defenses whose contrast is tested: one a group.
+        alpha: Family-wise error rate of this look.
 
     Returns:
         The figures, the undefended effect, and what could not be compared and why.
@@ -178,7 +181,7 @@ def measure(
             figures.benign_tiers = benign_tiers(benign[arm.name])
         found.append(figures)
     if effect.is_there:
-        _judge(found, family)
+        _judge(found, family, alpha)
     return found, effect, missing
 
 
@@ -278,9 +281,9 @@ def _excesses(
     return []
 
 
-def _judge(found: Sequence[ArmFigures], family: Sequence[str]) -> None:
+def _judge(found: Sequence[ArmFigures], family: Sequence[str], alpha: float) -> None:
     tested = {f.arm.name: f.contrast for f in found if f.arm.name in family}
     contrasts = {name: contrast for name, contrast in tested.items() if contrast is not None}
-    given = dict(zip(contrasts, verdicts(list(contrasts.values())), strict=True))
+    given = dict(zip(contrasts, verdicts(list(contrasts.values()), alpha), strict=True))
     for figures in found:
         figures.verdict = given.get(figures.arm.name)

@@ -175,9 +175,11 @@ class Runner(Steps):
         arm, task = runs[0].arm, runs[0].task
         settings = self.plan.tasks[task]
         # Without overrides for the report half both halves are the same evaluation.
-        name = half if settings.evaluate.report else "all"
+        name: str = half if settings.evaluate.report else "all"
+        fewer = self.plan.settings.first_look(task, half)
+        name += "_look_1" if fewer else ""
         folder = self.folder / "evaluation" / name / task / arm.name
-        overrides = evaluation_overrides(settings, half)
+        overrides = evaluation_overrides(settings, half) + fewer
         overrides += [f"adapters.seed_{job.seed}={job.folder / 'adapter'}" for job in runs]
         given = [job for job in runs if job in answered]
         overrides += [f"answers.seed_{job.seed}={job.folder / 'answers'}" for job in given]

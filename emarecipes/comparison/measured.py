@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
 
 from emarecipes.comparison.arms import Arm, Job
+from emarecipes.comparison.cells import ALPHA
 from emarecipes.comparison.criteria import ArmFigures, choose, measure
 from emarecipes.comparison.execute import Runner
 from emarecipes.comparison.gate import Effect
+from emarecipes.comparison.looks import FirstLook, alpha_of
 from emarecipes.comparison.opening import OPENING, Opening
 from emarecipes.comparison.outcome import Half, Outcome, not_run
 from emarecipes.comparison.paired import pair_arms
@@ -49,7 +52,26 @@ def compare(plan: Plan, arms: list[Arm], jobs: list[Job], runner: Runner) -> Out
     if opening is not None:
         outcome.opening = opening
         outcome.changed = opening.changes(plan, arms, jobs)
+    _look(outcome, runner.folder)
     return outcome
+
+
+def _look(outcome: Outcome, folder: Path) -> None:
+    """Write down what a first look decided, or let it stand at the last."""
+    look, questions = outcome.settings.look, len(outcome.judged_by("general").ids)
+    if look == 1:
+        taken = datetime.now(timezone.utc).isoformat(timespec="minutes")
+        outcome.first_look = FirstLook.of(outcome.figures, questions, taken)
+        outcome.first_look.write(folder)
+    elif look is not None:
+        outcome.first_look = first = FirstLook.read(folder)
+        if first is not None:
+            first.settle(outcome.figures)
+            if questions <= first.questions:
+                outcome.missing.append(
+                    f"the last look read {questions} general questions, the first one "
+                    f"{first.questions}: take looks.first and max_rows apart"
+                )
 
 
 def _tasks(plan: Plan) -> list[str]:
@@ -96,8 +118,10 @@ def _measure(
         judged, unpaired = pair_arms(arms, narrow, good)
         left_out += unpaired
 
+    alpha = ALPHA if settings.look is None else alpha_of(settings.look)
+
     def figures_of(family: list[str]) -> tuple[list[ArmFigures], Effect, list[str]]:
-        return measure(arms, judged, benign, settings.probes, settings.bounds, family)
+        return measure(arms, judged, benign, settings.probes, settings.bounds, family, alpha)
 
     if opening is None:
         candidates = choose(figures_of([])[0])
@@ -133,6 +157,7 @@ def _measure(
         family=family,
         half=read,
         missing=missing,
+        alpha=alpha,
         narrow=narrow,
         good=good,
         benign=dict(benign),

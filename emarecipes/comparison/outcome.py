@@ -14,9 +14,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from emarecipes import defenses
 from emarecipes.comparison.arms import Job
+from emarecipes.comparison.cells import ALPHA
 from emarecipes.comparison.criteria import ArmFigures
 from emarecipes.comparison.figure_values import Values
 from emarecipes.comparison.gate import Effect
+from emarecipes.comparison.looks import FirstLook
 from emarecipes.comparison.opening import RULES, Opening
 from emarecipes.comparison.results import Scores
 from emarecipes.comparison.settings import CompareSettings
@@ -42,6 +44,8 @@ class Outcome:
         narrow: Scores on the narrow task by arm's name.
         good: The same on the good one, which is taken off where there is one.
         benign: The same on the benign one.
+        alpha: Family-wise error rate of this look.
+        first_look: If there are two.
         runs: Folder of each arm's first run on the narrow task.
         environment: Versions, commit, command line.
     """
@@ -58,6 +62,8 @@ class Outcome:
     narrow: dict[str, Scores] = field(default_factory=dict)
     good: dict[str, Scores] = field(default_factory=dict)
     benign: dict[str, Scores] = field(default_factory=dict)
+    alpha: float = ALPHA
+    first_look: FirstLook | None = None
     runs: dict[str, Path] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
 
@@ -181,6 +187,9 @@ def as_json(outcome: Outcome) -> dict[str, object]:
         "not_run": outcome.not_run,
         "half": outcome.half,
         "frozen": outcome.settings.frozen,
+        "look": outcome.settings.look,
+        "alpha": outcome.alpha,
+        "first_look": asdict(outcome.first_look) if outcome.first_look else None,
         "opening": asdict(outcome.opening) if outcome.opening else None,
         "family": outcome.family,
         "bounds": outcome.settings.bounds.model_dump(),

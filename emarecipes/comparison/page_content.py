@@ -7,10 +7,10 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-from emarecipes.comparison.cells import ALPHA, NO_VERDICT, NOT_MEASURED, Cell
+from emarecipes.comparison.cells import NO_VERDICT, NOT_MEASURED, Cell
 from emarecipes.comparison.criteria import NO_EFFECT, ArmFigures
 from emarecipes.comparison.outcome import Outcome
-from emarecipes.comparison.page_design import estimand
+from emarecipes.comparison.page_design import estimand, looks
 from emarecipes.comparison.statistics import Estimate
 
 SHOWN_ANSWERS = 10
@@ -119,7 +119,7 @@ def status(outcome: Outcome) -> list[str]:
             f"{NO_VERDICT.capitalize()}: differences between arms may be chance. Intervals are "
             "over questions alone."
         )
-    lines += estimand(outcome) + _effect(outcome)
+    lines += estimand(outcome) + looks(outcome) + _effect(outcome)
     general = outcome.judged_by("general")
     if not general.halves:
         source = "sampled answers" if general.sampled else outcome.settings.criteria.general.suite
@@ -210,9 +210,10 @@ def findings(outcome: Outcome) -> list[tuple[str, str, str]]:
             if cell.decision == "equivalent":
                 p, error = verdict.p_equivalent, verdict.error_equivalent
                 bound = f"within ±{outcome.effect.bound:.3f} {unit}, "
-            elif cell.decision in ("better", "worse") and verdict.p_equivalent < ALPHA:
+            elif cell.decision in ("better", "worse") and verdict.p_equivalent < outcome.alpha:
                 bound = f"by less than {outcome.effect.bound:.3f} {unit}, "
-            meaning += f" ({bound}Holm-corrected p {show_p(p, error)})"
+            at = ", at the first look" if verdict.look == 1 and outcome.settings.look == 2 else ""
+            meaning += f" ({bound}Holm-corrected p {show_p(p, error)}{at})"
         if figures.narrow.share is not None:
             meaning += f"; in-domain it learned {figures.narrow.share:.0%} of what undefended did"
         found.append((figures.arm.label, f"{sign} {cell.decision}".strip(), meaning))

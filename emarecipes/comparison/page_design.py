@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from emarecipes.comparison.cells import ALPHA
+from emarecipes.comparison.looks import alpha_of
 from emarecipes.comparison.outcome import Outcome
 
 
@@ -17,3 +19,26 @@ def estimand(outcome: Outcome) -> list[str]:
         "difference."
     )
     return [text]
+
+
+def looks(outcome: Outcome) -> list[str]:
+    """Which look at the report half this is, and the error rate that it may spend."""
+    first, look = outcome.first_look, outcome.settings.look
+    if first is None or look is None:
+        return []
+    labels = {found.arm.name: found.arm.label for found in outcome.figures}
+    decided = ", ".join(labels.get(name, name) for name in first.verdicts) or "nothing"
+    needs = f"a verdict here needs a Holm-corrected p below {alpha_of(look):.4f}"
+    if look == 1:
+        text = (
+            f"First of two looks, at {first.questions} general questions: {needs}. It decided: "
+            f"{decided}. What it left open is decided at the second (looks.at=2), below "
+            f"{alpha_of(2):.4f}; together they are {ALPHA:g} (O'Brien and Fleming's spending)."
+        )
+    else:
+        text = (
+            f"Second of two looks: {needs}. The first, on {first.taken} at {first.questions} "
+            f"general questions, was at {alpha_of(1):.4f} and decided, for good: {decided}. "
+            f"Together they are {ALPHA:g} (O'Brien and Fleming's spending)."
+        )
+    return [f"{text} Intervals are of this look alone, at 95 %."]

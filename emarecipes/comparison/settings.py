@@ -85,6 +85,15 @@ class TaskSettings(_Strict):
     """How runs are scored."""
 
 
+class LooksSettings(_Strict):
+    """Two looks at the report half, with O'Brien and Fleming's shares of the error rate."""
+
+    at: Literal[1, 2] = 1
+    """Which look this is: 1, at the questions that `first` leaves; 2, at all."""
+    first: Annotated[list[str], Field(min_length=1)]
+    """Overrides of `tasks.narrow.evaluate` at the first look, such as `max_rows=225`."""
+
+
 class CompareSettings(Keys):
     """What `recipes/ema_compare.py` reads at the top level of its config."""
 
@@ -105,12 +114,24 @@ class CompareSettings(Keys):
     """Half widths of what counts as no difference, fixed before looking."""
     frozen: bool = False
     """False: the select half. True: choices are made, the report half is opened."""
+    looks: LooksSettings | None = None
+    """At the report half first with fewer questions, then with all. Null: one look."""
     nproc_per_node: Annotated[int, Field(ge=1)] = 1
     """Processes of a training run."""
     runs_at_a_time: Annotated[int, Field(ge=1)] = 1
     """Training and sampling runs side by side, each with its share of cores, or `nproc_per_node`
     GPUs of its own. A small model on a CPU gains from it: two runs of one thread are faster than
     one of two."""
+
+    @property
+    def look(self) -> int | None:
+        """Which look this is; None: there is one alone."""
+        return None if self.looks is None else self.looks.at
+
+    def first_look(self, task: str, half: str) -> list[str]:
+        """What a task's evaluation is left with at the first look, as overrides; later nothing."""
+        read = self.look == 1 and half == "report" and task in ("narrow", GOOD)
+        return list(self.looks.first) if read and self.looks is not None else []
 
     @property
     def probes(self) -> ProbeNames:
@@ -149,6 +170,8 @@ def check_compare_settings(cfg: DictConfig, origin: Origin) -> Plan:
     settings = parse_settings(cfg, origin, CompareSettings)
     if len(set(settings.seeds)) < len(settings.seeds):
         raise UserError(f"{origin.at('seeds')}: a seed is named twice")
+    if settings.looks is not None and not settings.frozen:
+        raise UserError(f"{origin.at('looks')}: are at the report half; they need frozen: true")
     arms = {
         name: _entry(ArmSettings, entry, f"arms.{name}", origin)
         for name, entry in settings.arms.items()
@@ -224,6 +247,8 @@ def _check_tasks(plan: Plan, origin: Origin) -> None:
         key = f"tasks.{name}"
         _check_file(task.evaluate, f"{key}.evaluate", origin)
         overrides = [*task.overrides, *task.evaluate.overrides, *task.evaluate.report]
+        if plan.settings.looks is not None:
+            overrides += plan.settings.looks.first
         if task.generate is not None:
             _check_file(task.generate, f"{key}.generate", origin)
             overrides += task.generate.overrides
