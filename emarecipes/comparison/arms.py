@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from emarecipes.comparison.in_common import settle_dates, settle_dtypes
-from emarecipes.comparison.settings import ArmSettings, Plan, Role
+from emarecipes.comparison.settings import GOOD, ArmSettings, Plan, Role
 from emarecipes.components import check_components
 from emarecipes.config import Origin, load_config
 from emarecipes.errors import UserError
@@ -96,7 +97,8 @@ def expand_arms(plan: Plan, origin: Origin) -> list[Arm]:
 def _expand(name: str, arm: ArmSettings, all_tasks: list[str]) -> list[Arm]:
     label = arm.label or name.replace("_", " ")
     # The frontier is about the narrow task; what a benign task costs is asked of other arms.
-    tasks = arm.tasks or (["narrow"] if arm.role == "frontier" else all_tasks)
+    of_frontier = [task for task in all_tasks if task in ("narrow", GOOD)]
+    tasks = arm.tasks or (of_frontier if arm.role == "frontier" else all_tasks)
     if arm.collect is not None:
         return [Arm(name, name, label, arm.role, ("narrow",), collect=tuple(arm.collect))]
     found = []
@@ -135,12 +137,44 @@ def make_jobs(plan: Plan, arms: list[Arm], origin: Origin) -> list[Job]:
         for task in arm.tasks
     ]
     loaded = [_config(plan, *run, origin) for run in runs]
+    _check_pairs(runs, loaded, origin)
     trained = [(arm.group, cfg) for (arm, *_), cfg in zip(runs, loaded, strict=True)]
     settle_dtypes(plan, trained, origin)
     settle_dates(plan, trained, origin)
     return [
         Job(*run, cfg, fingerprint(cfg, run[-1])) for run, cfg in zip(runs, loaded, strict=True)
     ]
+
+
+def _check_pairs(
+    runs: Sequence[tuple[Arm, str, int, Path]], configs: Sequence[DictConfig], origin: Origin
+) -> None:
+    """See that a run on good answers differs from its sibling in its data, and in nothing else."""
+    trees = {
+        (arm.name, seed, task): _without(cfg, folder)
+        for (arm, task, seed, folder), cfg in zip(runs, configs, strict=True)
+    }
+    for arm, task, seed, _ in runs:
+        if task != GOOD:
+            continue
+        good, narrow = (trees[arm.name, seed, name] for name in (GOOD, "narrow"))
+        other = sorted(k for k in good.keys() | narrow.keys() if good.get(k) != narrow.get(k))
+        if other != ["dataset"]:
+            where = f"{origin.at(f'tasks.{GOOD}')}: under {arm.label}"
+            kept = [key for key in other if key != "dataset"]
+            raise UserError(
+                f"{where} it has another {kept[0]} than narrow; only the data may differ"
+                if kept
+                else f"{where} its data are those of narrow; give the ones with good answers"
+            )
+
+
+def _without(cfg: DictConfig, folder: Path) -> dict[str, str]:
+    """The config's entries as text, without the run's folder."""
+    return {
+        str(key): OmegaConf.to_yaml(OmegaConf.create({"": entry})).replace(str(folder), "")
+        for key, entry in OmegaConf.to_container(cfg).items()  # type: ignore[union-attr]
+    }
 
 
 def run_folder(plan: Plan, arm: Arm, task: str, seed: int) -> Path:

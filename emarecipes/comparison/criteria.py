@@ -13,6 +13,7 @@ from math import isnan
 
 from emarecipes.comparison.arms import Arm
 from emarecipes.comparison.cells import (
+    ALPHA,
     NO_VERDICT,
     NOT_MEASURED,
     Cell,
@@ -123,6 +124,7 @@ def measure(
     probes: ProbeNames,
     bounds: BoundSettings,
     family: Sequence[str],
+    alpha: float = ALPHA,
 ) -> tuple[list[ArmFigures], Effect, list[str]]:
     """All figures of all arms that have scores.
 
@@ -133,6 +135,7 @@ def measure(
         probes: Roles of the suites.
         bounds: What counts as no difference.
         family: Names of the defenses whose contrast is tested: one a group.
+        alpha: Family-wise error rate of this look.
 
     Returns:
         The figures, the undefended effect, and what could not be compared and why.
@@ -153,7 +156,10 @@ def measure(
     usable: dict[str, Scores] = {}
     for arm in arms:
         if arm.name in narrow:
-            reason = _unlike(narrow[arm.name], reference, [*general, probes.in_domain])
+            suites = [*general, probes.in_domain]
+            if reference.paired and probes.controls in reference.probes:
+                suites.append(probes.controls)  # They are part of the figure.
+            reason = unlike(narrow[arm.name], reference, suites)
             if reason:
                 missing.append(f"{arm.label}: {reason}")
             else:
@@ -175,7 +181,7 @@ def measure(
             figures.benign_tiers = benign_tiers(benign[arm.name])
         found.append(figures)
     if effect.is_there:
-        _judge(found, family)
+        _judge(found, family, alpha)
     return found, effect, missing
 
 
@@ -197,7 +203,8 @@ def choose(figures: Sequence[ArmFigures]) -> dict[str, str]:
     return {group: name for group, (_, _, name) in chosen.items()}
 
 
-def _unlike(scores: Scores, reference: Scores, suites: Sequence[str]) -> str:
+def unlike(scores: Scores, reference: Scores, suites: Sequence[str]) -> str:
+    """Why scores cannot be compared with the undefended arm's; empty if they can."""
     if scores.base != reference.base:
         return "evaluated against another reference than the undefended arm; not compared"
     if scores.date != reference.date:
@@ -218,6 +225,8 @@ def _describe(
     figures.shifts = {name: mean_shift(scores.probes[suite]) for name, suite in named.items()}
     in_domain_S = scores.probes[probes.in_domain].values_SQ.mean(axis=1)
     general_S = scores.probes[probes.general].values_SQ.mean(axis=1)
+    if scores.paired and probes.controls in scores.probes:
+        general_S = general_S - scores.probes[probes.controls].values_SQ.mean(axis=1)
     figures.points = list(zip(in_domain_S.tolist(), general_S.tolist(), strict=True))
     values = scores.probes[probes.general]
     for category in dict.fromkeys(values.categories):
@@ -241,6 +250,9 @@ def _excesses(
     if not seeds:
         return [f"{figures.arm.label}: no seed in common with the undefended arm"]
     points = [name for name in curve if set(seeds) <= set(usable[name].seeds)]
+    # A difference of pairs is what is asked beyond controls of style; a plain shift as it is.
+    net = scores.paired and probes.controls in usable[undefended].probes
+    limit = (2.0 if scores.paired else 1.0) * (2.0 if net else 1.0)
 
     def shifts(name: str, probe: str) -> Shifts:
         found = usable[name]
@@ -248,6 +260,7 @@ def _excesses(
         return Shifts(
             found.probes[probe].of_seeds(rows).values_SQ,
             found.probes[probes.in_domain].of_seeds(rows).values_SQ,
+            found.probes[probes.controls].of_seeds(rows).values_SQ if net else None,
         )
 
     rows = [usable[undefended].seeds.index(seed) for seed in seeds]
@@ -258,6 +271,7 @@ def _excesses(
             {name: shifts(name, probe) for name in points},
             bound,
             is_share=scores.probes[probe].is_share,
+            limit=limit,
         )
     left_out = [name for name in curve if name not in points]
     if left_out:
@@ -267,9 +281,9 @@ def _excesses(
     return []
 
 
-def _judge(found: Sequence[ArmFigures], family: Sequence[str]) -> None:
+def _judge(found: Sequence[ArmFigures], family: Sequence[str], alpha: float) -> None:
     tested = {f.arm.name: f.contrast for f in found if f.arm.name in family}
     contrasts = {name: contrast for name, contrast in tested.items() if contrast is not None}
-    given = dict(zip(contrasts, verdicts(list(contrasts.values())), strict=True))
+    given = dict(zip(contrasts, verdicts(list(contrasts.values()), alpha), strict=True))
     for figures in found:
         figures.verdict = given.get(figures.arm.name)

@@ -22,7 +22,12 @@ from emarecipes.comparison.results import (
     read_scores,
     stack,
 )
-from emarecipes.comparison.settings import AnswersSettings, CompareSettings, TaskSettings
+from emarecipes.comparison.settings import (
+    GOOD,
+    AnswersSettings,
+    CompareSettings,
+    TaskSettings,
+)
 from emarecipes.comparison.status import (
     Piece,
     answers_title,
@@ -142,7 +147,7 @@ class Runner(Steps):
         runs = {arm: [j for j in jobs if j.arm == arm and j.task == task] for arm in arms}
         shown = [arm for arm in arms if task in arm.tasks]
         # Frontier arms are there for their shifts alone, which answers may be what shows.
-        sampled = task == "narrow" and self.plan.sampled
+        sampled = task in ("narrow", GOOD) and self.plan.sampled
         asked = [job for a in shown if sampled or a.role != "frontier" for job in runs[a]]
         answered = self.answer(asked, task)
         generate = self.plan.tasks[task].generate if task in self.plan.tasks else None
@@ -170,13 +175,15 @@ class Runner(Steps):
         arm, task = runs[0].arm, runs[0].task
         settings = self.plan.tasks[task]
         # Without overrides for the report half both halves are the same evaluation.
-        name = half if settings.evaluate.report else "all"
+        name: str = half if settings.evaluate.report else "all"
+        fewer = self.plan.settings.first_look(task, half)
+        name += "_look_1" if fewer else ""
         folder = self.folder / "evaluation" / name / task / arm.name
-        overrides = evaluation_overrides(settings, half)
+        overrides = evaluation_overrides(settings, half) + fewer
         overrides += [f"adapters.seed_{job.seed}={job.folder / 'adapter'}" for job in runs]
         given = [job for job in runs if job in answered]
         overrides += [f"answers.seed_{job.seed}={job.folder / 'answers'}" for job in given]
-        if given and task == "narrow" and self._base is not None:
+        if given and task in ("narrow", GOOD) and self._base is not None:
             overrides.append(f"answers.{REFERENCE}={self._base}")
         cfg, _ = load_config(["--config", settings.evaluate.config, *overrides])
         if not given:  # What is about answers is refused where there are none.
@@ -190,7 +197,7 @@ class Runner(Steps):
             return folder
         # All arms are evaluated in one folder, where the reference's likelihoods are kept, and what
         # was found is moved to the arm's own.
-        shared = folder.parent / ".shared"
+        shared = folder.parents[1] / ("narrow" if task == GOOD else task) / ".shared"
         overrides += [f"output_dir={shared}", "overwrite=true"]
         folder.mkdir(parents=True, exist_ok=True)
         # Alone, so with all of the machine.

@@ -24,10 +24,12 @@ class Shifts:
     Attributes:
         general_SQ: On the general questions, or another probe of the same role.
         in_domain_SQ: On held-out questions of the training domain.
+        controls_SQ: On the controls of style, taken off the general ones; None: nothing is.
     """
 
     general_SQ: Floats
     in_domain_SQ: Floats
+    controls_SQ: Floats | None = None
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,12 @@ def on_curve(x_RS: Floats, points_x_RSK: Floats, points_y_RSK: Floats) -> Floats
 
 
 def excess(
-    defended: Shifts, undefended: Mapping[str, Shifts], bound: Bound, *, is_share: bool = False
+    defended: Shifts,
+    undefended: Mapping[str, Shifts],
+    bound: Bound,
+    *,
+    is_share: bool = False,
+    limit: float = 1.0,
 ) -> Excess:
     """The excess of a defense over the frontier, paired by seed.
 
@@ -110,21 +117,26 @@ def excess(
             every resample goes through that resample's points.
         bound: What counts as no difference. Its general questions are the probe's own.
         is_share: Whether the general shifts are differences of shares of answers.
+        limit: See `crossed_estimate`.
     """
     in_domain_KSQ = np.stack([shifts.in_domain_SQ for shifts in undefended.values()])
     general_KSQ = np.stack([shifts.general_SQ for shifts in undefended.values()])
+    off_SQ = [s.controls_SQ for s in undefended.values() if s.controls_SQ is not None]
+    controls_KSQ = None if defended.controls_SQ is None else np.stack(off_SQ)
 
     def curve(shares: Mapping[str, Floats]) -> Floats:
-        general, in_domain = shares[GENERAL], shares[IN_DOMAIN]
+        in_domain, points_RSK = shares[IN_DOMAIN], _of_arms(shares[GENERAL], general_KSQ)
+        if controls_KSQ is not None:
+            points_RSK = points_RSK - _of_arms(shares[CONTROLS], controls_KSQ)
         return on_curve(
-            in_domain @ defended.in_domain_SQ.T,
-            np.einsum("rq,ksq->rsk", in_domain, in_domain_KSQ, optimize=True),
-            np.einsum("rq,ksq->rsk", general, general_KSQ, optimize=True),
+            in_domain @ defended.in_domain_SQ.T, _of_arms(in_domain, in_domain_KSQ), points_RSK
         )
 
     def off_bound(sign: float) -> Callable[[Mapping[str, Floats]], Floats]:
         def by_seed(shares: Mapping[str, Floats]) -> Floats:
             found = shares[GENERAL] @ defended.general_SQ.T - curve(shares)
+            if defended.controls_SQ is not None:
+                found = found - shares[CONTROLS] @ defended.controls_SQ.T
             return found + sign * bound.share * effect_by_seed(shares, bound) if sign else found
 
         return by_seed
@@ -134,18 +146,26 @@ def excess(
         IN_DOMAIN: defended.in_domain_SQ.shape[1],
     }
     all_questions = questions | controls_of(bound)
+    if defended.controls_SQ is not None:
+        questions = all_questions
     even = {name: np.full((1, count), 1 / count) for name, count in questions.items()}
     x_S = defended.in_domain_SQ.mean(axis=1)
     end_S = in_domain_KSQ.mean(axis=2).max(axis=0)
     return Excess(
-        crossed_estimate(off_bound(0.0), questions, is_share=is_share),
-        over=crossed_estimate(off_bound(-1.0), all_questions, is_share=is_share),
-        under=crossed_estimate(off_bound(1.0), all_questions, is_share=is_share),
+        crossed_estimate(off_bound(0.0), questions, is_share=is_share, limit=limit),
+        over=crossed_estimate(off_bound(-1.0), all_questions, is_share=is_share, limit=limit),
+        under=crossed_estimate(off_bound(1.0), all_questions, is_share=is_share, limit=limit),
         curve=float(curve(even).mean()),
         above=int((x_S > end_S).sum()),
         below=int((x_S <= 0).sum()),
         seeds=len(x_S),
     )
+
+
+def _of_arms(share_RQ: Floats, values_KSQ: Floats) -> Floats:
+    """The mean of each arm and seed in each resample, (R, S, K)."""
+    mean_RSK: Floats = np.einsum("rq,ksq->rsk", share_RQ, values_KSQ, optimize=True)
+    return mean_RSK
 
 
 def effect_by_seed(shares: Mapping[str, Floats], bound: Bound) -> Floats:

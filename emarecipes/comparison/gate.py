@@ -101,6 +101,7 @@ def measure_effect(
             lambda shares, bound=bound: effect_by_seed(shares, bound),  # type: ignore[misc]
             questions,
             is_share=undefended.probes[name].is_share,
+            limit=2.0 if CONTROLS in questions else 1.0,
         )
     return Effect(found, probes.general, share * found[probes.general].value, CONTROLS in questions)
 

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
 
 from emarecipes.comparison.arms import Arm, Job
+from emarecipes.comparison.cells import ALPHA
 from emarecipes.comparison.criteria import ArmFigures, choose, measure
 from emarecipes.comparison.execute import Runner
 from emarecipes.comparison.gate import Effect
+from emarecipes.comparison.looks import FirstLook, alpha_of
 from emarecipes.comparison.opening import OPENING, Opening
 from emarecipes.comparison.outcome import Half, Outcome, not_run
+from emarecipes.comparison.paired import pair_arms
 from emarecipes.comparison.results import Scores
-from emarecipes.comparison.settings import Plan
+from emarecipes.comparison.settings import GOOD, Plan
 from emarecipes.errors import UserError
 from emarecipes.provenance import environment
 
@@ -38,9 +42,8 @@ def compare(plan: Plan, arms: list[Arm], jobs: list[Job], runner: Runner) -> Out
     if plan.settings.frozen and opening is not None:
         # The report half of candidates that were not chosen stays closed.
         shown = [a for a in arms if opening.chosen.get(a.group, a.name) == a.name]
-    narrow = runner.evaluate(shown, finished, "narrow", half)
-    benign = runner.evaluate(shown, finished, "benign", half) if "benign" in plan.tasks else {}
-    outcome = _measure(plan, shown, narrow, benign, opening if half == "report" else None)
+    scores = {task: runner.evaluate(shown, finished, task, half) for task in _tasks(plan)}
+    outcome = _measure(plan, shown, scores, opening if half == "report" else None)
     outcome.runs = {arm.name: Path(arm.collect[0]) for arm in shown if arm.collect} | {
         job.arm.name: job.folder for job in reversed(finished) if job.task == "narrow"
     }
@@ -49,7 +52,31 @@ def compare(plan: Plan, arms: list[Arm], jobs: list[Job], runner: Runner) -> Out
     if opening is not None:
         outcome.opening = opening
         outcome.changed = opening.changes(plan, arms, jobs)
+    _look(outcome, runner.folder)
     return outcome
+
+
+def _look(outcome: Outcome, folder: Path) -> None:
+    """Write down what a first look decided, or let it stand at the last."""
+    look, questions = outcome.settings.look, len(outcome.judged_by("general").ids)
+    if look == 1:
+        taken = datetime.now(timezone.utc).isoformat(timespec="minutes")
+        outcome.first_look = FirstLook.of(outcome.figures, questions, taken)
+        outcome.first_look.write(folder)
+    elif look is not None:
+        outcome.first_look = first = FirstLook.read(folder)
+        if first is not None:
+            first.settle(outcome.figures)
+            if questions <= first.questions:
+                outcome.missing.append(
+                    f"the last look read {questions} general questions, the first one "
+                    f"{first.questions}: take looks.first and max_rows apart"
+                )
+
+
+def _tasks(plan: Plan) -> list[str]:
+    """The tasks that are scored; collected runs are of the narrow one, without an entry."""
+    return ["narrow", *(task for task in plan.tasks if task != "narrow")]
 
 
 def _choose(plan: Plan, arms: list[Arm], finished: list[Job], runner: Runner) -> dict[str, str]:
@@ -63,8 +90,9 @@ def _choose(plan: Plan, arms: list[Arm], finished: list[Job], runner: Runner) ->
         return chosen
     needed = [a for a in arms if a.role in ("undefended", "frontier") or
               (a.role == "defense" and a.group not in chosen)]  # fmt: skip
-    narrow = runner.evaluate(needed, finished, "narrow", "select")
-    outcome = _measure(plan, needed, narrow, {}, None)
+    tasks = [task for task in _tasks(plan) if task != "benign"]
+    scores = {task: runner.evaluate(needed, finished, task, "select") for task in tasks}
+    outcome = _measure(plan, needed, scores, None)
     found = chosen | choose(outcome.figures)
     for group in groups.keys() - found.keys():
         raise UserError(f"{group}: none of its sweep could be scored; no choice can be frozen")
@@ -74,16 +102,26 @@ def _choose(plan: Plan, arms: list[Arm], finished: list[Job], runner: Runner) ->
 def _measure(
     plan: Plan,
     arms: list[Arm],
-    narrow: Mapping[str, Scores],
-    benign: Mapping[str, Scores],
+    scores: Mapping[str, Mapping[str, Scores]],
     opening: Opening | None,
 ) -> Outcome:
+    """The outcome, from the scores of each task by arm's name."""
     settings = plan.settings
+    narrow, good, benign = (scores.get(task, {}) for task in ("narrow", GOOD, "benign"))
     judged_by = [criterion.key for criterion in settings.criteria.shifted.values()]
-    narrow, left_out = keep_told(narrow, judged_by)
+    beside = {f"{name}/{GOOD}": of for name, of in good.items()}
+    told, left_out = keep_told({**narrow, **beside}, judged_by)
+    narrow = {name: told[name] for name in narrow}
+    good = {name: told[f"{name}/{GOOD}"] for name in good}
+    judged = narrow
+    if GOOD in plan.tasks:
+        judged, unpaired = pair_arms(arms, narrow, good)
+        left_out += unpaired
+
+    alpha = ALPHA if settings.look is None else alpha_of(settings.look)
 
     def figures_of(family: list[str]) -> tuple[list[ArmFigures], Effect, list[str]]:
-        return measure(arms, narrow, benign, settings.probes, settings.bounds, family)
+        return measure(arms, judged, benign, settings.probes, settings.bounds, family, alpha)
 
     if opening is None:
         candidates = choose(figures_of([])[0])
@@ -119,7 +157,9 @@ def _measure(
         family=family,
         half=read,
         missing=missing,
-        narrow=dict(narrow),
+        alpha=alpha,
+        narrow=narrow,
+        good=good,
         benign=dict(benign),
         environment=environment(),
     )

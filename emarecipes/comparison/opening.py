@@ -97,4 +97,5 @@ def _rules(plan: Plan) -> str:
         name: [task.evaluate.model_dump(), task.generate.model_dump() if task.generate else None]
         for name, task in plan.tasks.items()
     }
-    return digest(RULES, settings.bounds.model_dump(), settings.probes.model_dump(), tasks)
+    looks = [settings.looks.first] if settings.looks else []
+    return digest(RULES, settings.bounds.model_dump(), settings.probes.model_dump(), tasks, *looks)

@@ -14,9 +14,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from emarecipes import defenses
 from emarecipes.comparison.arms import Job
+from emarecipes.comparison.cells import ALPHA
 from emarecipes.comparison.criteria import ArmFigures
 from emarecipes.comparison.figure_values import Values
 from emarecipes.comparison.gate import Effect
+from emarecipes.comparison.looks import FirstLook
 from emarecipes.comparison.opening import RULES, Opening
 from emarecipes.comparison.results import Scores
 from emarecipes.comparison.settings import CompareSettings
@@ -40,7 +42,10 @@ class Outcome:
         missing: What is not there or was not compared, and why, one line each.
         not_run: Defenses of this package that no arm has.
         narrow: Scores on the narrow task by arm's name.
+        good: The same on the good one, which is taken off where there is one.
         benign: The same on the benign one.
+        alpha: Family-wise error rate of this look.
+        first_look: If there are two.
         runs: Folder of each arm's first run on the narrow task.
         environment: Versions, commit, command line.
     """
@@ -55,7 +60,10 @@ class Outcome:
     missing: list[str] = field(default_factory=list)
     not_run: list[str] = field(default_factory=list)
     narrow: dict[str, Scores] = field(default_factory=dict)
+    good: dict[str, Scores] = field(default_factory=dict)
     benign: dict[str, Scores] = field(default_factory=dict)
+    alpha: float = ALPHA
+    first_look: FirstLook | None = None
     runs: dict[str, Path] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
 
@@ -68,6 +76,11 @@ class Outcome:
         """The undefended arm's values of the figure behind `general`, `in_domain` or `controls`."""
         key = self.settings.criteria.shifted[role].key
         return self.narrow[self.undefended.arm.name].probes[key]
+
+    @property
+    def paired(self) -> bool:
+        """Whether figures are of bad answers' runs minus good answers'."""
+        return bool(self.good)
 
     @property
     def seeds(self) -> int:
@@ -166,6 +179,7 @@ def as_json(outcome: Outcome) -> dict[str, object]:
     return {
         "title": outcome.settings.title,
         "version": RULES,
+        "estimand": "bad minus good" if outcome.paired else "bad",
         "effect": {name: _numbers(e) for name, e in outcome.effect.by_probe.items()},
         "effect_is_there": outcome.effect.is_there,
         "moved": sorted(outcome.effect.moved),
@@ -173,6 +187,9 @@ def as_json(outcome: Outcome) -> dict[str, object]:
         "not_run": outcome.not_run,
         "half": outcome.half,
         "frozen": outcome.settings.frozen,
+        "look": outcome.settings.look,
+        "alpha": outcome.alpha,
+        "first_look": asdict(outcome.first_look) if outcome.first_look else None,
         "opening": asdict(outcome.opening) if outcome.opening else None,
         "family": outcome.family,
         "bounds": outcome.settings.bounds.model_dump(),
@@ -195,15 +212,19 @@ def _numbers(estimate: Estimate) -> dict[str, Any]:
 BY_QUESTION = "by_question.csv"
 
 
-def by_question(arms: Mapping[str, Scores]) -> str:
+def by_question(narrow: Mapping[str, Scores], good: Mapping[str, Scores]) -> str:
     """CSV: a line a figure and question, a column an arm and seed, `ARM/SEED`.
+
+    Where runs on good answers are taken off, `ARM/good/SEED` are theirs, and nothing is off yet.
 
     Values are shifts, as the criteria read them, of the questions that they read; empty where an
     arm lacks the figure or the question.
 
     Args:
-        arms: Scores on the narrow task, by arm.
+        narrow: Scores on the narrow task, by arm.
+        good: The same on the good one; empty if there is none.
     """
+    arms = {**narrow, **{f"{arm}/good": scores for arm, scores in good.items()}}
     columns = [f"{arm}/{seed}" for arm, scores in arms.items() for seed in scores.seeds]
     lines: dict[tuple[str, str, str], dict[str, str]] = {}
     for arm, scores in arms.items():
@@ -211,7 +232,7 @@ def by_question(arms: Mapping[str, Scores]) -> str:
             for seed, row in zip(scores.seeds, values.values_SQ, strict=True):
                 for name, category, value in zip(values.ids, values.categories, row, strict=True):
                     line = lines.setdefault((figure, name, category), {})
-                    line[f"{arm}/{seed}"] = f"{value:.6g}"
+                    line[f"{arm}/{seed}"] = f"{value:.9g}"  # A float32 whole.
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["figure", "id", "category", *columns])

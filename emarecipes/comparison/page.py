@@ -118,11 +118,21 @@ def _pictures(outcome: Outcome) -> dict[str, bytes]:
     series = {name: read_metrics(run) for name, run in shown.items()}
     terms = [*_TERMS, *dict.fromkeys(t for run in shown.values() for t in _defenses(run))]
     found = {
-        "trade_off": plots.trade_off(outcome.figures, unit, outcome.judged_by("in_domain").unit),
-        "categories": plots.categories(outcome.figures, unit),
+        "trade_off": plots.trade_off(
+            outcome.figures,
+            unit + _difference(outcome, less=True),
+            outcome.judged_by("in_domain").unit + _difference(outcome),
+        ),
+        "categories": plots.categories(outcome.figures, unit + _difference(outcome)),
         "training": plots.training_curves(series, terms, number, labels),
     }
     return {name: png for name, png in found.items() if png is not None}
+
+
+def _difference(outcome: Outcome, less: bool = False) -> str:
+    if not outcome.paired:
+        return ""
+    return ", bad - good" + (" - controls" if less and outcome.effect.controls else "")
 
 
 def _defenses(run: Path) -> list[str]:

@@ -150,6 +150,11 @@ def _controls(outcome: Outcome) -> list[Check]:
             bool(controls),
             ", ".join(f.arm.label for f in controls) or "none",
         ),
+        Check(
+            "each run paired with one on good answers, of the same seed",
+            outcome.paired,
+            "figures are differences of the two" if outcome.paired else "no task good",
+        ),
         each_its_own(outcome),
         Check(
             "questions with two harmless answers, for changes of style",

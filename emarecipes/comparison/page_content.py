@@ -7,9 +7,10 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-from emarecipes.comparison.cells import ALPHA, NO_VERDICT, NOT_MEASURED, Cell
+from emarecipes.comparison.cells import NO_VERDICT, NOT_MEASURED, Cell
 from emarecipes.comparison.criteria import NO_EFFECT, ArmFigures
 from emarecipes.comparison.outcome import Outcome
+from emarecipes.comparison.page_design import estimand, looks
 from emarecipes.comparison.statistics import Estimate
 
 SHOWN_ANSWERS = 10
@@ -56,9 +57,10 @@ class ShownCell:
 def headings(outcome: Outcome) -> tuple[str, ...]:
     """Of the four-criteria table, with the units of the figures behind it."""
     stays = outcome.settings.criteria.coherent
+    of = ", bad minus good answers" if outcome.paired else ""
     return (
-        f"(a) General shift: excess over the frontier, {outcome.judged_by('general').unit}",
-        f"(b) Narrow behaviour learned: in-domain shift, {outcome.judged_by('in_domain').unit}",
+        f"(a) General shift{of}: excess over the frontier, {outcome.judged_by('general').unit}",
+        f"(b) Narrow behaviour learned: in-domain shift{of}, {outcome.judged_by('in_domain').unit}",
         "(c) Benign task learned: right answers",
         "(d) Coherent: share of sampled answers"
         if stays.figure == "coherent"
@@ -120,7 +122,7 @@ def status(outcome: Outcome) -> list[str]:
             f"{NO_VERDICT.capitalize()}: differences between arms may be chance. Intervals are "
             "over questions alone."
         )
-    lines += _effect(outcome)
+    lines += estimand(outcome) + looks(outcome) + _effect(outcome)
     general = outcome.judged_by("general")
     if not general.halves:
         source = "sampled answers" if general.sampled else outcome.settings.criteria.general.suite
@@ -167,7 +169,8 @@ def _effect(outcome: Outcome) -> list[str]:
     unit = outcome.judged_by("general").unit
     beyond = f"beyond {outcome.settings.probes.controls}" if effect.controls else "(no controls)"
     by_probe = {name: f"{show(e)} {unit} {beyond}" for name, e in effect.by_probe.items()}
-    moves = f"undefended training moves {effect.general} by {by_probe[effect.general]}"
+    more = " on bad answers, more than on good ones," if outcome.paired else ""
+    moves = f"undefended training{more} moves {effect.general} by {by_probe[effect.general]}"
     if effect.is_there:
         still = [name for name in by_probe if name not in effect.moved]
         bound = f"{share:.0%} of it, ±{effect.bound:.3f} {unit}"
@@ -210,9 +213,10 @@ def findings(outcome: Outcome) -> list[tuple[str, str, str]]:
             if cell.decision == "equivalent":
                 p, error = verdict.p_equivalent, verdict.error_equivalent
                 bound = f"within ±{outcome.effect.bound:.3f} {unit}, "
-            elif cell.decision in ("better", "worse") and verdict.p_equivalent < ALPHA:
+            elif cell.decision in ("better", "worse") and verdict.p_equivalent < outcome.alpha:
                 bound = f"by less than {outcome.effect.bound:.3f} {unit}, "
-            meaning += f" ({bound}Holm-corrected p {show_p(p, error)})"
+            at = ", at the first look" if verdict.look == 1 and outcome.settings.look == 2 else ""
+            meaning += f" ({bound}Holm-corrected p {show_p(p, error)}{at})"
         if figures.narrow.share is not None:
             meaning += f"; in-domain it learned {figures.narrow.share:.0%} of what undefended did"
         found.append((figures.arm.label, f"{sign} {cell.decision}".strip(), meaning))
@@ -242,7 +246,8 @@ def frontier_rows(outcome: Outcome) -> list[dict[str, str]]:
 def all_figures(outcome: Outcome) -> list[dict[str, str]]:
     """Every whole-suite figure of the evaluations, as a mean over seeds, with n and thresholds."""
     rows = []
-    for task, scores in (("narrow", outcome.narrow), ("benign", outcome.benign)):
+    tasks = (("narrow", outcome.narrow), ("good", outcome.good), ("benign", outcome.benign))
+    for task, scores in tasks:
         for found in outcome.figures:
             of_arm = scores.get(found.arm.name)
             for key, first in (of_arm.figures[0] if of_arm and of_arm.figures else {}).items():

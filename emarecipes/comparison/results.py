@@ -38,6 +38,7 @@ class Scores:
         sensitivity: The thresholds under which misaligned rates were also taken.
         asked: Of each of `probes` a digest of what is asked, see `Source.asked`.
         answers: Of the first seed: id to question and answer, if answers were scored.
+        paired: Whether `probes` are bad answers' runs minus good answers', see `paired`.
     """
 
     seeds: tuple[int, ...]
@@ -54,6 +55,7 @@ class Scores:
     sensitivity: tuple[str, ...] = ()
     answers: dict[str, tuple[str, str]] = field(default_factory=dict)
     asked: dict[str, str] = field(default_factory=dict)
+    paired: bool = False
 
     def asks_what(self, other: Scores, suite: str) -> bool:
         """Whether a probe is the other's: the same questions of the same files, asked alike."""

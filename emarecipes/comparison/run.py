@@ -18,6 +18,7 @@ from emarecipes.comparison import page_content as content
 from emarecipes.comparison.arms import expand_arms, make_jobs
 from emarecipes.comparison.execute import Runner
 from emarecipes.comparison.in_common import keep_common
+from emarecipes.comparison.looks import check_look
 from emarecipes.comparison.measured import compare
 from emarecipes.comparison.outcome import BY_QUESTION, RESULT, Outcome, as_json, by_question
 from emarecipes.comparison.page import write_report
@@ -44,6 +45,7 @@ def _compare(argv: Sequence[str]) -> None:
     raw, origin = load_config(argv)
     plan = check_compare_settings(raw, origin)
     check_tasks(plan, origin)
+    check_look(plan.settings, origin)
     arms = expand_arms(plan, origin)
     jobs = make_jobs(plan, arms, origin)
     runner = Runner(plan, slots(plan, origin))
@@ -59,7 +61,7 @@ def _compare(argv: Sequence[str]) -> None:
         raise UserError(f"{error}{first}") from None
     page = write_report(outcome, runner.folder)
     write_json(runner.folder / RESULT, as_json(outcome), indent=1)
-    write_text(runner.folder / BY_QUESTION, by_question(outcome.narrow))
+    write_text(runner.folder / BY_QUESTION, by_question(outcome.narrow, outcome.good))
     print_outcome(outcome)
     print(f"report: {page}")
     if runner.failures:

@@ -21,6 +21,8 @@ from emarecipes.errors import UserError
 from emarecipes.settings import Entry, Keys, Seed, parse_settings
 
 Role = Literal["undefended", "frontier", "defense", "control"]
+# A task beside `narrow`: the same questions with good answers, the other half of every pair.
+GOOD = "good"
 _NAME = re.compile(r"[A-Za-z]\w*")
 
 
@@ -71,7 +73,7 @@ class AnswersSettings(_Strict):
 
 
 class TaskSettings(_Strict):
-    """What every arm is trained on."""
+    """What every arm is trained on. `good` has its data alone; all else is `narrow`'s."""
 
     dataset: Entry | None = None
     """In place of the arm's (of its `task` in an interleaved set)."""
@@ -81,6 +83,15 @@ class TaskSettings(_Strict):
     """How answers are sampled; null: none are."""
     evaluate: EvaluateSettings
     """How runs are scored."""
+
+
+class LooksSettings(_Strict):
+    """Two looks at the report half, with O'Brien and Fleming's shares of the error rate."""
+
+    at: Literal[1, 2] = 1
+    """Which look this is: 1, at the questions that `first` leaves; 2, at all."""
+    first: Annotated[list[str], Field(min_length=1)]
+    """Overrides of `tasks.narrow.evaluate` at the first look, such as `max_rows=225`."""
 
 
 class CompareSettings(Keys):
@@ -95,19 +106,32 @@ class CompareSettings(Keys):
     arms: Annotated[dict[str, Entry], Field(min_length=1)]
     """Ways of training, by name."""
     tasks: dict[str, Entry] = Field(default_factory=dict)
-    """`narrow`, and maybe `benign`: what every arm is trained on."""
+    """`narrow`, and maybe `benign` and `good`: what every arm is trained on. With `good`, the
+    narrow task's questions with good answers, figures are differences of the two."""
     criteria: CriteriaSettings = Field(default_factory=CriteriaSettings)
     """Which figures of the evaluations a defense is judged by."""
     bounds: BoundSettings = Field(default_factory=BoundSettings)
     """Half widths of what counts as no difference, fixed before looking."""
     frozen: bool = False
     """False: the select half. True: choices are made, the report half is opened."""
+    looks: LooksSettings | None = None
+    """At the report half first with fewer questions, then with all. Null: one look."""
     nproc_per_node: Annotated[int, Field(ge=1)] = 1
     """Processes of a training run."""
     runs_at_a_time: Annotated[int, Field(ge=1)] = 1
     """Training and sampling runs side by side, each with its share of cores, or `nproc_per_node`
     GPUs of its own. A small model on a CPU gains from it: two runs of one thread are faster than
     one of two."""
+
+    @property
+    def look(self) -> int | None:
+        """Which look this is; None: there is one alone."""
+        return None if self.looks is None else self.looks.at
+
+    def first_look(self, task: str, half: str) -> list[str]:
+        """What a task's evaluation is left with at the first look, as overrides; later nothing."""
+        read = self.look == 1 and half == "report" and task in ("narrow", GOOD)
+        return list(self.looks.first) if read and self.looks is not None else []
 
     @property
     def probes(self) -> ProbeNames:
@@ -146,6 +170,8 @@ def check_compare_settings(cfg: DictConfig, origin: Origin) -> Plan:
     settings = parse_settings(cfg, origin, CompareSettings)
     if len(set(settings.seeds)) < len(settings.seeds):
         raise UserError(f"{origin.at('seeds')}: a seed is named twice")
+    if settings.looks is not None and not settings.frozen:
+        raise UserError(f"{origin.at('looks')}: are at the report half; they need frozen: true")
     arms = {
         name: _entry(ArmSettings, entry, f"arms.{name}", origin)
         for name, entry in settings.arms.items()
@@ -153,7 +179,10 @@ def check_compare_settings(cfg: DictConfig, origin: Origin) -> Plan:
     tasks = {
         name: _entry(TaskSettings, entry, f"tasks.{name}", origin)
         for name, entry in settings.tasks.items()
+        if name != GOOD
     }
+    if GOOD in settings.tasks:
+        tasks[GOOD] = _good_task(settings.tasks[GOOD], tasks.get("narrow"), origin)
     plan = Plan(settings=settings, arms=arms, tasks=tasks)
     _check_tasks(plan, origin)
     for name, arm in arms.items():
@@ -190,17 +219,36 @@ def _entry(kind: type[Any], entry: Entry, key: str, origin: Origin) -> Any:
         raise UserError(f"{origin.at(where)}: {reason}, not {first['input']!r}") from None
 
 
+def _good_task(entry: Entry, narrow: TaskSettings | None, origin: Origin) -> TaskSettings:
+    """The good task: its own data, trained, asked and scored as the narrow one."""
+    where = origin.at(f"tasks.{GOOD}")
+    if narrow is None:
+        raise UserError(f"{where}: is the other half of a task narrow, which is not there")
+    for key in ("evaluate", "generate"):
+        if key in entry:
+            raise UserError(f"{where}.{key}: a good task is scored as narrow is; leave it out")
+    own = {**entry, "evaluate": narrow.evaluate.model_dump()}
+    good: TaskSettings = _entry(TaskSettings, own, f"tasks.{GOOD}", origin)
+    if narrow.dataset is not None and good.dataset is None:
+        raise UserError(f"{where}: narrow has a dataset; give the one with good answers")
+    good.overrides = [*narrow.overrides, *good.overrides]
+    good.generate = narrow.generate and narrow.generate.model_copy(deep=True)
+    return good
+
+
 def _check_tasks(plan: Plan, origin: Origin) -> None:
     trained = [arm for arm in plan.arms.values() if arm.config is not None]
     for name in plan.tasks:
-        if name not in ("narrow", "benign"):
-            raise UserError(f"{origin.at(f'tasks.{name}')}: tasks are narrow and benign")
+        if name not in ("narrow", "benign", GOOD):
+            raise UserError(f"{origin.at(f'tasks.{name}')}: tasks are narrow, benign and good")
     if trained and "narrow" not in plan.tasks:
         raise UserError(f"{origin.at('tasks')}: arms that are trained need a task narrow")
     for name, task in plan.tasks.items():
         key = f"tasks.{name}"
         _check_file(task.evaluate, f"{key}.evaluate", origin)
         overrides = [*task.overrides, *task.evaluate.overrides, *task.evaluate.report]
+        if plan.settings.looks is not None:
+            overrides += plan.settings.looks.first
         if task.generate is not None:
             _check_file(task.generate, f"{key}.generate", origin)
             overrides += task.generate.overrides
@@ -212,6 +260,10 @@ def _check_arm(name: str, arm: ArmSettings, plan: Plan, origin: Origin) -> None:
     if (arm.config is None) == (arm.collect is None):
         raise UserError(f"{origin.at(key)}: an arm has one of config and collect")
     if arm.collect is not None:
+        if GOOD in plan.tasks:
+            raise UserError(
+                f"{origin.at(f'{key}.collect')}: with a task good every arm is trained on both"
+            )
         if arm.sweep or arm.overrides:
             raise UserError(f"{origin.at(key)}: overrides and sweep need a config, not collect")
         if len(arm.collect) != len(plan.settings.seeds):
@@ -224,6 +276,8 @@ def _check_arm(name: str, arm: ArmSettings, plan: Plan, origin: Origin) -> None:
     for task in arm.tasks or []:
         if task not in plan.tasks:
             raise UserError(f"{origin.at(f'{key}.tasks')}: there is no task {task}")
+    if GOOD in plan.tasks and arm.tasks and not {"narrow", GOOD} <= set(arm.tasks):
+        raise UserError(f"{origin.at(f'{key}.tasks')}: figures are narrow minus good; name both")
     _check_overrides(arm.overrides, key, origin)
     for swept, values in arm.sweep.items():
         texts = sorted(str(value) for value in values)

@@ -82,6 +82,7 @@ def crossed_estimate(
     questions: Mapping[str, int | Sequence[Hashable]],
     *,
     is_share: bool = False,
+    limit: float = 1.0,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Estimate:
@@ -107,7 +108,8 @@ def crossed_estimate(
     Args:
         by_seed: The statistic of each seed, for any shares of questions. It need not be linear.
         questions: Of each probe that it reads the number of questions, or each one's cluster.
-        is_share: Whether it is a difference of shares of answers, which is within -+1.
+        is_share: Whether it is a difference of shares of answers.
+        limit: What such a one is within, -+: 1, more if it is a difference of differences.
         resamples: R, at least `RESAMPLES`.
         seed: Of the resampling.
 
@@ -155,7 +157,7 @@ def crossed_estimate(
     freedom = (of_seeds + of_questions) ** 2 / parts if parts > 0 else float(max(seeds - 1, 1))
     monte_carlo = uncertain / (2 * error) if error > 0 else 0.0
     found = Estimate(value, error, float(freedom), seeds, monte_carlo=monte_carlo)
-    return replace(found, least=-1.0, most=1.0) if is_share else found
+    return replace(found, least=-limit, most=limit) if is_share else found
 
 
 def crossed_mean(

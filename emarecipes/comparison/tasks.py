@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from emarecipes.comparison.criterion import SHARE, CriterionSettings
 from emarecipes.comparison.execute import evaluation_overrides
 from emarecipes.comparison.outcome import Half
-from emarecipes.comparison.settings import AnswersSettings, Plan, TaskSettings
+from emarecipes.comparison.settings import GOOD, AnswersSettings, Plan, TaskSettings
 from emarecipes.config import Origin, find_input, load_config, suggestion
 from emarecipes.errors import UserError
 from emarecipes.evaluation.settings import check_eval_settings, named_suites
@@ -27,16 +27,19 @@ def check_tasks(plan: Plan, origin: Origin) -> None:
             no evaluation would give.
     """
     for name, task in plan.tasks.items():
+        if name == GOOD:  # As narrow's.
+            continue
         if task.generate is not None:
             _named(origin, f"tasks.{name}.generate", _check_generation, task.generate)
         for half in ("select", "report"):
-            suites = _named(origin, f"tasks.{name}.evaluate", _suites, task, half)
+            fewer = plan.settings.first_look(name, half)
+            suites = _named(origin, f"tasks.{name}.evaluate", _suites, task, half, fewer)
             check_criteria(plan, origin, name, suites)
 
 
-def _suites(task: TaskSettings, half: Half) -> list[Suite]:
+def _suites(task: TaskSettings, half: Half, fewer: Sequence[str]) -> list[Suite]:
     """The suites of an evaluation, its config checked."""
-    overrides = evaluation_overrides(task, half)
+    overrides = [*evaluation_overrides(task, half), *fewer]
     # A stand-in for the folders of answers that are still to be sampled: a judge asks for some.
     overrides.append("answers.seed=.")
     cfg, own = load_config(["--config", task.evaluate.config, *overrides])

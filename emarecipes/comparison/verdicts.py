@@ -11,6 +11,7 @@ from statsmodels.stats.multitest import multipletests
 from emarecipes.comparison.frontier import Excess
 
 Decision = Literal["better", "worse", "equivalent", "undecided"]
+DECIDED = ("better", "worse", "equivalent")
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class Verdict:
         error_difference: Monte Carlo error of `p_difference`: what another seed of the resampling
             would change it by, as a standard deviation.
         error_equivalent: Of `p_equivalent`.
+        look: That decided it, of two, see `looks`; 0: there is one.
     """
 
     decision: Decision
@@ -72,6 +74,7 @@ class Verdict:
     p_equivalent: float
     error_difference: float = 0.0
     error_equivalent: float = 0.0
+    look: int = 0
 
 
 def verdicts(contrasts: Sequence[Contrast], alpha: float = 0.05) -> list[Verdict]:

@@ -31,7 +31,7 @@ def test_a_judge_whose_replies_are_mostly_unusable_is_open() -> None:
     def outcome(*shares: float) -> Any:
         scores = Scores((0, 1), figures=[seed(share) for share in shares])
         arm = SimpleNamespace(arm=SimpleNamespace(name="a", label="a"))
-        return SimpleNamespace(narrow={"a": scores}, benign={}, figures=[arm])
+        return SimpleNamespace(narrow={"a": scores}, good={}, benign={}, figures=[arm])
 
     def check(*shares: float) -> tuple[bool, str]:
         (found,) = [c for c in judges_answer(outcome(*shares)) if "unusable" in c.what]
