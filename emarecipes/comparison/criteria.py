@@ -24,7 +24,7 @@ from emarecipes.comparison.cells import (
     narrow_cell,
 )
 from emarecipes.comparison.criterion import BoundSettings, ProbeNames
-from emarecipes.comparison.frontier import Excess, Shifts, excess
+from emarecipes.comparison.frontier import Excess, Shifts, excess, pooled_excesses
 from emarecipes.comparison.gate import Effect, bound_of, general_probes, measure_effect
 from emarecipes.comparison.results import Scores
 from emarecipes.comparison.statistics import Estimate
@@ -180,6 +180,7 @@ def measure(
             figures.benign = benign_cell(benign[arm.name], benign[undefended], bounds.benign)
             figures.benign_tiers = benign_tiers(benign[arm.name])
         found.append(figures)
+    _pool_seeds([figures for figures in found if figures.arm.name in family], general)
     if effect.is_there:
         _judge(found, family, alpha)
     return found, effect, missing
@@ -279,6 +280,15 @@ def _excesses(
             f"{figures.arm.label}: compared without {', '.join(left_out)}, which lack a seed of it"
         ]
     return []
+
+
+def _pool_seeds(tested: Sequence[ArmFigures], general: Sequence[str]) -> None:
+    """Give the family's excesses on each probe the spread of all of its seeds."""
+    for probe in general:
+        having = {f.arm.name: f for f in tested if probe in f.excesses}
+        of_all = pooled_excesses({name: f.excesses[probe] for name, f in having.items()})
+        for name, found in of_all.items():
+            having[name].excesses[probe] = found
 
 
 def _judge(found: Sequence[ArmFigures], family: Sequence[str], alpha: float) -> None:

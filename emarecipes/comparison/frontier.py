@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from emarecipes.comparison.statistics import Estimate, Floats, crossed_estimate
+from emarecipes.comparison.statistics import Estimate, Floats, crossed_estimate, pooled
 
 GENERAL, IN_DOMAIN, CONTROLS = "general", "in-domain", "controls"
 
@@ -166,6 +166,18 @@ def _of_arms(share_RQ: Floats, values_KSQ: Floats) -> Floats:
     """The mean of each arm and seed in each resample, (R, S, K)."""
     mean_RSK: Floats = np.einsum("rq,ksq->rsk", share_RQ, values_KSQ, optimize=True)
     return mean_RSK
+
+
+def pooled_excesses(excesses: Mapping[str, Excess]) -> dict[str, Excess]:
+    """Those of several defenses on one probe, by name, with the spread of all of their seeds."""
+    estimate, over, under = (
+        pooled([getattr(found, part) for found in excesses.values()])
+        for part in ("estimate", "over", "under")
+    )
+    return {
+        name: replace(found, estimate=e, over=o, under=u)
+        for (name, found), e, o, u in zip(excesses.items(), estimate, over, under, strict=True)
+    }
 
 
 def effect_by_seed(shares: Mapping[str, Floats], bound: Bound) -> Floats:

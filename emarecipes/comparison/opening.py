@@ -16,8 +16,9 @@ from emarecipes.fingerprint import digest
 
 OPENING = "choices.json"
 # Version of the rules behind verdicts. 2: only where undefended training does something; the bound
-# is a share of that; a difference goes before equivalence; coherence by rule and likelihood.
-RULES = 2
+# is a share of that; a difference goes before equivalence; coherence by rule and likelihood. 3: the
+# seeds' spread is at least that of all tested defenses.
+RULES = 3
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,8 @@ class Estimate:
         least, most: What the truth cannot be below and above; an interval ends there.
         monte_carlo: Standard error of `error` itself, since resamples are finite in number.
         ends: The interval, where `error` does not give it: see `share_estimate`.
+        of_seeds: V_s, the part of `error`'s square that seeds make.
+        clusters: C, of the probe with the fewest.
     """
 
     value: float
@@ -48,6 +50,8 @@ class Estimate:
     most: float = np.inf
     monte_carlo: float = 0.0
     ends: tuple[float, float] | None = None
+    of_seeds: float = 0.0
+    clusters: int = 0
 
     def interval(self, level: float = 0.95) -> tuple[float, float]:
         """value -+ t * error, or `ends`; NaN for both ends without an error."""
@@ -156,8 +160,49 @@ def crossed_estimate(
     parts = of_questions**2 / (fewest - 1) + (of_seeds**2 / (seeds - 1) if seeds > 1 else 0.0)
     freedom = (of_seeds + of_questions) ** 2 / parts if parts > 0 else float(max(seeds - 1, 1))
     monte_carlo = uncertain / (2 * error) if error > 0 else 0.0
-    found = Estimate(value, error, float(freedom), seeds, monte_carlo=monte_carlo)
+    found = Estimate(
+        value,
+        error,
+        float(freedom),
+        seeds,
+        monte_carlo=monte_carlo,
+        of_seeds=of_seeds,
+        clusters=fewest,
+    )
     return replace(found, least=-limit, most=limit) if is_share else found
+
+
+def pooled(estimates: Sequence[Estimate]) -> list[Estimate]:
+    """The same with the seeds' spread of all of them, where that is more than their own.
+
+    The spread of two or three seeds is hardly known: one in ten that is small by chance makes a
+    verdict out of nothing, and of several arms one is soon such. So V_s is at least the mean
+    var(seeds' values) of all arms over S, weighted by S - 1, and has the sum of their S - 1 as its
+    degrees of freedom. It takes arms whose seeds spread about alike. Of one estimate nothing
+    changes. `benchmarks/pair_power.py` has the family-wise error with it.
+    """
+    several = [e for e in estimates if e.seeds > 1 and np.isfinite(e.error)]
+    freedom = sum(e.seeds - 1 for e in several)
+    if len(several) < 2:
+        return list(estimates)
+    spread = sum(e.of_seeds * e.seeds * (e.seeds - 1) for e in several) / freedom
+    return [_with_spread(e, spread, freedom) if e in several else e for e in estimates]
+
+
+def _with_spread(estimate: Estimate, spread: float, freedom: int) -> Estimate:
+    of_questions = max(estimate.error**2 - estimate.of_seeds, 0.0)
+    of_seeds = max(estimate.of_seeds, spread / estimate.seeds)
+    error = float(np.sqrt(of_seeds + of_questions))
+    if error == 0 or estimate.clusters < 2:
+        return estimate
+    parts = of_questions**2 / (estimate.clusters - 1) + of_seeds**2 / freedom
+    return replace(
+        estimate,
+        error=error,
+        freedom=float((of_seeds + of_questions) ** 2 / parts),
+        monte_carlo=estimate.monte_carlo * estimate.error / error,
+        of_seeds=of_seeds,
+    )
 
 
 def crossed_mean(
