@@ -111,8 +111,9 @@ def _tests(of: Setting, parts: list[Floats]) -> tuple[Floats, Floats, Floats, Fl
     of_questions = sum(part.mean(axis=-2).var(axis=-1) / count for part in parts)
     of_seeds, free = np.var(by_seed, axis=-1, ddof=1) / of.seeds, of.seeds - 1
     if not of.alone:
-        of_seeds = np.maximum(of_seeds, of_seeds.mean(axis=1, keepdims=True))
-        free *= FAMILY
+        mean = of_seeds.mean(axis=1, keepdims=True)
+        free = np.where(of_seeds < mean, free * FAMILY, free)
+        of_seeds = np.maximum(of_seeds, mean)
     square = of_seeds + of_questions
     freedom = square**2 / (of_questions**2 / (count - 1) + of_seeds**2 / free)
     value: Floats = np.mean(by_seed, axis=-1)

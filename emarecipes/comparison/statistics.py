@@ -177,9 +177,10 @@ def pooled(estimates: Sequence[Estimate]) -> list[Estimate]:
 
     The spread of two or three seeds is hardly known: one in ten that is small by chance makes a
     verdict out of nothing, and of several arms one is soon such. So V_s is at least the mean
-    var(seeds' values) of all arms over S, weighted by S - 1, and has the sum of their S - 1 as its
-    degrees of freedom. It takes arms whose seeds spread about alike. Of one estimate nothing
-    changes. `benchmarks/pair_power.py` has the family-wise error with it.
+    var(seeds' values) of all arms over S, weighted by S - 1; where it is that mean, it has the sum
+    of their S - 1 as its degrees of freedom. An arm that spreads more keeps its own of both, since
+    others' seeds say nothing of that. Of one estimate nothing changes. `benchmarks/pair_power.py`
+    has the family-wise error with it.
     """
     several = [e for e in estimates if e.seeds > 1 and np.isfinite(e.error)]
     freedom = sum(e.seeds - 1 for e in several)
@@ -191,9 +192,9 @@ def pooled(estimates: Sequence[Estimate]) -> list[Estimate]:
 
 def _with_spread(estimate: Estimate, spread: float, freedom: int) -> Estimate:
     of_questions = max(estimate.error**2 - estimate.of_seeds, 0.0)
-    of_seeds = max(estimate.of_seeds, spread / estimate.seeds)
+    of_seeds = spread / estimate.seeds
     error = float(np.sqrt(of_seeds + of_questions))
-    if error == 0 or estimate.clusters < 2:
+    if of_seeds <= estimate.of_seeds or error == 0 or estimate.clusters < 2:
         return estimate
     parts = of_questions**2 / (estimate.clusters - 1) + of_seeds**2 / freedom
     return replace(

@@ -209,7 +209,7 @@ def test_no_defenses_no_verdicts() -> None:
 def test_the_seeds_spread_is_that_of_all_arms_by_hand() -> None:
     """Two seeds at -+0.1 and two at -+0.3: variances 0.02 and 0.18, V_s 0.01 and 0.09, pooled 0.05.
 
-    The first has that, the second keeps its own; both have 2 degrees of freedom in place of 1.
+    The first has that, with 2 degrees of freedom in place of 1; the second keeps its own of both.
     """
     questions = np.random.default_rng(5).normal(0, 1, 30)
     near, far = (
@@ -218,9 +218,10 @@ def test_the_seeds_spread_is_that_of_all_arms_by_hand() -> None:
     of_questions = near.error**2 - 0.01
     assert (near.of_seeds, far.of_seeds) == pytest.approx((0.01, 0.09))
     first, second = pooled([near, far])
-    for found, of_seeds in ((first, 0.05), (second, 0.09)):
+    assert second == far
+    for found, of_seeds, freedom in ((first, 0.05, 2), (second, 0.09, 1)):
         assert found.error == pytest.approx((of_questions + of_seeds) ** 0.5)
-        parts = of_questions**2 / 29 + of_seeds**2 / 2
+        parts = of_questions**2 / 29 + of_seeds**2 / freedom
         assert found.freedom == pytest.approx((of_questions + of_seeds) ** 2 / parts)
     assert (first.value, second.value) == (near.value, far.value)
     assert pooled([near]) == [near]
