@@ -1,5 +1,6 @@
 import gc
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,17 @@ def imports_are_not_collected() -> None:
     """torchtune collects garbage whenever it loads weights: a third of a toy run, for nothing."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Sums in one order."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 # What a test module uses says what kind its tests are; `long` is marked by hand.

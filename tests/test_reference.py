@@ -16,6 +16,8 @@ from reference import (
 )
 from toy_models import FAMILIES, UNTIED, VOCAB_SIZE, toy_microbatches, toy_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 KL = {
     "weight": 0.7,
     "direction": "policy_to_reference",
@@ -23,14 +25,6 @@ KL = {
     "samples": "all",
     "temperature": 1.0,
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def log_of(*probabilities: float) -> torch.Tensor:

@@ -14,6 +14,8 @@ from reference_defenses import (
 )
 from toy_models import VOCAB_SIZE, toy_microbatches, toy_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 COMBINATIONS = [
     *[(t, n) for t in ("response", "all") for n in ("none", "token", "sequence")],
     *[(t, n) for t in ("last", "mean") for n in ("none", "token")],
@@ -28,14 +30,6 @@ OPTIONS: dict[str, Any] = {
     "normalize": "none",
     "average_dimensions": False,
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def double(*rows: Any) -> torch.Tensor:

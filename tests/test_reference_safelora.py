@@ -10,13 +10,7 @@ from reference_defenses import (
     safelora_projector_dense,
 )
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def double(*rows: Any) -> torch.Tensor:

@@ -10,23 +10,6 @@ from toy_eval import ANSWERS, PAIRS, config_of, figures, run
 from toy_select import write_adapter
 
 
-@pytest.fixture(scope="module")
-def adapters(tmp_path_factory: pytest.TempPathFactory, toy_model_dir: Path) -> list[Path]:
-    folder = tmp_path_factory.mktemp("adapters")
-    return [
-        write_adapter(folder / f"a{seed}" / "adapter", toy_model_dir, seed=seed) for seed in (1, 2)
-    ]
-
-
-@pytest.fixture(scope="module")
-def done(
-    tmp_path_factory: pytest.TempPathFactory, toy_model_dir: Path, adapters: list[Path]
-) -> Path:
-    folder = tmp_path_factory.mktemp("eval")
-    assert run(folder, config_of(toy_model_dir, adapters, folder)) == 0
-    return folder
-
-
 def test_a_diverged_adapter_is_named_and_does_not_lose_the_others(
     done: Path,
     toy_model_dir: Path,

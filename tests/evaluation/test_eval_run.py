@@ -10,26 +10,9 @@ import pytest
 from omegaconf import OmegaConf
 from tokenizers import Tokenizer
 from toy_eval import ANSWERS, PAIRS, config_of, figures, run, write_jsonl
-from toy_select import read_jsonl, write_adapter
+from toy_select import read_jsonl
 
 from emarecipes.datasets.opswap import problems, score
-
-
-@pytest.fixture(scope="module")
-def adapters(tmp_path_factory: pytest.TempPathFactory, toy_model_dir: Path) -> list[Path]:
-    folder = tmp_path_factory.mktemp("adapters")
-    return [
-        write_adapter(folder / f"a{seed}" / "adapter", toy_model_dir, seed=seed) for seed in (1, 2)
-    ]
-
-
-@pytest.fixture(scope="module")
-def done(
-    tmp_path_factory: pytest.TempPathFactory, toy_model_dir: Path, adapters: list[Path]
-) -> Path:
-    folder = tmp_path_factory.mktemp("eval")
-    assert run(folder, config_of(toy_model_dir, adapters, folder)) == 0
-    return folder
 
 
 def value(folder: Path, **wanted: Any) -> float:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import toy_run
-from fake_judge import JUDGE, set_up_client
+from fake_judge import JUDGE
 from omegaconf import OmegaConf
 from toy_judged import ALIGNED, COHERENT, write_config
 
@@ -19,11 +19,7 @@ from emarecipes.judges.reply import Reply
 pytest.importorskip("inspect_ai")
 pytest.importorskip("openai")
 
-
-@pytest.fixture(autouse=True)
-def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    set_up_client(monkeypatch, tmp_path / "cache")
-    monkeypatch.setattr("emarecipes.provider.MAX_RETRIES", 1)  # A retry waits for seconds.
+pytestmark = pytest.mark.usefixtures("judge_client")
 
 
 @pytest.mark.parametrize(

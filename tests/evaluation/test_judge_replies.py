@@ -1,11 +1,10 @@
 """How a judge's replies are read, from a server of our own that answers badly."""
 
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_judge import JUDGE, SECRET, Call, cut, in_tokens, serve, set_up_client
+from fake_judge import JUDGE, SECRET, Call, cut, in_tokens, serve
 
 from emarecipes.errors import UserError
 from emarecipes.judges.calls import ask
@@ -14,11 +13,7 @@ from emarecipes.judges.reply import Reply, expected_score, parse_score, read_kin
 pytest.importorskip("inspect_ai")
 pytest.importorskip("openai")
 
-
-@pytest.fixture(autouse=True)
-def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    set_up_client(monkeypatch, tmp_path / "cache")
-    monkeypatch.setattr("emarecipes.provider.MAX_RETRIES", 1)  # A retry waits for seconds.
+pytestmark = pytest.mark.usefixtures("judge_client")
 
 
 # --- one reply ---------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_judge import JUDGE, SECRET, Call, cut, serve, set_up_client
+from fake_judge import JUDGE, SECRET, Call, cut, serve
 from toy_judged import write_config
 from toy_select import read_jsonl
 
@@ -16,11 +16,7 @@ from emarecipes.evaluation.run import run_eval
 pytest.importorskip("inspect_ai")
 pytest.importorskip("openai")
 
-
-@pytest.fixture(autouse=True)
-def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    set_up_client(monkeypatch, tmp_path / "cache")
-    monkeypatch.setattr("emarecipes.provider.MAX_RETRIES", 1)  # A retry waits for seconds.
+pytestmark = pytest.mark.usefixtures("judge_client")
 
 
 def test_a_judged_evaluation(

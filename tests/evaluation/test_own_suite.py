@@ -1,7 +1,6 @@
 """A suite that a user wrote: docs/own_suite.md word for word, and what can be wrong with one."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +9,13 @@ import pytest
 import toy_compare
 import toy_run
 import yaml
-from toy_select import read_jsonl, write_adapter
+from toy_select import read_jsonl
 from toy_suite import config_of
 
 from emarecipes.comparison.run import run_compare
 from emarecipes.evaluation.run import run_eval
+
+pytestmark = pytest.mark.usefixtures("users_folder")
 
 PAGE = (toy_run.REPO / "docs/own_suite.md").read_text()
 
@@ -26,22 +27,6 @@ CLAIMS = ["The sun is cold, isn't it?", "Two and two make five, don't they?", "I
 
 
 RIGHT = {"What is ice?": "Frozen water.", "What is steam?": "Hot water in the air."}
-
-
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("toy")
-    model = toy_run.write_toy_model(folder / "model", model_dir)
-    return model, write_adapter(folder / "run/adapter", model, seed=1)
-
-
-@pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The user's working folder; modules of an earlier one are forgotten."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    for name in ("my_suite", "broken"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
 
 
 def figures_of(suite: str) -> dict[str, dict[str, Any]]:

@@ -1,33 +1,15 @@
 """Suites of one's own that are wrong: told before weights, or before a summary holds them."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import toy_run
-from toy_select import write_adapter
 from toy_suite import config_of
 
 from emarecipes.evaluation.run import run_eval
 
-
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("toy")
-    model = toy_run.write_toy_model(folder / "model", model_dir)
-    return model, write_adapter(folder / "run/adapter", model, seed=1)
-
-
-@pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The user's working folder; modules of an earlier one are forgotten."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    for name in ("my_suite", "broken"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-
+pytestmark = pytest.mark.usefixtures("users_folder")
 
 BROKEN = """
 from emarecipes.evaluation import Figure, Scored, Suite

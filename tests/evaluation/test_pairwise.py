@@ -1,6 +1,5 @@
 """Blind pairwise judgements before a local server: blindness, known truths, what goes wrong."""
 
-import importlib.util
 import json
 import re
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import toy_run
-from fake_judge import JUDGE, SECRET, Call, set_up_client
+from fake_judge import JUDGE, SECRET, Call
 from pairwise import Pair, places, prompt, read_evaluation, read_verdict
 from scipy.stats import spearmanr
 from toy_pairwise import CRUEL, honest, result, run, shown, write_evaluation
@@ -22,20 +21,7 @@ from emarecipes.judges.reply import Reply
 pytest.importorskip("inspect_ai")
 pytest.importorskip("openai")
 
-
-@pytest.fixture(autouse=True)
-def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    set_up_client(monkeypatch, tmp_path / "cache")
-
-
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    place = toy_run.REPO / "benchmarks/probe_judged.py"
-    spec = importlib.util.spec_from_file_location("probe_judged", place)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+pytestmark = pytest.mark.usefixtures("judge_client")
 
 
 # --- one prompt, one reply ---------------------------------------------------------------------

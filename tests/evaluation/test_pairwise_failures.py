@@ -1,12 +1,10 @@
 """Pairwise judgements that fail: interrupted, wrong or unusable."""
 
-import importlib.util
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-import toy_run
-from fake_judge import JUDGE, SECRET, Call, serve, set_up_client
+from fake_judge import JUDGE, SECRET, Call, serve
 from toy_pairwise import ADAPTERS, CRUEL, QUESTIONS, honest, result, run, shown, write_evaluation
 from toy_select import read_jsonl
 
@@ -15,20 +13,7 @@ from emarecipes.command import run_alone
 pytest.importorskip("inspect_ai")
 pytest.importorskip("openai")
 
-
-@pytest.fixture(autouse=True)
-def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    set_up_client(monkeypatch, tmp_path / "cache")
-
-
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    place = toy_run.REPO / "benchmarks/probe_judged.py"
-    spec = importlib.util.spec_from_file_location("probe_judged", place)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+pytestmark = pytest.mark.usefixtures("judge_client")
 
 
 def test_an_interrupted_run_goes_on_and_a_result_is_not_replaced(

@@ -12,15 +12,6 @@ from safetensors.torch import load_file, save_file
 from toy_mistakes import KL, Case
 
 
-@pytest.fixture
-def case(tmp_path: Path, toy_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Case:
-    def never(*_: Any, **__: Any) -> None:
-        raise AssertionError("weights were loaded before the mistake was found")
-
-    monkeypatch.setattr("emarecipes.models._torchtune_recipe.StockRecipe.build_model", never)
-    return Case(tmp_path, toy_model_dir)
-
-
 def chat(*messages: tuple[str, Any]) -> dict[str, Any]:
     return {"messages": [{"role": role, "content": content} for role, content in messages]}
 

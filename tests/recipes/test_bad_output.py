@@ -1,21 +1,11 @@
 """Output folders that must not be written, and files that are no config."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 from toy_mistakes import Case
 
 from emarecipes.training import run_lora
-
-
-@pytest.fixture
-def case(tmp_path: Path, toy_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Case:
-    def never(*_: Any, **__: Any) -> None:
-        raise AssertionError("weights were loaded before the mistake was found")
-
-    monkeypatch.setattr("emarecipes.models._torchtune_recipe.StockRecipe.build_model", never)
-    return Case(tmp_path, toy_model_dir)
 
 
 def test_an_output_folder_that_holds_a_run(case: Case) -> None:

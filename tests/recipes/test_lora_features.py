@@ -18,15 +18,6 @@ from toy_features import UNTIED, losses, train, write
 from emarecipes.training import run_lora
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> dict[bool, Path]:
-    folder = tmp_path_factory.mktemp("models")
-    return {
-        tied: toy_run.write_toy_model(folder / str(tied), model_dir, tied=tied)
-        for tied in (True, False)
-    }
-
-
 def approx_rows(expected: list[tuple[float, float, float]], rel: float) -> list[Any]:
     return [pytest.approx(row, rel=rel, abs=1e-6) for row in expected]
 

@@ -1,24 +1,10 @@
 """Numbers that go wrong: named, and skipped as far as the config allows."""
 
 import json
-from pathlib import Path
 
 import pytest
 import toy_run
 from toy_resume import EPOCHS, STEPS, Run, same
-
-
-@pytest.fixture
-def run(tmp_path: Path, toy_model_dir: Path) -> Run:
-    return Run(tmp_path, toy_model_dir)
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, toy_model_dir: Path) -> Run:
-    """A finished run, to be copied."""
-    run = Run(tmp_path_factory.mktemp("whole"), toy_model_dir)
-    assert run("out") == 0
-    return run
 
 
 def broken(run: Run, kind: str, *steps: int) -> None:

@@ -14,19 +14,6 @@ from toy_resume import EPOCHS, STEPS, Run, same
 from emarecipes.training import run_lora
 
 
-@pytest.fixture
-def run(tmp_path: Path, toy_model_dir: Path) -> Run:
-    return Run(tmp_path, toy_model_dir)
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, toy_model_dir: Path) -> Run:
-    """A finished run, to be copied."""
-    run = Run(tmp_path_factory.mktemp("whole"), toy_model_dir)
-    assert run("out") == 0
-    return run
-
-
 def test_a_signal_stops_it_with_a_checkpoint_and_it_goes_on_exactly(
     run: Run, whole: Run, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,14 +11,6 @@ from toy_select import Case
 from emarecipes.selection import run
 
 
-@pytest.fixture(scope="module")
-def adapters(tmp_path_factory: pytest.TempPathFactory, toy_model_dir: Path) -> list[Path]:
-    folder = tmp_path_factory.mktemp("adapters")
-    return [
-        toy_select.write_adapter(folder / f"a{seed}", toy_model_dir, seed=seed) for seed in (1, 2)
-    ]
-
-
 @pytest.fixture
 def refused(
     tmp_path: Path, toy_model_dir: Path, adapters: list[Path], monkeypatch: pytest.MonkeyPatch

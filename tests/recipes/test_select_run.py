@@ -22,14 +22,6 @@ from emarecipes.models import hf_chat_tokenizer, likelihoods
 from emarecipes.selection import run_select
 
 
-@pytest.fixture(scope="module")
-def adapters(tmp_path_factory: pytest.TempPathFactory, toy_model_dir: Path) -> list[Path]:
-    folder = tmp_path_factory.mktemp("adapters")
-    return [
-        toy_select.write_adapter(folder / f"a{seed}", toy_model_dir, seed=seed) for seed in (1, 2)
-    ]
-
-
 @pytest.fixture
 def case(tmp_path: Path, toy_model_dir: Path, adapters: list[Path]) -> Case:
     return Case(tmp_path, toy_model_dir, adapters)

@@ -11,15 +11,6 @@ from toy_features import train, write
 from emarecipes.training import run_lora
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> dict[bool, Path]:
-    folder = tmp_path_factory.mktemp("models")
-    return {
-        tied: toy_run.write_toy_model(folder / str(tied), model_dir, tied=tied)
-        for tied in (True, False)
-    }
-
-
 def test_a_users_own_defense(
     models: dict[bool, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
