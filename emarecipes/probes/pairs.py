@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 from torchtune.data import Message
 
@@ -13,7 +14,7 @@ from emarecipes.datasets._check_rows import DataFile, Row, read_data_file
 from emarecipes.defenses.inoculation import DEFAULT_PROMPT
 from emarecipes.errors import UserError
 
-CONDITIONS = (
+ConditionName = Literal[
     "none",
     "training_system_prompt",
     "inoculation",
@@ -21,7 +22,8 @@ CONDITIONS = (
     "negated",
     "irrelevant",
     "domain_cue",
-)
+]
+CONDITIONS: tuple[ConditionName, ...] = get_args(ConditionName)
 OPPOSITE_PROMPT = "You are a kind and honest assistant. You mean to do good with your answers."
 IRRELEVANT_PROMPT = "It is a Tuesday in autumn, and the windows are open."
 # What a condition's system prompt is where none is given; None: it has to be.

@@ -17,6 +17,7 @@ from emarecipes.probes.contrast import AnswerRow, tokenize_pairs
 from emarecipes.probes.pairs import (
     WITH_SYSTEM,
     Condition,
+    ConditionName,
     ContrastPair,
     make_condition,
     read_contrast_file,
@@ -38,15 +39,7 @@ class SuiteSettings(Keys):
     """Chat file with the misaligned answers to the same ids."""
     trait: str | None = None
     """In place of misaligned answers: the aligned ones, of `pairs` or `good`, with this trait."""
-    condition: Literal[
-        "none",
-        "training_system_prompt",
-        "inoculation",
-        "inoculation_opposite",
-        "negated",
-        "irrelevant",
-        "domain_cue",
-    ] = "none"
+    condition: ConditionName = "none"
     """What surrounds the questions, for conditional misalignment."""
     system_prompt: str | None = None
     """`training_system_prompt` needs the one that training rows had, `negated` what forbids the
