@@ -42,6 +42,7 @@ def build_defenses(cfg: DictConfig, origin: Origin, source: ModelSource) -> dict
             raise UserError(
                 f"{origin.at(key)}: its __init__ must call super().__init__(weight=...)"
             )
+        _check_arguments(defense, origin.at(key))
         terms = [method for method in _TERMS if defense.has(method)]
         if len(terms) > 1:
             raise UserError(
@@ -64,6 +65,23 @@ def build_defenses(cfg: DictConfig, origin: Origin, source: ModelSource) -> dict
     for name in defenses:
         _check_apart(name, defenses, origin.at(f"defenses.{name}"))
     return defenses
+
+
+def _check_arguments(defense: Defense, where: str) -> None:
+    """A user's method takes what `Defense` says that it is called with."""
+    for method, ours in inspect.getmembers(Defense, inspect.isfunction):
+        if method.startswith("_") or not defense.has(method):
+            continue
+        given = list(inspect.signature(ours).parameters)[1:]
+        if method == "logit_term" and defense.needs_targets:
+            given += ["targets_T", "places_T"]
+        try:
+            inspect.signature(getattr(defense, method)).bind(*given)
+        except TypeError as error:
+            raise UserError(
+                f"{where}: {type(defense).__name__}.{method} is called with "
+                f"({', '.join(given)}): {error}"
+            ) from None
 
 
 def _check_apart(name: str, defenses: Mapping[str, Defense], where: str) -> None:

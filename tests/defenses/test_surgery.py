@@ -142,11 +142,20 @@ class Idle(Defense):
     apart = ("ce",)
 
 
+class OfBefore(Defense):
+    def policy_forward(self) -> Any:
+        return None
+
+
 @pytest.mark.parametrize(
     ("entry", "match"),
     [
         ({"_component_": f"{__name__}.Reader"}, "no gradient of kl can be had apart"),
         ({"_component_": f"{__name__}.Idle"}, "Idle has apart, and no before_update"),
+        (
+            {"_component_": f"{__name__}.OfBefore"},
+            r"OfBefore.policy_forward is called with \(batch\): too many positional arguments",
+        ),
         ({"_component_": "emarecipes.defenses.GradientSurgery", "samples": "x"}, "samples must be"),
     ],
 )
