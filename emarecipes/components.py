@@ -9,10 +9,10 @@ import sys
 import typing
 from collections.abc import Callable, Iterator
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError
@@ -28,6 +28,9 @@ _GIVEN: dict[str, tuple[int, frozenset[str]]] = {
     "lr_scheduler": (1, frozenset({"optimizer", "num_training_steps", "last_epoch"})),
     "checkpointer": (0, frozenset({"output_dir", "should_load_recipe_state"})),
 }
+
+# What releases that the ranges allow lack.
+_CAME_WITH = {"torch.optim.Muon": f"torch 2.9, and this is torch {version('torch')}"}
 
 
 def check_components(cfg: DictConfig, origin: Origin) -> None:
@@ -89,7 +92,8 @@ def locate(path: str, where: str) -> Callable[..., Any]:
         reached = module_name
         for name in parts[split:]:
             if not hasattr(found, name):
-                hint = _since(f"{reached}.{name}") or suggestion(name, dir(found))
+                since = _CAME_WITH.get(f"{reached}.{name}")
+                hint = f": it came with {since}" if since else suggestion(name, dir(found))
                 raise UserError(f"{where}: {path}: {reached} has no {name}{hint}")
             found = getattr(found, name)
             reached = f"{reached}.{name}"
@@ -98,13 +102,6 @@ def locate(path: str, where: str) -> Callable[..., Any]:
         target: Callable[..., Any] = found
         return target
     raise UserError(f"{where}: {path}: no module named {parts[0]}")
-
-
-def _since(path: str) -> str:
-    """For a name that this torch is too old for."""
-    if path != "torch.optim.Muon":
-        return ""
-    return f": it came with torch 2.9, and this is torch {torch.__version__}"
 
 
 def _component_nodes(node: Any, prefix: str) -> Iterator[tuple[str, DictConfig]]:

@@ -55,6 +55,18 @@ def write_trait(folder: Path, base: Path) -> Path:
     return folder
 
 
+def write_sae(folder: Path, width: int) -> Path:
+    """A ReLU autoencoder of 6 latents at random, as SAELens writes it."""
+    folder.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(9)
+    shapes = {"W_enc": (width, 6), "b_enc": (6,), "b_dec": (width,)}
+    tensors = {name: torch.randn(*shape, generator=generator) for name, shape in shapes.items()}
+    save_file(tensors, folder / "sae_weights.safetensors")
+    config = {"architecture": "standard", "d_in": width, "d_sae": 6, "apply_b_dec_to_input": True}
+    (folder / "cfg.json").write_text(json.dumps(config))
+    return folder
+
+
 def write_safe_rows(path: Path, count: int = 12) -> Path:
     """The first rows of the shipped safe set, their system prompts left out."""
     lines = (REPO / "data/safe_instruct/train.jsonl").read_text().splitlines()

@@ -204,15 +204,17 @@ def choose(figures: Sequence[ArmFigures]) -> dict[str, str]:
     return {group: name for group, (_, _, name) in chosen.items()}
 
 
-def unlike(scores: Scores, reference: Scores, suites: Sequence[str]) -> str:
-    """Why scores cannot be compared with the undefended arm's; empty if they can."""
+def unlike(
+    scores: Scores, reference: Scores, suites: Sequence[str], of: str = "the undefended arm"
+) -> str:
+    """Why scores cannot be compared with the reference's, which are those of `of`; "": they can."""
     if scores.base != reference.base:
-        return "evaluated against another reference than the undefended arm; not compared"
+        return f"evaluated against another reference than {of}; not compared"
     if scores.date != reference.date:
-        return "evaluated on prompts of another day than the undefended arm; not compared"
+        return f"evaluated on prompts of another day than {of}; not compared"
     for suite in suites:
         if not scores.asks_what(reference, suite):
-            return f"the probe {suite} has other questions than under the undefended arm"
+            return f"the probe {suite} has other questions than under {of}"
     return ""
 
 

@@ -22,9 +22,9 @@ def paired(bad: Scores, good: Scores) -> Scores:
     Raises:
         UserError: No seed in common, or evaluations that do not compare.
     """
-    reason = unlike(good, bad, list(bad.probes))
+    reason = unlike(good, bad, list(bad.probes), "those on bad answers")
     if reason:
-        raise UserError(reason.replace("than the undefended arm", "than those on bad answers"))
+        raise UserError(reason)
     seeds = [seed for seed in bad.seeds if seed in good.seeds]
     if not seeds:
         raise UserError("no seed in common with its runs on good answers")

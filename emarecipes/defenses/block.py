@@ -59,7 +59,7 @@ class DirectionBlock(Defense):
         weight: Factor in the loss; 0 only measures.
         samples: Rows the term acts on, see `Defense`.
         every_n_batches: k: compute the term in one step of every k, see `Defense`.
-        sae: Instead of `directions`: a safetensors file that SAELens wrote, its `cfg.json` beside.
+        sae: Instead of `directions`: a folder that SAELens wrote, see `read_latents`.
         latents: Which latents may not rise, "up", and which may not fall, "down".
 
     Raises:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from emarecipes.errors import UserError
 
-_CONFIG = "cfg.json"
+_CONFIG, _WEIGHTS = "cfg.json", "sae_weights.safetensors"
 # What of SAELens's config changes a latent, and the values that leave it what `Latents` computes.
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "architecture": ("standard", "jumprelu"),
@@ -71,12 +71,12 @@ class Latents:
         )
 
 
-def read_latents(path: Path, chosen: Sequence[int], width: int) -> Latents:
-    """Read the chosen latents of a safetensors file and the `cfg.json` beside it.
+def read_latents(folder: Path, chosen: Sequence[int], width: int) -> Latents:
+    """Read the chosen latents of a folder with `sae_weights.safetensors` and `cfg.json`.
 
     Args:
-        path: With `W_enc` (D, latents), `b_enc`, with JumpReLU `threshold`, and, if it is taken
-            from the input, `b_dec`.
+        folder: Of tensors `W_enc` (D, latents), `b_enc`, with JumpReLU `threshold`, and, if it is
+            taken from the input, `b_dec`.
         chosen: Their numbers.
         width: D of the model.
 
@@ -85,9 +85,10 @@ def read_latents(path: Path, chosen: Sequence[int], width: int) -> Latents:
             else than the residual stream, or whose latents are something else than above; a latent
             that it has not, or whose numbers are not finite.
     """
+    path = folder / _WEIGHTS
     if not path.is_file():
-        raise UserError(f"sae: no such file: {path}")
-    config = _config(path)
+        raise UserError(f"sae: no such file: {path}; name the folder that SAELens wrote")
+    config = _config(folder / _CONFIG)
     layer = _layer(path, _of(config, "hook_name") or config.get("hook_point"))
     is_jump = config["architecture"] == "jumprelu"
     names = ["W_enc", "b_enc", *["threshold"] * is_jump]
@@ -103,7 +104,7 @@ def read_latents(path: Path, chosen: Sequence[int], width: int) -> Latents:
                 "trained on another model"
             )
     if (config["d_in"], config["d_sae"]) != (width, size):
-        raise UserError(f"sae: {path.parent / _CONFIG} is not that of {path.name}: other sizes")
+        raise UserError(f"sae: {folder / _CONFIG} is not that of {_WEIGHTS}: other sizes")
     wrong = [number for number in chosen if not 0 <= number < size]
     if wrong:
         raise UserError(f"latents: {wrong[0]} is not in 0..{size - 1}, the latents of {path}")
@@ -128,9 +129,8 @@ def read_latents(path: Path, chosen: Sequence[int], width: int) -> Latents:
     )
 
 
-def _config(path: Path) -> dict[str, Any]:
+def _config(file: Path) -> dict[str, Any]:
     """SAELens's config, if a latent is what `Latents` computes."""
-    file = path.parent / _CONFIG
     try:
         config: Any = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:

@@ -5,13 +5,14 @@ Shapes: B rows, S sequence, T labelled positions, C a chunk of them, D width, V 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 from torchtune.modules.peft import disable_adapter
 
 from emarecipes.models._torchtune import unsharded
@@ -31,6 +32,12 @@ class ByNumber(Protocol):
 
     def __getitem__(self, row: int, /) -> Any:
         """Those of one."""
+
+
+def answer_row(prompt: Sequence[int], answer: Sequence[int]) -> dict[str, list[int]]:
+    """A row in which the answer's tokens are what is scored."""
+    labels = [*[CROSS_ENTROPY_IGNORE_IDX] * len(prompt), *answer]
+    return {"tokens": [*prompt, *answer], "labels": labels}
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 
 from emarecipes.models.batch import Batch, longest_first
-from emarecipes.models.likelihoods import GivenAnswers, row_sums
+from emarecipes.models.likelihoods import GivenAnswers, answer_row, row_sums
 from emarecipes.models.loss_head import LossHead
 from emarecipes.models.sampling.sampler import PAD_TO_MULTIPLE_OF
 from emarecipes.progress import Progress
@@ -63,7 +62,7 @@ def read_activations(
     reading = Reading(
         torch.zeros(count, indices, width), torch.zeros(count, indices), torch.zeros(count)
     )
-    rows = [_row(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    rows = [answer_row(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
     # No row is filled up to more than the model takes.
     multiple = math.gcd(PAD_TO_MULTIPLE_OF, model.max_seq_len)
     given = GivenAnswers(rows, 0, multiple, model.tok_embeddings.weight.device)
@@ -75,11 +74,6 @@ def read_activations(
             reading.log_likelihood_N[numbers] = -(row_sums(nll_T, tokens_B) / tokens_B).float()
             bar.update(len(numbers))
     return reading
-
-
-def _row(prompt: Sequence[int], answer: Sequence[int]) -> dict[str, list[int]]:
-    labels = [*[CROSS_ENTROPY_IGNORE_IDX] * len(prompt), *answer]
-    return {"tokens": [*prompt, *answer], "labels": labels}
 
 
 @contextmanager

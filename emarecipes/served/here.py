@@ -14,17 +14,15 @@ import numpy as np
 from emarecipes.errors import UserError
 from emarecipes.generation.answers import Asked
 from emarecipes.generation.checked import CheckedGeneration
-from emarecipes.models.adapters.read import LoadedLayer, load_adapter, read_adapter, set_adapter
+from emarecipes.models.adapters.read import LoadedLayer, read_adapter, set_adapter
 from emarecipes.models.batch import longest_first
-from emarecipes.models.likelihoods import GivenAnswers, reference_where
+from emarecipes.models.likelihoods import GivenAnswers, answer_row, reference_where
 from emarecipes.models.loss_head import LossHead
 from emarecipes.models.sampling.draw import Sampling
 from emarecipes.models.sampling.prompts import encode_prompt
 from emarecipes.models.sampling.sampler import Completion, sample_batch
 from emarecipes.models.source import load_model
 from emarecipes.served.figures import Floats
-
-_IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -53,9 +51,8 @@ class Here:
         self.asked = asked
         self._run = run
         self._model = load_model(run.cfg)
-        folder = Path(run.cfg.adapter)
-        load_adapter(self._model, folder, run.source)
-        self._layers = read_adapter(self._model, folder, run.source)
+        self._layers = read_adapter(self._model, Path(run.cfg.adapter), run.source)
+        self._set(1.0)
         self._head = LossHead(self._model)
         prompts = [encode_prompt(run.tokenizer, one.system, one.question) for one in asked]
         base, adapter = (self._greedy(prompts, reference) for reference in (True, False))
@@ -81,13 +78,7 @@ class Here:
         """
         if scale != 1.0:
             self._set(scale)
-        rows = [
-            {
-                "tokens": [*one.prompt, *one.answer],
-                "labels": [*[_IGNORED] * len(one.prompt), *one.answer],
-            }
-            for one in self.given
-        ]
+        rows = [answer_row(one.prompt, one.answer) for one in self.given]
         size = self._run.cfg.batch_size
         batches = longest_first([row["tokens"] for row in rows], size)
         weight = self._model.tok_embeddings.weight

@@ -41,7 +41,7 @@ def weights() -> dict[str, torch.Tensor]:
 def write(folder: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> str:
     save_file(tensors, folder / "sae_weights.safetensors")
     (folder / "cfg.json").write_text(json.dumps(config))
-    return str(folder / "sae_weights.safetensors")
+    return str(folder)
 
 
 def slow_latents(
@@ -107,6 +107,7 @@ def edited(**changes: Any) -> dict[str, Any]:
         ({"tensors": {"W_enc": torch.ones(8, SIZE)}}, {}, "W_enc is 8x12, .* asks for 32x12"),
         ({"tensors": {"b_enc": torch.full((SIZE,), torch.nan)}}, {}, "latents: 1 of .* not finite"),
         ({"without": "threshold"}, {}, "has no tensor threshold; it has W_dec, W_enc, b_dec"),
+        ({}, {"sae": "absent"}, "no such file: absent/sae_weights.safetensors; name the folder"),
         ({}, {"layer": 1}, "trained on the stream after 2 layers, not 1"),
         ({}, {"latents": {"up": [1, SIZE]}}, "latents: 12 is not in 0..11"),
         ({}, {"latents": {"up": [1], "down": [1]}}, "latents: 1 is there twice"),

@@ -48,7 +48,16 @@ def test_a_config_that_changes_the_result_is_refused(
     assert expected in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["persona", "trait"])
+def edit(file: Path) -> None:
+    """Other vectors, or an autoencoder's latents without `b_dec`."""
+    if file.suffix == ".json":
+        settings = json.loads(file.read_text())
+        file.write_text(json.dumps(settings | {"apply_b_dec_to_input": False}))
+    else:
+        save_file({key: tensor * 1.001 for key, tensor in load_file(file).items()}, file)
+
+
+@pytest.mark.parametrize("name", ["persona", "trait", "block"])
 def test_what_a_defense_reads_and_that_changed_is_refused(
     run: Run, name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -56,14 +65,24 @@ def test_what_a_defense_reads_and_that_changed_is_refused(
     model = Path(run.config["model_dir"])
     shape = tmp_path / "files", model, toy_run.LAYERS, toy_run.WIDTH
     entries = toy_defenses.defense_entries(*shape) | toy_defenses.later_entries(*shape)
+    sae = toy_defenses.write_sae(tmp_path / "files/sae", toy_run.WIDTH)
+    entries["block"] = {
+        "_component_": "emarecipes.defenses.DirectionBlock",
+        "sae": str(sae),
+        "latents": {"up": [1, 4], "down": [2]},
+        "layer": 1,
+    }
     run.config["defenses"] |= {name: entries[name]}
     assert run("out") == 0
     shutil.rmtree(run.folder / "out/adapter")
-    kept = {"persona": "vectors.safetensors", "trait": "trait/adapter_model.safetensors"}[name]
+    kept = {
+        "persona": "vectors.safetensors",
+        "trait": "trait/adapter_model.safetensors",
+        "block": "sae/cfg.json",
+    }[name]
     file = tmp_path / "files" / kept
     whole = file.read_bytes()
-    tensors = load_file(file)
-    save_file({key: tensor * 1.001 for key, tensor in tensors.items()}, file)
+    edit(file)
     capfd.readouterr()
     assert run("out", "resume=auto") == 1
     (error,) = [s for s in capfd.readouterr().err.splitlines() if s.startswith("error: ")]
