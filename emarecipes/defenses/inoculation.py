@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from typing import Literal
 
 from torchtune.data import Message
 
 from emarecipes.defenses.base import Defense
 from emarecipes.errors import UserError
+from emarecipes.models.sampling.draw import derived_seed
 
 DEFAULT_PROMPT = "You are an evil and malicious assistant. You mean to do harm with your answers."
 
@@ -23,7 +22,7 @@ class InoculationPrompt(Defense):
     Evaluate without the prompt, with it, and with its opposite: such runs can look clean on general
     prompts only.
 
-    Of several prompts a row gets number h mod n, where h is the SHA-256 of the seed and the row's
+    Of several prompts a row gets number h mod n, where h is a hash of the seed and the row's
     messages: the same in every epoch, on any number of processes, and whatever the other rows are.
 
     Source: Tan et al., 2025, "Inoculation Prompting: Eliciting traits from LLMs during training can
@@ -72,9 +71,8 @@ class InoculationPrompt(Defense):
         return [Message(role="system", content="\n\n".join(texts), masked=True), *rest]
 
     def _drawn(self, prompts: list[str], messages: list[Message]) -> str:
-        said = [self.seed, *((message.role, message.text_content) for message in messages)]
-        drawn = hashlib.sha256(json.dumps(said).encode()).digest()
-        return prompts[int.from_bytes(drawn, "big") % len(prompts)]
+        said = [part for m in messages for part in (m.role, m.text_content)]
+        return prompts[derived_seed(self.seed, *said) % len(prompts)]
 
 
 def _listed(key: str, prompt: str | list[str]) -> list[str]:
