@@ -42,7 +42,8 @@ def test_two_processes_accumulation_and_a_resumed_run_are_the_run_of_one(
     """Matrices of rank 4 over two processes: orthogonalised by halves, they come out otherwise."""
     saving = {"save_every_n_steps": 2}
     one = train(write(toy, tmp_path / "one", batch_size=4, **saving))
-    halves = {"batch_size": 2}
+    watched = toy["optimizer"] | {"_component_": "toy_muon.Watched"}
+    halves = {"batch_size": 2, "optimizer": watched}
     accumulated = write(toy, tmp_path / "some", **halves, gradient_accumulation_steps=2)
     two = write(toy, tmp_path / "two", **halves, **saving)
     done = run_ranks(two)

@@ -78,6 +78,7 @@ def test_each_ingredient_has_a_cache_of_its_own(toy: dict[str, Any], tmp_path: P
         "positions": {"defenses": toy["defenses"] | {"kl": kl | {"tokens": "all"}}},
         "samples": {"defenses": toy["defenses"] | {"kl": kl | {"samples": "task"}}},
         "terms": {"defenses": {"kl": kl}},
+        "numbers": {"defenses": {"constraint": {"_component_": COMPONENT + "TokenConstraint"}}},
     }
     for name, change in changed.items():
         found = folders(toy, tmp_path, **change)
