@@ -80,6 +80,11 @@ def test_weights_adapter_and_optimizer_by_hand() -> None:
     assert held["adapter"] == held["gradients"] == 4 * numbers
     assert held["optimizer"] == pytest.approx(8 * numbers, rel=1e-3)
     assert predict("smollm2_135m_average", Load(2, 256)).parts["adapter averages"] == 2 * numbers
+    # Frozen layers' adapters are there, and have no gradient and no state.
+    frozen = predict("smollm2_135m_kl", Load(1, 256), "freeze_after=10").parts
+    assert frozen["adapter"] == held["adapter"]
+    assert frozen["gradients"] == pytest.approx(held["gradients"] / 3)
+    assert frozen["optimizer"] == pytest.approx(held["optimizer"] / 3)
     # A layer's products keep their rounded matrices until the backward, and nothing else.
     more = held["activations"] - found["activations"]
     assert more == pytest.approx(2 * numbers, rel=0.01)
@@ -107,6 +112,10 @@ def test_operations_by_hand() -> None:
     either = predict("smollm2_135m_kl", Load(1, tokens), *both).flops
     layers, head = with_kl - cached, cached - found
     assert either - found == pytest.approx(layers * 5 / 8 + head / 4, rel=1e-6)
+    # A reference of which layer 10 of 30 is the last that is read ends there.
+    early = [f"defenses.f.{key}" for key in ("preset=null", "layers=[10]", "every_n_layers=null")]
+    term = predict("smollm2_135m_lora", Load(1, tokens), both[1], *early).flops
+    assert term - found == pytest.approx(layers / 3, rel=1e-6)
 
 
 def test_devices_share_weights_and_checkpointing_saves_activations() -> None:
