@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from omegaconf import DictConfig, ListConfig
 from torch import nn
@@ -157,7 +157,8 @@ class CheckedRun(Checked):
         if self.resumed is not None:
             check_same_rows(cfg, self.rows, self.resumed, origin)
         self.collate = _build_collate(cfg, origin, self.tokenizer, self.rows)
-        _check_rows(cfg, origin, self.rows, model, self.defenses, self.world_size)
+        steps = _check_rows(cfg, origin, self.rows, model, self.defenses, self.world_size)
+        _check_warmup(cfg, origin, steps, quiet=self.rank != 0)
         self.probe = read_probe(cfg, origin, self.tokenizer, model)
 
     def description(self, world_size: int) -> dict[str, Any]:
@@ -217,7 +218,8 @@ def _check_rows(
     model: Any,
     defenses: dict[str, Defense],
     world_size: int,
-) -> None:
+) -> int:
+    """Also: how many steps an epoch has."""
     needed = cfg.batch_size * cfg.gradient_accumulation_steps * world_size
     try:
         rows.num_steps(needed)
@@ -230,7 +232,6 @@ def _check_rows(
             f"{cfg.gradient_accumulation_steps} x {world_size} process(es)"
         )
     check_rows_fit(cfg, origin, rows, model)
-    _check_warmup(cfg, origin, rows.num_steps(needed))
     for name, defense in defenses.items():
         for key, source in defense.needed_sources().items():
             if source not in rows.sources:
@@ -243,6 +244,7 @@ def _check_rows(
             f"{origin.at('dataset.safe.ce_weight')}: at 0 safe rows act through defenses "
             "alone, and none has a term on them; leave the key out, or name one"
         )
+    return rows.num_steps(needed)
 
 
 def _acts_on_safe(defense: Defense) -> bool:
@@ -264,7 +266,7 @@ def _check_packing(cfg: DictConfig, origin: Origin, model: Any) -> None:
         )
 
 
-def _check_warmup(cfg: DictConfig, origin: Origin, steps_per_epoch: int) -> None:
+def _check_warmup(cfg: DictConfig, origin: Origin, steps_per_epoch: int, *, quiet: bool) -> None:
     """torchtune's schedulers take any number, and train on with a rate that nobody asked for."""
     warmup = (cfg.lr_scheduler or {}).get("num_warmup_steps")
     if not isinstance(warmup, int):
@@ -273,7 +275,7 @@ def _check_warmup(cfg: DictConfig, origin: Origin, steps_per_epoch: int) -> None
     if warmup < 0:
         raise UserError(f"{where}: must be >= 0, not {warmup}")
     steps = cfg.epochs * min(steps_per_epoch, cfg.max_steps_per_epoch or steps_per_epoch)
-    if warmup >= steps:
+    if warmup >= steps and not quiet:
         log.warning(
             f"{where}: {warmup} of {steps} steps are warm-up, so the learning rate never gets to "
             f"{cfg.optimizer.get('lr')}"
@@ -282,8 +284,7 @@ def _check_warmup(cfg: DictConfig, origin: Origin, steps_per_epoch: int) -> None
 
 def _build_collate(cfg: DictConfig, origin: Origin, tokenizer: Any, rows: Rows) -> Collate:
     if rows.packed:
-        packed: Collate = padded_collate_packed
-        return packed
+        return cast(Collate, padded_collate_packed)
     where = origin.at("collate_fn")
     collate = partial(
         locate(cfg.collate_fn, where),

@@ -121,5 +121,9 @@ def test_more_warm_up_than_steps(case: Case, caplog: pytest.LogCaptureFixture) -
     with caplog.at_level(logging.WARNING):
         assert run_lora(["--config", str(path)]) == 0
     assert "num_warmup_steps: 10 of 2 steps are warm-up, so the learning rate never" in caplog.text
+    # Of several processes the first says it.
+    caplog.clear()
+    CheckedRun(["--config", str(path), "overwrite=true", "batch_size=1"], 2, 1)
+    assert "warm-up" not in caplog.text
     rates = [row["lr"] for row in toy_run.metrics(case.folder / "out")]
     assert rates == pytest.approx([0.0, LR / 10])
