@@ -108,6 +108,11 @@ def run_alone(name: str, work: Callable[[Sequence[str]], None], argv: Sequence[s
     try:
         with stoppable("the same command begins again, or goes on from what is kept"):
             work(argv)
+            sys.stdout.flush()
+    except BrokenPipeError:  # As `| head` leaves one; what is still to be written goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        report(UserError("what reads the output has gone"))
+        return 1
     except Exception as error:
         report(explain(error))
         return 1

@@ -215,6 +215,18 @@ def test_a_full_disk_is_one_line_in_every_recipe(capfd: pytest.CaptureFixture[st
     assert capfd.readouterr().err == expected
 
 
+def test_a_reader_that_has_gone_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As `| head` goes: no traceback, nor one when Python ends and flushes what is left."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        assert run_alone("keys", lambda argv: print("text"), []) == 1
+    assert capfd.readouterr().err == "error: what reads the output has gone\n"
+
+
 def test_the_launcher_is_interrupted(capsys: pytest.CaptureFixture[str]) -> None:
     end_launcher(KeyboardInterrupt, KeyboardInterrupt(), None)
     assert capsys.readouterr().err == "error: interrupted\n"

@@ -159,7 +159,7 @@ def measure(
             suites = [*general, probes.in_domain]
             if reference.paired and probes.controls in reference.probes:
                 suites.append(probes.controls)  # They are part of the figure.
-            reason = unlike(narrow[arm.name], reference, suites)
+            reason = unlike(narrow[arm.name], reference, suites, "the undefended arm")
             if reason:
                 missing.append(f"{arm.label}: {reason}")
             else:
@@ -204,9 +204,7 @@ def choose(figures: Sequence[ArmFigures]) -> dict[str, str]:
     return {group: name for group, (_, _, name) in chosen.items()}
 
 
-def unlike(
-    scores: Scores, reference: Scores, suites: Sequence[str], of: str = "the undefended arm"
-) -> str:
+def unlike(scores: Scores, reference: Scores, suites: Sequence[str], of: str) -> str:
     """Why scores cannot be compared with the reference's, which are those of `of`; "": they can."""
     if scores.base != reference.base:
         return f"evaluated against another reference than {of}; not compared"
