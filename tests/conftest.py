@@ -1,11 +1,17 @@
 import gc
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import warm
 
 from emarecipes.models.prepare import prepare_model
+
+# Beside its threads torch.compile would start a process for each, which imports torch for nothing.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -43,9 +49,29 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """pytest-xdist's, before it starts a worker: all share the server that runs are forked from."""
+    if "unit" not in (node.config.option.markexpr or ""):  # Those start none.
+        node.workerinput["server"] = warm.shared()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """In such a worker. No garbage is looked for among what tests import: that takes seconds."""
+    gc.disable()
+    state = getattr(config, "workerinput", {}).get("server")
+    if state is not None:
+        warm.join(state)
+
+
 # What a test module uses says what kind its tests are; `long` is marked by hand.
 RUNS = re.compile(r"run_(lora|eval|generate|select|persona|compare|alone)|toy_run|subprocess")
 SEVERAL = {"run_ranks", "tune_run", "warm"}
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

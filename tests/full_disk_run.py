@@ -2,9 +2,9 @@
 
     python full_disk_run.py CONFIG DISK KEPT
 
-DISK is a file system of 3 MB, and the output_dir of CONFIG lies on it; the adapter of the run that
-was resumed is copied to KEPT. Prints one JSON object a
-line: what failed, with which words, and what was on the disk then.
+DISK is a folder at which this process gets a file system of 3 MB, and the output_dir of CONFIG lies
+on it; the adapter of the run that was resumed is copied to KEPT. Prints one JSON object a line:
+what failed, with which words, and what was on the disk then.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import toy_disk
 
 from emarecipes.errors import UserError
 from emarecipes.training import run_lora
@@ -56,6 +57,7 @@ def run(name: str, config: Path, disk: Path, *overrides: str, full_after: int = 
 
 def main() -> None:
     config, disk, copy = map(Path, sys.argv[1:])
+    toy_disk.mount(disk, 3 * 2**20)
     torch.set_num_threads(1)
     checkpoint_that_does_not_fit(disk)
     shutil.rmtree(disk / "checkpoints")

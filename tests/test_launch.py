@@ -37,8 +37,8 @@ def test_tune_ls_lists_our_recipes_and_torchtunes() -> None:
 
 @pytest.mark.parametrize(
     ("recipe", "processes"),
-    [("recipes/ema_lora.py", 0), (str(toy_run.REPO / "recipes/ema_lora.py"), 2)],
-    ids=["by name", "by path, two processes"],
+    [("recipes/ema_lora.py", 0), (str(toy_run.REPO / "recipes/ema_lora.py"), 1)],
+    ids=["by name", "by path, with torchrun"],
 )
 def test_from_another_folder(toy_config: Path, tmp_path: Path, recipe: str, processes: int) -> None:
     done = toy_run.tune_run(

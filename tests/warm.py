@@ -4,6 +4,9 @@ Processes are forked from a server that has imported everything once. What they 
 command does: torchtune's own command line with these arguments, environment and working folder; its
 launcher, whose ranks are forked alike; gloo, FSDP2, the recipe. What a start of its own adds is
 tested in test_launch.py and test_command.py, or everywhere with COLD=1 in the environment.
+
+The workers of pytest-xdist share one server, which the process that started them starts; see
+conftest.py.
 """
 
 import multiprocessing
@@ -16,14 +19,28 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from emarecipes.comparison import process
-
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["torch.distributed.run", process.SERVER])
+SERVER.set_forkserver_preload(["torch.distributed.run", "emarecipes.comparison.server"])
 # What a process needs that asks the server which its parent asked, instead of starting another.
 _SERVER_STATE: Any = forkserver._forkserver
 _SHARED = ("_forkserver_address", "_forkserver_authkey")  # The latter from Python 3.14 on.
 COLD = os.environ.get("COLD") == "1"
+
+
+def shared() -> dict[str, Any]:
+    """Start the server; what `join` takes in another process. It ends with this process."""
+    _SERVER_STATE.ensure_running()
+    return {name: getattr(_SERVER_STATE, name, None) for name in _SHARED}
+
+
+def join(state: dict[str, Any]) -> None:
+    """Ask the server of `shared`, in a process that has none of its own."""
+    for name, value in state.items():
+        setattr(_SERVER_STATE, name, value)
+    if _SERVER_STATE._forkserver_alive_fd is None:
+        # Handed to each process that is forked, in place of the pipe whose end ends the server.
+        _SERVER_STATE._forkserver_alive_fd = os.open(os.devnull, os.O_RDONLY)
+    _SERVER_STATE.ensure_running = lambda: None
 
 
 class Warm:
@@ -39,9 +56,7 @@ class Warm:
         self._folder = tempfile.TemporaryDirectory()
         own = (f"{self._folder.name}/stdout", f"{self._folder.name}/stderr")
         self._streams = own if streams is None else streams
-        _SERVER_STATE.ensure_running()
-        state = {name: getattr(_SERVER_STATE, name, None) for name in _SHARED}
-        arguments = (command, env, str(cwd), self._streams, state)
+        arguments = (command, env, str(cwd), self._streams, shared())
         self.process: BaseProcess = SERVER.Process(target=_child, args=arguments)
         self.process.start()
         self.pid = self.process.pid
@@ -85,9 +100,7 @@ def _child(
     state: dict[str, Any],
 ) -> None:
     os.setsid()
-    for name, value in state.items():
-        setattr(_SERVER_STATE, name, value)
-    _SERVER_STATE.ensure_running = lambda: None
+    join(state)
     for number, stream in zip((1, 2), streams, strict=True):
         os.dup2(os.open(stream, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.environ.clear()
@@ -96,6 +109,8 @@ def _child(
     script, *arguments = [part for part in command if part not in (sys.executable, "-u")]
     sys.path[:0] = [str(Path(script).parent), *env.get("PYTHONPATH", "").split(os.pathsep)]
     from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+
+    from emarecipes.comparison import process
 
     subprocess_handler.SubprocessHandler._popen = _rank
     process.run_script([script, *arguments])

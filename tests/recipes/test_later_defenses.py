@@ -13,6 +13,7 @@ import toy_run
 from ranks import run_ranks
 from safetensors.torch import load_file
 from toy_defended import assert_same, defended_toy, train, trained, write_defended
+from toy_subsets import covering
 
 EARLIER = ["feature_l2", "inoculation", "kl", "persona", "safelora"]
 LATER = ["ablation", "anchored", "asft", "average", "block", "constraint", "prefix"]
@@ -47,35 +48,56 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return toy
 
 
+def adapter_of(toy: dict[str, Any], folder: Path, names: list[str]) -> dict[str, torch.Tensor]:
+    """Train with these: each logs what it should, and the loss is the sum of the terms."""
+    rows, adapter = train(write_defended(toy, folder / "-".join(["run", *names]), names))
+    assert len(rows) == 2
+    for each in names:
+        assert LOGGED.get(each, "loss") in rows[1], names
+    terms = sum(
+        toy["defenses"][each].get("weight", 1.0) * rows[1][each]
+        for each in names
+        if each in rows[1]
+    )
+    ce = 0.0 if set(names) & set(REPLACING) else rows[1]["ce"]
+    assert rows[1]["loss"] == pytest.approx(ce + terms, rel=1e-9), names
+    return adapter
+
+
+def differ(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return any(not torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.fixture(scope="module")
+def plain(toy: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    return adapter_of(toy, tmp_path_factory.mktemp("plain"), [])
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_each_trains_and_changes_what_is_learned(
+    toy: dict[str, Any], plain: dict[str, torch.Tensor], tmp_path: Path, name: str
+) -> None:
+    """But for the average, which is written beside the adapter."""
+    assert differ(plain, adapter_of(toy, tmp_path, [name])) == (name != "average")
+
+
+def test_all_pairs_train(toy: dict[str, Any], tmp_path: Path) -> None:
+    """Any two together, each without the other, and neither: in a few runs of several.
+
+    Every pair in a run of its own is in `make test-long`.
+    """
+    for names in covering(EARLIER + LATER, 2, lambda names: not names.issuperset(REPLACING)):
+        adapter_of(toy, tmp_path, names)
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("name", LATER)
 def test_every_pair_trains(toy: dict[str, Any], tmp_path: Path, name: str) -> None:
-    """Each alone, with each earlier one, and with each that comes after it in the list."""
+    """With each earlier one, and with each that comes after it in the list."""
     others = EARLIER + LATER[LATER.index(name) + 1 :]
     others = [other for other in others if not {name, other}.issuperset(REPLACING)]
-    adapters = []
-    for other in ([], *([other] for other in others)):
-        names = [name, *other]
-        rows, adapter = train(write_defended(toy, tmp_path / "-".join(names), names))
-        assert len(rows) == 2
-        for each in names:
-            assert LOGGED.get(each, "loss") in rows[1], names
-        terms = sum(
-            toy["defenses"][each].get("weight", 1.0) * rows[1][each]
-            for each in names
-            if each in rows[1]
-        )
-        ce = 0.0 if set(names) & set(REPLACING) else rows[1]["ce"]
-        assert rows[1]["loss"] == pytest.approx(ce + terms, rel=1e-9)
-        adapters.append(adapter)
-    for one, another in itertools.pairwise(adapters):
-        assert any(not torch.equal(one[key], another[key]) for key in one)
-
-
-@pytest.mark.parametrize("name", [name for name in LATER if name != "average"])
-def test_it_changes_what_is_learned(toy: dict[str, Any], tmp_path: Path, name: str) -> None:
-    _, plain = train(write_defended(toy, tmp_path / "plain", []))
-    _, defended = train(write_defended(toy, tmp_path / "defended", [name]))
-    assert any(not torch.equal(plain[key], defended[key]) for key in plain)
+    adapters = [adapter_of(toy, tmp_path, [name, *other]) for other in ([], *([o] for o in others))]
+    assert all(differ(one, another) for one, another in itertools.pairwise(adapters))
 
 
 def test_two_processes_and_accumulation_give_the_run_of_one(

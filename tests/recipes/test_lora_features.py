@@ -112,9 +112,16 @@ def test_a_base_in_four_bits(models: dict[bool, Path], tmp_path: Path, model_dir
 
 
 def test_compiled_layers(models: dict[bool, Path], tmp_path: Path) -> None:
-    plain = train(write(models, tmp_path / "a", pad_to_multiple_of=128))
+    """The same rows in each step, so that each graph is compiled for one shape alone.
+
+    Of several shapes: test_a_compiled_chunk_equals_the_reference.
+    """
+    rows = str(toy_run.write_rows(tmp_path / "four.jsonl", 4))
+    steps = {"dataset": {"data_files": rows}, "epochs": 3, "max_steps_per_epoch": 1}
+    plain = train(write(models, tmp_path / "a", pad_to_multiple_of=128, **steps))
+    assert len(plain) == 3 and plain[2][2] > 1e-4
     graphs = counters["stats"]["unique_graphs"]
-    compiled = train(write(models, tmp_path / "b", pad_to_multiple_of=128, compile=True))
+    compiled = train(write(models, tmp_path / "b", pad_to_multiple_of=128, compile=True, **steps))
     assert compiled == approx_rows(plain, 1e-4)
     # Of a layer, with the adapter's gradient and without the adapter; and of the loss head's chunk.
     assert counters["stats"]["unique_graphs"] - graphs >= 3

@@ -1,9 +1,6 @@
 """Losses and adapters of whole runs: against torchtune's recipe, and across processes."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +30,14 @@ def config_of(toy: tuple[Path, Path], folder: Path, **changes: Any) -> Path:
 
 def stock_losses(config: Path, output_dir: Path, processes: int) -> list[float]:
     script = str(Path(toy_run.__file__).with_name("stock_run.py"))
-    launcher = (
-        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        if processes
-        else []
-    )
-    command = [sys.executable, *launcher, script, "--config", str(config)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    if processes:
+        done = run_ranks(config, recipe=script, processes=processes)
+        code, errors = done.returncode, done.stderr
+    else:
+        started = toy_run.start([script, "--config", str(config)])
+        _, errors = started.communicate(timeout=300)
+        code = started.returncode
+    assert code == 0, errors[-3000:]
     (log,) = (output_dir / "logs").glob("log_*.txt")
     return [float(x) for x in re.findall(r"loss:([-\d.e+]+)", log.read_text())]
 

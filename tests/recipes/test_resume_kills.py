@@ -6,7 +6,6 @@ import re
 import shlex
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -55,19 +54,16 @@ def killed(
     path = toy_run.write_config(folder / "config.yaml", config)
     script = Path(toy_run.__file__).with_name("kill_run.py")
     arguments = [str(path), str(kills), str(seed), str(processes)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(
-        [sys.executable, str(script), *arguments],
-        capture_output=True, text=True, env=environment, timeout=3600,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    _, *attempts = [json.loads(line) for line in done.stdout.splitlines()]
+    started = toy_run.start([str(script), *arguments])
+    printed, errors = started.communicate(timeout=3600)
+    assert started.returncode == 0, printed[-3000:] + errors[-3000:]
+    _, *attempts = [json.loads(line) for line in printed.splitlines()]
     assert sum(attempt["killed"] for attempt in attempts) == kills
     finished = [Path(attempt["output"]) for attempt in attempts if attempt["done"]]
     assert finished
     expected = load_file(folder / "whole/adapter/adapter_model.safetensors")
     rows = figures(folder / "whole")
-    assert [row["step"] for row in rows] == list(range(1, EPOCHS * STEPS + 1))
+    assert [row["step"] for row in rows] == list(range(1, config["epochs"] * STEPS + 1))
     assert rows[-1]["kl"] > 1e-5
     for output in finished:
         found = load_file(output / "adapter/adapter_model.safetensors")
@@ -117,7 +113,7 @@ def test_killed_and_resumed(config: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_one_of_two_processes_killed(config: dict[str, Any], tmp_path: Path) -> None:
-    check_others(killed(config, tmp_path, kills=1, seed=3, processes=2))
+    check_others(killed(config | {"epochs": 1}, tmp_path, kills=1, seed=3, processes=2))
 
 
 @pytest.mark.long

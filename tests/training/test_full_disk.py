@@ -1,14 +1,11 @@
 """A disk that really gets full, in a file system of its own."""
 
 import json
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import toy_disk
 import toy_run
 from safetensors.torch import load_file
 
@@ -20,17 +17,11 @@ CHECKPOINT = {f"run/checkpoints/step_2/{name}" for name in ("run.json", "SHA256S
 }
 
 
-def mounted(disk: Path, *command: str) -> list[str]:
-    """The command in a mount namespace where `disk` is a file system of 3 MB."""
-    mount = f'mount -t tmpfs -o size=3m none {disk} && exec "$@"'
-    return ["unshare", "-rm", "sh", "-c", mount, "-", *command]
-
-
 def test_a_full_disk_loses_nothing(tmp_path: Path, model_dir: Path) -> None:
     """See full_disk_run.py, which this runs, for what is written in which order."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    if shutil.which("unshare") is None or subprocess.run(mounted(disk, "true")).returncode:
+    if not toy_disk.possible():
         pytest.skip("no mount namespaces here")
     model = toy_run.write_toy_model(tmp_path / "model", model_dir)
     rows = toy_run.write_rows(tmp_path / "rows.jsonl", 16)
@@ -43,16 +34,12 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, model_dir: Path) -> None:
     whole = tmp_path / "whole"
     assert run_lora(["--config", str(path), f"output_dir={whole}"]) == 0
 
-    tests = Path(toy_run.__file__).parent
-    script, kept = str(tests / "full_disk_run.py"), tmp_path / "resumed.safetensors"
-    done = subprocess.run(
-        mounted(disk, sys.executable, script, str(path), str(disk), str(kept)),
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(tests), "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = {line["name"]: line for line in map(json.loads, done.stdout.splitlines())}
+    script = Path(toy_run.__file__).with_name("full_disk_run.py")
+    kept = tmp_path / "resumed.safetensors"
+    started = toy_run.start([str(script), str(path), str(disk), str(kept)])
+    printed, errors = started.communicate(timeout=300)
+    assert started.returncode == 0, errors[-3000:]
+    found = {line["name"]: line for line in map(json.loads, printed.splitlines())}
 
     # A write that the disk refuses half way: one line, and the checkpoint before is what there is.
     half = found["checkpoint"]
@@ -71,7 +58,7 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, model_dir: Path) -> None:
     assert files == CHECKPOINT | {"run/checkpoints/step_2"}
 
     # With room again it goes on exactly.
-    assert found["resumed"]["code"] == 0, done.stderr[-3000:]
+    assert found["resumed"]["code"] == 0, errors[-3000:]
     expected = load_file(whole / "adapter/adapter_model.safetensors")
     for name, tensor in load_file(kept).items():
         assert tensor.equal(expected[name]), name

@@ -4,8 +4,6 @@ import errno
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import toy_disk
+import toy_run
 
 from emarecipes.errors import UserError
 from emarecipes.training.row_store import RowStore, StoreLayout, in_words, open_store
@@ -62,6 +62,15 @@ def test_a_row_that_changed_on_disk_is_not_there(tmp_path: Path) -> None:
         assert torch.equal(store.read(3), torch.full((2, 4), 2.0))
 
 
+def run_program(path: Path, program: str) -> tuple[int | None, str, str]:
+    """In a process of its own: its exit code, what it printed, and its errors."""
+    path.write_text(textwrap.dedent(program))
+    tests = str(Path(toy_run.__file__).parent)
+    started = toy_run.start([str(path)], PYTHONPATH=tests)
+    printed, errors = started.communicate(timeout=60)
+    return started.returncode, printed, errors
+
+
 def test_a_writer_killed_within_a_row_leaves_the_rows_before(tmp_path: Path) -> None:
     """SIGKILL after half of row 2's data, and one before the store was complete."""
     program = f"""
@@ -79,8 +88,8 @@ def test_a_writer_killed_within_a_row_leaves_the_rows_before(tmp_path: Path) -> 
         row_store._write = half
         store.write(2, torch.full((5, 4), 7.0))
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    code, _, errors = run_program(tmp_path / "program.py", program)
+    assert code == -signal.SIGKILL, errors
     with opened(tmp_path / "s") as store:
         assert torch.equal(store.read(0), torch.full((3, 4), 7.0))
         assert store.read(2) is None
@@ -197,13 +206,17 @@ def test_no_room_for_it_is_one_clear_line(tmp_path: Path) -> None:
 
 def test_a_small_full_disk(tmp_path: Path) -> None:
     """A file system of 64 kB: 60 kB go in, 70 kB are refused, and nothing stays behind."""
+    if not toy_disk.possible():
+        pytest.skip("no mount namespaces here")
+    disk = tmp_path / "disk"
+    disk.mkdir()
     program = f"""
-        import os
-        import numpy as np, torch
+        import numpy as np, torch, toy_disk
         from pathlib import Path
         from emarecipes.errors import UserError
         from emarecipes.training.row_store import StoreLayout, open_store
-        disk = Path({str(tmp_path)!r})
+        disk = Path({str(disk)!r})
+        toy_disk.mount(disk, 64 * 2**10)
         def store(name, numbers):
             layout = StoreLayout(np.array([numbers]), width=1, dtype=torch.float32)
             return open_store(disk / name, {{}}, layout, "here")
@@ -216,16 +229,9 @@ def test_a_small_full_disk(tmp_path: Path) -> None:
         small.write(0, torch.ones(32_000 // 4, 1))
         print(bool((small.read(0) == 1).all()))
     """
-    mount = f"mount -t tmpfs -o size=64k none {tmp_path} && exec {sys.executable} -c "
-    command = ["unshare", "-rm", "sh", "-c", f'{mount} "$0"', textwrap.dedent(program)]
-    probe = subprocess.run(
-        ["unshare", "-rm", "sh", "-c", f"mount -t tmpfs none {tmp_path}"], capture_output=True
-    )
-    if probe.returncode:
-        pytest.skip("no mount namespaces here")
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    code, printed, errors = run_program(tmp_path / "program.py", program)
+    assert code == 0, errors
+    lines = printed.splitlines()
     assert lines[0].startswith("here: the cache needs 70 kB in ")
     assert lines[1:] == ["[]", "True"]
 
