@@ -5,11 +5,13 @@ Keys and overrides are torchtune's. Two things are added: a whole entry can be r
 """
 
 import argparse
+import copy
 import difflib
 import io
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +161,22 @@ def _fill_checkpointer(cfg: DictConfig, origin: Origin) -> None:
     cfg.checkpointer = filled
 
 
+@lru_cache(maxsize=16)
+def _parsed(text: str, where: str) -> tuple[yaml.Node | None, Any]:
+    """A text's nodes and values, kept: a comparison reads its few configs once for each run.
+
+    The values are copied before they are changed.
+    """
+    root = _nodes(text, where)
+    try:
+        # OmegaConf's own loader reads 3e-4 as a number, which plain YAML does not.
+        return root, OmegaConf.load(io.StringIO(text))
+    except yaml.YAMLError as error:
+        raise yaml_error(error, where) from None
+    except (OmegaConfBaseException, OSError, ValueError, TypeError) as error:
+        raise UserError(f"{where}: not a config: {first_line(error)}") from None
+
+
 def _read_yaml(path: Path) -> tuple[str, yaml.Node, DictConfig]:
     """A config's text, its nodes with their lines, and its values."""
     try:
@@ -173,17 +191,10 @@ def _read_yaml(path: Path) -> tuple[str, yaml.Node, DictConfig]:
         raise UserError(f"{path}: the config is not UTF-8 text: {error.reason}") from None
     except ValueError as error:
         raise UserError(f"{path}: cannot read the config: {error}") from None
-    root = _nodes(text, str(path))
-    try:
-        # OmegaConf's own loader reads 3e-4 as a number, which plain YAML does not.
-        cfg = OmegaConf.load(io.StringIO(text))
-    except yaml.YAMLError as error:
-        raise yaml_error(error, str(path)) from None
-    except (OmegaConfBaseException, OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: not a config: {first_line(error)}") from None
+    root, cfg = _parsed(text, str(path))
     if not isinstance(cfg, DictConfig) or not cfg or not isinstance(root, yaml.MappingNode):
         raise UserError(f"{path}: a config is a mapping of keys to values, this file has none")
-    return text, root, cfg
+    return text, root, copy.deepcopy(cfg)
 
 
 def _nodes(text: str, where: str) -> yaml.Node | None:

@@ -75,7 +75,10 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark each test `unit`, `recipe` (a model, a run or a process) or `distributed`."""
+    """Mark each test `unit`, `recipe` (a model, a run or a process) or `distributed`.
+
+    What is marked `early` goes first: begun last, it would leave the other worker without work.
+    """
     for item in items:
         names = set(vars(item.module))
         if names & SEVERAL:
@@ -85,3 +88,4 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         else:
             kind = "unit"
         item.add_marker(kind)
+    items.sort(key=lambda item: item.get_closest_marker("early") is None)

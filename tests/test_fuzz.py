@@ -117,6 +117,7 @@ def test_the_bases_are_right(toy: Toy) -> None:
         assert toy.try_config(fuzz_cases.yaml.safe_dump(base)) is None
 
 
+@pytest.mark.early
 @cases(850)
 @given(data=st.data())
 def test_configs(toy: Toy, data: st.DataObject) -> None:

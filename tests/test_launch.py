@@ -35,6 +35,7 @@ def test_tune_ls_lists_our_recipes_and_torchtunes() -> None:
     assert "lora_finetune_single_device" in listing
 
 
+@pytest.mark.early
 @pytest.mark.parametrize(
     ("recipe", "processes"),
     [("recipes/ema_lora.py", 0), (str(toy_run.REPO / "recipes/ema_lora.py"), 1)],
@@ -49,6 +50,7 @@ def test_from_another_folder(toy_config: Path, tmp_path: Path, recipe: str, proc
     assert (tmp_path / "out/adapter/adapter_config.json").is_file()
 
 
+@pytest.mark.early
 @pytest.mark.parametrize("processes", [0, 2])
 def test_shipped_config_with_the_real_model(
     model_dir: Path, tmp_path: Path, processes: int

@@ -1,6 +1,7 @@
 """The prediction's parts against counts by hand, and what the command says."""
 
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from emarecipes.training.settings import check_settings
 CONFIGS = toy_run.REPO / "configs"
 
 
+@cache
 def predict(name: str, load: Load, *overrides: str) -> MemoryEstimate:
     raw, origin = load_config(["--config", str(CONFIGS / f"{name}.yaml"), "dtype=bf16", *overrides])
     return estimate(check_settings(raw, origin), origin, load)
@@ -147,8 +149,9 @@ def test_the_root_is_whole_in_the_backward_only_if_it_is_trained_or_kept() -> No
 def test_a_term_on_all_tokens_takes_the_head_there() -> None:
     """4 x 256 tokens, a fifth of them labelled."""
     load, everywhere = Load(1, 256, 0.2), "defenses.kl.tokens=all"
+    few = ("model.num_layers=2", "reference_cache=cache")
     response, found = (
-        predict("smollm2_135m_kl", load, f"defenses.kl.tokens={tokens}", "reference_cache=cache")
+        predict("smollm2_135m_kl", load, f"defenses.kl.tokens={tokens}", *few)
         for tokens in ("response", "all")
     )
     # Both models' logits and the gradient of one's states at 4/5 of the tokens more.
@@ -206,7 +209,7 @@ def test_safelora_on_the_output_layer() -> None:
 def test_smaller_batches_of_the_same_step_come_before_more_devices(
     size: int, smaller: list[int]
 ) -> None:
-    overrides = [f"batch_size={size}", "gradient_accumulation_steps=2"]
+    overrides = [f"batch_size={size}", "gradient_accumulation_steps=2", "model.num_layers=2"]
     config = str(CONFIGS / "smollm2_135m_kl.yaml")
     raw, origin = load_config(["--config", config, "dtype=bf16", *overrides])
     found = [text for text, _ in changes(check_settings(raw, origin), origin, Load(1, 64))]

@@ -150,14 +150,14 @@ def _check_pairs(
     runs: Sequence[tuple[Arm, str, int, Path]], configs: Sequence[DictConfig], origin: Origin
 ) -> None:
     """See that a run on good answers differs from its sibling in its data, and in nothing else."""
-    trees = {
-        (arm.name, seed, task): _without(cfg, folder)
+    written = {
+        (arm.name, seed, task): (cfg, folder)
         for (arm, task, seed, folder), cfg in zip(runs, configs, strict=True)
     }
     for arm, task, seed, _ in runs:
         if task != GOOD:
             continue
-        good, narrow = (trees[arm.name, seed, name] for name in (GOOD, "narrow"))
+        good, narrow = (_without(*written[arm.name, seed, name]) for name in (GOOD, "narrow"))
         other = sorted(k for k in good.keys() | narrow.keys() if good.get(k) != narrow.get(k))
         if other != ["dataset"]:
             where = f"{origin.at(f'tasks.{GOOD}')}: under {arm.label}"

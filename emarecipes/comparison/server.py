@@ -9,7 +9,12 @@ import gc
 import emarecipes.comparison.run
 import emarecipes.evaluation.run
 import emarecipes.generation
+import emarecipes.training.probe
 import emarecipes.training.run  # noqa: F401
+from emarecipes.models._torchtune_recipe import stock_recipe
+
+for devices in ("single_device", "distributed"):
+    stock_recipe(f"lora_finetune_{devices}")
 
 gc.collect()
 gc.freeze()

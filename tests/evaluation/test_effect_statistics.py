@@ -28,7 +28,7 @@ def test_coverage_on_normal_data() -> None:
     trials, hits = 200, 0
     for trial in range(trials):
         terms = []
-        for factor, mean, questions in ((1.0, 0.3, 60), (-1.0, 0.1, 40)):
+        for factor, mean, questions in ((1.0, 0.3, 30), (-1.0, 0.1, 20)):
             seeds = rng.normal(0, 0.05, (8, 1))
             values = mean + seeds + rng.normal(0, 1, questions) + rng.normal(0, 1, (8, questions))
             terms.append((factor, values))

@@ -111,6 +111,9 @@ def train(toy: dict[str, Any], folder: Path, *overrides: str, processes: int = 0
     return toy_run.metrics(folder / "out"), adapter
 
 
+UNTRAINED = ("optimizer.lr=0", "epochs=1", "max_steps_per_epoch=1")
+
+
 def distance(one: dict[str, Any], other: dict[str, Any], letter: str = "lora_A") -> float:
     pairs = [(one[k].double(), other[k].double()) for k in one if letter in k]
     return float(sum((a - b).square().sum() for a, b in pairs)) ** 0.5
@@ -118,26 +121,26 @@ def distance(one: dict[str, Any], other: dict[str, Any], letter: str = "lora_A")
 
 def test_small_updates_and_decay_arrive(toy: dict[str, Any], tmp_path: Path) -> None:
     """A's movement at a small learning rate, against a run that is all fp32, and against none."""
-    _, start = train(toy, tmp_path / "start", "optimizer.lr=0")
+    _, start = train(toy, tmp_path / "start", *UNTRAINED)
     moved: dict[str, float] = {}
+    adapters: dict[str, Any] = {}
     for name, overrides in {
         "fp32": ["dtype=fp32"],
         "held in fp32": [],
         "held in bf16": ["adapter_dtype=null"],
     }.items():
         _, adapter = train(toy, tmp_path / name, *overrides)
+        adapters[name] = adapter
         assert {t.dtype for t in adapter.values()} == {BF16 if "bf16" in name else FP32}
         moved[name] = distance(adapter, start)
     assert moved["held in fp32"] == pytest.approx(moved["fp32"], rel=0.1)
     assert moved["held in bf16"] != pytest.approx(moved["fp32"], rel=0.3)
 
     shrunk = {}
-    for held in ("fp32", "null"):
-        runs = [
-            train(toy, tmp_path / f"{held} {decay}", f"adapter_dtype={held}", decay)[1]
-            for decay in ("optimizer.weight_decay=0.0", "optimizer.weight_decay=1.0")
-        ]
-        shrunk[held] = distance(*runs)
+    for held, name in (("fp32", "held in fp32"), ("null", "held in bf16")):
+        decay = [f"adapter_dtype={held}", "optimizer.weight_decay=1.0"]
+        _, decayed = train(toy, tmp_path / f"{name}, decayed", *decay)
+        shrunk[held] = distance(adapters[name], decayed)
     # Ten steps of 3e-5 times the weights' own norm.
     norm = distance(start, {k: torch.zeros_like(t) for k, t in start.items()})
     assert shrunk["fp32"] == pytest.approx(10 * 3e-5 * norm, rel=0.3)
@@ -152,7 +155,7 @@ def test_two_processes_train_and_store_what_one_does(toy: dict[str, Any], tmp_pa
         expected = [row[key] for row in rows]
         assert [row[key] for row in found] == pytest.approx(expected, rel=2e-2), key
     assert {tensor.dtype for tensor in other.values()} == {FP32}
-    _, start = train(toy, tmp_path / "start", "optimizer.lr=0")
+    _, start = train(toy, tmp_path / "start", *UNTRAINED)
     assert distance(adapter, other) < 0.2 * distance(adapter, start)
 
 

@@ -73,6 +73,7 @@ def ended(folder: Path) -> dict[str, int]:
     }
 
 
+@pytest.mark.early
 def test_runs_what_is_missing(
     tmp_path: Path,
     model_dir: Path,

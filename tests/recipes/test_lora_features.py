@@ -111,6 +111,7 @@ def test_a_base_in_four_bits(models: dict[bool, Path], tmp_path: Path, model_dir
     assert len(toy_run.error_lines(refused)) == 1
 
 
+@pytest.mark.early
 def test_compiled_layers(models: dict[bool, Path], tmp_path: Path) -> None:
     """The same rows in each step, so that each graph is compiled for one shape alone.
 

@@ -103,6 +103,7 @@ def check_others(attempts: list[dict[str, Any]]) -> None:
             assert "Resume from step" in log or "There is no checkpoint yet" in log
 
 
+@pytest.mark.early
 def test_killed_and_resumed(config: dict[str, Any], tmp_path: Path) -> None:
     """Also while it fills its reference cache."""
     config = config | {"reference_cache": "cache"}

@@ -25,6 +25,7 @@ def run_two_launchers(*arguments: str, **more: str) -> str:
     return printed
 
 
+@pytest.mark.early
 def test_two_launchers_give_the_losses_of_one_process_over_a_stop(
     model_dir: Path, tmp_path: Path
 ) -> None:

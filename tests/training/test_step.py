@@ -117,6 +117,7 @@ def test_chunking_does_not_change_the_result(chunk_elements: int) -> None:
     assert_equal_to_reference(toy_model("gemma2"), kl, microbatches, chunk_elements=chunk_elements)
 
 
+@pytest.mark.early
 def test_a_compiled_chunk_equals_the_reference() -> None:
     """Chunks of four rows and a last one of fewer, and the term on some of their rows."""
     model = toy_model("llama3", lora_output=True)
