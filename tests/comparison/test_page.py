@@ -43,9 +43,15 @@ class Page(HTMLParser):
         self.text += data
 
 
-def write(folder: Path, seeds: int, half: str = "select", **keys: Any) -> Path:
+def write(
+    folder: Path,
+    seeds: int,
+    chosen: dict[str, tuple[str, float, float]] = ARMS,
+    half: str = "select",
+    **keys: Any,
+) -> Path:
     arms = {}
-    for number, (name, (role, x, y)) in enumerate(ARMS.items()):
+    for number, (name, (role, x, y)) in enumerate(chosen.items()):
         runs = [
             evaluation(
                 folder / name / str(s),
@@ -211,48 +217,64 @@ def test_runs_without_metrics_have_a_page(tmp_path: Path) -> None:
     assert not (tmp_path / "out/training.png").exists()
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        ("truncate", "general.jsonl:40: broken or truncated"),
-        ("nan", "a score is not finite"),
-        ("gone", "cannot be read"),
-        ("base", "against another reference than the undefended arm"),
-        ("questions", "has other questions than under the undefended arm"),
-        ("file", "has other questions than under the undefended arm"),
-    ],
-)
-def test_one_broken_arm_does_not_lose_the_others(
-    tmp_path: Path, damage: str, message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config = str(write(tmp_path, 1))
-    run = tmp_path / "slower/0"
-    scores = run / "scores/general.jsonl"
-    if damage == "truncate":
+def damage(run: Path, how: str) -> None:
+    scores, summary = run / "scores/general.jsonl", run / "summary.json"
+    if how == "truncate":
         scores.write_text(scores.read_text()[:-20])
-    elif damage == "nan":
+    elif how == "nan":
         lines = scores.read_text().splitlines()
         lines[3] = re.sub(r'"probe_shift": [-\d.e]+', '"probe_shift": NaN', lines[3])
         scores.write_text("\n".join(lines))
-    elif damage == "gone":
-        (run / "summary.json").unlink()
-    elif damage == "base":
-        text = (run / "summary.json").read_text()
-        (run / "summary.json").write_text(text.replace("b" * 64, "c" * 64))
-    elif damage == "file":  # The same ids, reworded questions.
-        summary = json.loads((run / "summary.json").read_text())
-        summary["suites"]["general"]["files"] = {"data/general_probe/select.jsonl": "1"}
-        (run / "summary.json").write_text(json.dumps(summary))
+    elif how == "gone":
+        summary.unlink()
+    elif how == "base":
+        summary.write_text(summary.read_text().replace("b" * 64, "c" * 64))
+    elif how == "file":  # The same ids, reworded questions.
+        found = json.loads(summary.read_text())
+        found["suites"]["general"]["files"] = {"data/general_probe/select.jsonl": "1"}
+        summary.write_text(json.dumps(found))
     else:
         scores.write_text("\n".join(scores.read_text().splitlines()[1:]))
-    failed = damage in ("truncate", "nan", "gone")
+
+
+@pytest.mark.parametrize(
+    ("broken", "failed"),
+    [
+        (
+            {
+                "truncate": "general.jsonl:40: broken or truncated",
+                "nan": "a score is not finite",
+                "gone": "cannot be read",
+            },
+            True,
+        ),
+        (
+            {
+                "base": "against another reference than the undefended arm",
+                "questions": "has other questions than under the undefended arm",
+                "file": "has other questions than under the undefended arm",
+            },
+            False,
+        ),
+    ],
+    ids=["failed", "not comparable"],
+)
+def test_broken_arms_do_not_lose_the_others(
+    tmp_path: Path, broken: dict[str, str], failed: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arms = ARMS | {how: ("defense", 0.6, 0.3) for how in broken}
+    config = str(write(tmp_path, 1, arms))
+    for how in broken:
+        damage(tmp_path / how / "0", how)
     assert run_compare(["--config", config]) == int(failed)
-    error = capsys.readouterr().err
-    assert error.count("error: ") == int(failed)
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == (len(broken) if failed else 0)
     page = Page((tmp_path / "out/report.html").read_text()).text
-    assert message in page
+    told = list(broken.values())
+    assert all(page.count(message) >= told.count(message) for message in told)
     found = json.loads((tmp_path / "out/comparison.json").read_text())["arms"]
-    assert found["better"]["excess"] and not found["slower"]["excess"]
+    assert found["better"]["excess"] and found["slower"]["excess"]
+    assert not [how for how in broken if found[how]["excess"]]
 
 
 def test_a_seed_that_diverged_does_not_lose_its_arm(tmp_path: Path) -> None:
