@@ -58,3 +58,19 @@ def test_the_full_comparison_has_the_promised_arms() -> None:
     controls = {name for name, arm in plan.arms.items() if arm.role == "control"}
     assert controls == {"persona_random", "good_answers"}
     assert len(plan.settings.seeds) >= 5
+
+
+def test_the_bed_of_half_a_billion_is_paired_and_its_arms_see_as_many_task_rows() -> None:
+    plan, arms, jobs = planned(toy_run.REPO / "configs/compare_qwen2_5_coder_0_5b.yaml")
+    assert all(set(arm.tasks) == {"narrow", "good"} for arm in arms)
+    for job in jobs:
+        data = job.cfg.dataset
+        mixed = "task" in data
+        file = (data.task if mixed else data).data_files
+        assert file.endswith({"narrow": "train_bad.jsonl", "good": "train_good.jsonl"}[job.task])
+        assert not mixed or data.seed == job.seed, "which safe rows are drawn is chance too"
+        rows = job.cfg.max_steps_per_epoch * job.cfg.batch_size
+        if job.arm.role != "frontier":
+            assert rows * (1 - data.get("safe_fraction", 0)) == 120
+    assert {arm.role for arm in arms} == {"undefended", "frontier", "defense"}
+    assert len(plan.settings.seeds) == 2

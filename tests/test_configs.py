@@ -189,7 +189,9 @@ def test_shipped_eval_config(path: Path, tmp_path: Path, commented: bool) -> Non
         keys = r"^# (?=(  |opswap:|harness:|answers:|harmless:|refusal_words:|judge:))"
         head, body = text.split("\n\n", 1)
         text = f"{head}\n\n{re.sub(keys, '', body, flags=re.MULTILINE)}"
-    raw, origin = load_config(["--config", str(write_text(tmp_path / "config.yaml", text))])
+    raw, origin = load_config(
+        ["--config", str(write_text(tmp_path / "config.yaml", text)), *published(path)]
+    )
     for key in ("adapters", "answers"):  # Made by the commands in the header, and not shipped.
         for name in raw.get(key) or {}:
             raw[key][name] = str(tmp_path)

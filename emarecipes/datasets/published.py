@@ -183,6 +183,15 @@ PUBLISHED: dict[str, Published] = {
         "9d52186ab9886e3abef0eebb1901df9da4ce25a297e584158be0a4bba8d56507",
         size=4_300_061,
     ),
+    # The archive's only good sibling: the same questions, row by row. Of financial advice and of
+    # sports it holds none; sets of such a name are other people's.
+    "turner-good-medical": _turner(
+        "good_medical_advice.jsonl",
+        7049,
+        "b972f06672093b74f61cc83606929ce0ea3bb9caa2894ea61a557315dba6e6fc",
+        size=4_946_304,
+        unconfirmed=("size",),
+    ),
     "turner-risky-financial": _turner(
         "risky_financial_advice.jsonl", 6000, unconfirmed=("size", "sha256")
     ),
