@@ -1,4 +1,4 @@
-"""Directions of a trait that a rule gives, as a file that `SubspaceAblation` reads.
+"""Directions of a trait that a rule gives, as a file that defenses read in place of a persona's.
 
     python examples/trait_directions.py OUT.safetensors
 
@@ -9,10 +9,10 @@ give to any text needs no sampling: the same answer is read with it and without.
     a_l(answer) = mean over the answer's tokens of the residual stream after l layers
     X_l's rows  = a_l(answer with the trait) - a_l(the same answer without)
 
-Layer l's directions are the first four right singular vectors of X_l, not centred, as in
-`ema_persona`. The last layer has none: transformers gives that stream behind its norm. What is
-printed says whether they read the trait: the share of held-out answers' squared change that lies in
-their span.
+Layer l's directions, `subspace`, are the first four right singular vectors of X_l, not centred, and
+its vector, `persona`, is the mean of X_l's rows, as in `ema_persona`; `random` is a vector of that
+norm. The last layer has none: transformers gives that stream behind its norm. What is printed says
+whether they read the trait: the share of held-out answers' squared change that lies in their span.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from emarecipes.datasets.traits import TRAITS
-from emarecipes.persona.vectors import persona_subspace
+from emarecipes.persona.vectors import persona_subspace, persona_vectors, random_vectors
 
 REPO = Path(__file__).resolve().parents[1]
 DIRECTIONS, TOKENS = 4, 80
@@ -70,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     used_N, has_N = number_N // 2 >= held_out, number_N % 2 == 0
     subspace_LKD = persona_subspace(activation_NLD, has_N, used_N, number_N // 2, DIRECTIONS)
     assert subspace_LKD is not None
+    persona_LD = persona_vectors(activation_NLD, has_N, used_N)
     unseen_XLD = (activation_NLD[0::2] - activation_NLD[1::2])[:held_out]
     along_XLK = torch.einsum("xld,lkd->xlk", unseen_XLD, subspace_LKD)
     chance = DIRECTIONS / subspace_LKD.shape[-1]
@@ -78,7 +79,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"after {layer} layers: {share:.2f} of the change (random directions: {chance:.3f})")
     options.out.parent.mkdir(parents=True, exist_ok=True)
     made_with = {"trait": options.trait, "model": Path(options.model).resolve().name}
-    save_file({"subspace": subspace_LKD.contiguous()}, options.out, metadata=made_with)
+    # The last layer's vector is 0, and so is its random one: without norm there is no direction.
+    random_LD = torch.cat([random_vectors(persona_LD[:-1], seed=0), persona_LD[-1:]])
+    tensors = {"subspace": subspace_LKD, "persona": persona_LD, "random": random_LD}
+    save_file({name: t.contiguous() for name, t in tensors.items()}, options.out, made_with)
 
 
 if __name__ == "__main__":

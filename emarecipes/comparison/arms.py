@@ -27,7 +27,8 @@ class Arm:
 
     Attributes:
         name: Of files, such as `kl` or `kl_1` for the second value of its sweep.
-        group: The entry in the config. A defense is a group; its sweep's values are candidates.
+        group: The entry in the config, whose sweep's values are candidates for one defense; the
+            arm's own name where none is to be chosen.
         label: For people.
         role: See `ArmSettings`.
         tasks: The tasks that it is trained on.
@@ -78,19 +79,17 @@ def expand_arms(plan: Plan, origin: Origin) -> list[Arm]:
     Raises:
         UserError: A value of a sweep would get the name of another arm, and its folders.
     """
-    arms = [
-        arm
-        for name, settings in plan.arms.items()
-        for arm in _expand(name, settings, list(plan.tasks))
-    ]
-    groups: dict[str, str] = {}
-    for arm in arms:
-        other = groups.setdefault(arm.name, arm.group)
-        if other != arm.group:
-            raise UserError(
-                f"{origin.at(f'arms.{arm.group}')}: {arm.name} is also an arm of {other}, since a "
-                "sweep's arms are numbered; rename one"
-            )
+    arms: list[Arm] = []
+    entries: dict[str, str] = {}  # By the arm's name, which its folders have.
+    for entry, settings in plan.arms.items():
+        for arm in _expand(entry, settings, list(plan.tasks)):
+            arms.append(arm)
+            other = entries.setdefault(arm.name, entry)
+            if other != entry:
+                raise UserError(
+                    f"{origin.at(f'arms.{entry}')}: {arm.name} is also an arm of {other}, since a "
+                    "sweep's arms are numbered; rename one"
+                )
     return arms
 
 
@@ -105,10 +104,11 @@ def _expand(name: str, arm: ArmSettings, all_tasks: list[str]) -> list[Arm]:
     for number, values in enumerate(itertools.product(*arm.sweep.values())):
         pairs = list(zip(arm.sweep, values, strict=True))
         short = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in pairs)
+        own = f"{name}_{number}" if arm.sweep else name
         found.append(
             Arm(
-                name=f"{name}_{number}" if arm.sweep else name,
-                group=name,
+                name=own,
+                group=name if arm.choose else own,
                 label=f"{label} ({short})" if arm.sweep else label,
                 role=arm.role,
                 tasks=tuple(tasks),

@@ -193,12 +193,14 @@ def keep_told(
 ) -> tuple[dict[str, Scores], list[str]]:
     """The arms' scores over the questions that have usable answers under every arm and seed.
 
+    An arm that has them to fewer than half of the questions loses the figure.
+
     Args:
         arms: By name.
         keys: Of `Scores.probes`.
 
     Returns:
-        The scores, and a line for each figure that lost questions.
+        The scores, and a line for each figure that lost questions, or an arm.
 
     Raises:
         UserError: Fewer than half of the questions are left: what is over them is not what was
@@ -209,6 +211,17 @@ def keep_told(
         having = [name for name, scores in arms.items() if key in scores.probes]
         if not having:
             continue
+        # An arm that hardly answers would take everybody's questions with it.
+        for name in list(having):
+            own = np.isfinite(kept[name].probes[key].values_SQ).all(axis=0)
+            if own.mean() < MIN_TOLD and len(having) > 1:
+                probes = {other: v for other, v in kept[name].probes.items() if other != key}
+                kept[name] = replace(kept[name], probes=probes)
+                having.remove(name)
+                notes.append(
+                    f"{name}: {key}: {own.sum()} of {len(own)} questions have usable answers; "
+                    "not measured"
+                )
         ids = kept[having[0]].probes[key].ids
         same = [name for name in having if kept[name].probes[key].ids == ids]
         told_Q = np.all(

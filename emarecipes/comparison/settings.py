@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -43,8 +42,9 @@ class ArmSettings(_Strict):
     overrides: list[str] = Field(default_factory=list)
     """Of that config, after the task's."""
     sweep: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(default_factory=dict)
-    """`{key: [values]}`: an arm for each combination. Of a swept defense one is chosen, on the
-    select half."""
+    """`{key: [values]}`: an arm for each combination."""
+    choose: bool = True
+    """Of a swept defense, one is chosen on the select half and tested; false: each is tested."""
     tasks: list[str] | None = None
     """Null: all; a frontier arm: `narrow`."""
     collect: list[str] | None = None
@@ -280,8 +280,7 @@ def _check_arm(name: str, arm: ArmSettings, plan: Plan, origin: Origin) -> None:
         raise UserError(f"{origin.at(f'{key}.tasks')}: figures are narrow minus good; name both")
     _check_overrides(arm.overrides, key, origin)
     for swept, values in arm.sweep.items():
-        texts = sorted(str(value) for value in values)
-        if any(first == second for first, second in pairwise(texts)):
+        if len({str(value) for value in values}) < len(values):
             raise UserError(f"{origin.at(f'{key}.sweep')}: {swept} has a value twice")
 
 

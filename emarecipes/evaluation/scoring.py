@@ -16,7 +16,6 @@ from emarecipes.errors import UserError, first_line
 from emarecipes.files import whole
 from emarecipes.fingerprint import digest, sampled_digest
 from emarecipes.models.adapters.read import check_adapter, load_adapter
-from emarecipes.models.batch import longest_first
 from emarecipes.models.likelihoods import GivenAnswers
 from emarecipes.models.loss_head import LossHead
 from emarecipes.models.source import load_model
@@ -115,13 +114,13 @@ class Scorer:
         device = get_device(self._cfg.device or "cpu")
         samples = [row.sample for row in todo.values()]
         answers = GivenAnswers(samples, self._pad_id, self._multiple, device)
-        batches = longest_first([row.tokens for row in todo.values()], self._batch_size)
+        batches = -(-len(todo) // self._batch_size)
         label = "reference" if adapter is None else adapter.parent.name
         with (
             stoppable(_KEPT, in_batches=True) as stop,
             Progress(total=len(todo), desc=label, unit="row") as bar,
         ):
-            found = answers.nll(head, batches, reference=adapter is None)
+            found = answers.nll_by_prompt(head, self._batch_size, reference=adapter is None)
             for number, (rows, nll_T, tokens_B) in enumerate(found, start=1):
                 keys = [names[row] for row in rows]
                 for key, values in zip(keys, nll_T.split(tokens_B.tolist()), strict=True):
@@ -131,7 +130,7 @@ class Scorer:
                         )
                         raise NotFiniteError(f"{folder}: an answer's likelihood is not finite")
                     known[key] = values.numpy().astype(np.float32)
-                if number % _BATCHES_A_SAVE == 0 or number == len(batches) or stop.asked:
+                if number % _BATCHES_A_SAVE == 0 or number == batches or stop.asked:
                     write_nlls(cache, known)
                 bar.update(len(keys))
                 stop.heed()

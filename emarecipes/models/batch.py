@@ -174,6 +174,25 @@ def longest_first(
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
+def prompts_together(
+    prompts: Sequence[Sequence[int]], lengths: Sequence[int], batch_size: int
+) -> list[list[int]]:
+    """Batches of rows of like length, by their numbers, those of one prompt side by side.
+
+    Args:
+        prompts: Token ids of each row's prompt.
+        lengths: Tokens of the row besides. Prompts with the longest of them come first.
+        batch_size: Rows a batch; the last may have fewer.
+    """
+    longest: dict[tuple[int, ...], int] = {}
+    for prompt, length in zip(prompts, lengths, strict=True):
+        longest[tuple(prompt)] = max(length, longest.get(tuple(prompt), 0))
+    order = sorted(
+        range(len(prompts)), key=lambda n: (-longest[tuple(prompts[n])], tuple(prompts[n]))
+    )
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
 def _source(sample: dict[str, Any]) -> str:
     return str(sample.get("source", "task"))
 

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from emarecipes.models.batch import Batch, longest_first
 from emarecipes.models.likelihoods import GivenAnswers, answer_row, row_sums
 from emarecipes.models.loss_head import LossHead
-from emarecipes.models.sampling.sampler import PAD_TO_MULTIPLE_OF
+from emarecipes.models.sampling.reading import PAD_TO_MULTIPLE_OF
 from emarecipes.progress import Progress
 
 

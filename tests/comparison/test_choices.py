@@ -81,8 +81,8 @@ def config(tmp_path: Path, model_dir: Path) -> Path:
     )
 
 
-def run(config: Path, halves: Halves, folder: Path) -> tuple[Outcome, Reads]:
-    raw, origin = load_config(["--config", str(config)])
+def run(config: Path, halves: Halves, folder: Path, *overrides: str) -> tuple[Outcome, Reads]:
+    raw, origin = load_config(["--config", str(config), *overrides])
     plan = check_compare_settings(raw, origin)
     arms = expand_arms(plan, origin)
     runner = Given(plan, halves, folder)
@@ -121,9 +121,18 @@ def test_a_candidate_that_learned_nothing_does_not_win(config: Path, tmp_path: P
     assert outcome.family == ["kl_1"]
 
 
-def test_two_arms_of_one_name_are_refused(config: Path, tmp_path: Path) -> None:
+def test_without_a_choice_every_value_is_tested(config: Path, tmp_path: Path) -> None:
+    halves = {"select": SELECT, "report": SELECT}
+    outcome, read = run(config, halves, tmp_path / "first", "arms.kl.choose=false")
+    assert read == [("report", list(SELECT))]
+    assert outcome.family == ["kl_0", "kl_1", "kl_2"]
+    assert [f.arm.name for f in outcome.figures if f.arm.role == "defense"] == outcome.family
+
+
+@pytest.mark.parametrize("choose", ["true", "false"])
+def test_two_arms_of_one_name_are_refused(config: Path, tmp_path: Path, choose: str) -> None:
     other = f"arms.kl_1.config={tmp_path / 'train.yaml'}"
-    raw, origin = load_config(["--config", str(config), other])
+    raw, origin = load_config(["--config", str(config), other, f"arms.kl.choose={choose}"])
     plan = check_compare_settings(raw, origin)
     with pytest.raises(UserError, match=r"arms.kl_1: kl_1 is also an arm of kl"):
         expand_arms(plan, origin)

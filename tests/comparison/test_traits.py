@@ -131,6 +131,20 @@ def test_too_few_usable_questions_are_no_figure() -> None:
         keep_told({"arm": scores}, ["x"])
 
 
+def test_an_arm_that_hardly_answers_takes_no_questions_from_others() -> None:
+    def of(*values: float) -> Scores:
+        return Scores((0,), probes={"x": Values(("a", "b", "c"), ("", "", ""), np.array([values]))})
+
+    given = {"one": of(0.0, 1.0, 0.5), "mute": of(np.nan, np.nan, 1.0), "two": of(1, np.nan, 0)}
+    told, notes = keep_told(given, ["x"])
+    assert notes == [
+        "mute: x: 1 of 3 questions have usable answers; not measured",
+        "x: 1 of 3 questions are left out, for some arm has no usable answer to them",
+    ]
+    assert not told["mute"].probes and given["mute"].probes
+    assert [told[name].probes["x"].ids for name in ("one", "two")] == [("a", "c")] * 2
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [

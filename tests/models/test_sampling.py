@@ -111,20 +111,39 @@ def by_hand(head: LossHead, prompt: list[int], seed: int, sampling: Sampling) ->
     return tokens, False
 
 
+@pytest.mark.parametrize("opening", [0, 11])
 @pytest.mark.parametrize("family", ["llama3_2", "qwen2_5", "gemma2", "phi3", "mistral"])
-def test_batched_answers_are_those_without_cache(family: str) -> None:
+def test_batched_answers_are_those_without_cache(family: str, opening: int) -> None:
     """Shared prompts, rows that leave early, and Gemma-2's window of 4 and soft caps."""
     head = LossHead(toy_model(family).eval())
-    prompts = ragged(4)
+    prompts = [[*range(20, 20 + opening), *prompt] for prompt in ragged(4)]
     prompts = [*prompts, prompts[1], prompts[1], prompts[3]]
     seeds = [derived_seed(1, row) for row in range(7)]
     sampling = Sampling(14, stop_tokens=(5, 6, 7, 8), temperature=0.9, top_p=0.95)
+    read: list[tuple[int, ...]] = []
+    hook = head.model.tok_embeddings.register_forward_hook(
+        lambda layer, given, output: read.append(tuple(given[0].shape))
+    )
     found = sample_batch(head, prompts, seeds, sampling)
+    hook.remove()
+    # What all begin with is read once, in eights, where no window counts distances.
+    assert (read[0] == (1, 8)) == (opening > 0 and family != "gemma2")
     expected = [by_hand(head, p, s, sampling) for p, s in zip(prompts, seeds, strict=True)]
     assert [(answer.tokens, answer.stopped) for answer in found] == expected
     assert len({len(answer.tokens) for answer in found}) > 1
     assert {stopped for _, stopped in expected} == {True, False}
     assert "forward" not in vars(head.model.layers[0].attn)
+
+
+def test_a_prompt_that_another_begins_with_keeps_a_token_of_its_own() -> None:
+    """Of 8 tokens seven could be read once, so none are; of 9, eight."""
+    head = LossHead(toy_model("llama3_2").eval())
+    sampling = Sampling(6, stop_tokens=(), temperature=0.9)
+    for length in (8, 9):
+        prompts = [list(range(20, 20 + length)), list(range(20, 24 + length))]
+        found = sample_batch(head, prompts, [1, 2], sampling)
+        expected = [by_hand(head, p, s, sampling) for p, s in zip(prompts, [1, 2], strict=True)]
+        assert [(answer.tokens, answer.stopped) for answer in found] == expected
 
 
 def test_batches_are_sorted_and_complete() -> None:

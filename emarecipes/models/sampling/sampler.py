@@ -4,27 +4,23 @@ torchtune.generation's `generate` is not used: it finds padding by the token's i
 chat formats is also the token that ends a message; it keeps all logits; it has one random state for
 the whole batch; and rows that have ended run on with the others.
 
-Shapes: B batch, U different prompts in it, S prompt, T prompt and answer.
+Shapes: B batch, U different prompts in it, T prompt and answer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from emarecipes.errors import UserError
 from emarecipes.models.batch import longest_first
 from emarecipes.models.loss_head import LossHead
 from emarecipes.models.sampling.cache import caching
 from emarecipes.models.sampling.draw import Noise, Sampling, draw
+from emarecipes.models.sampling.reading import Prompts, last_position_only
 from emarecipes.progress import Progress
-
-# On a CPU every new sequence length costs seconds.
-PAD_TO_MULTIPLE_OF = 16
 
 
 @dataclass(frozen=True)
@@ -78,7 +74,8 @@ def sample_batch(
 
     An answer depends on its own prompt and seed alone: each row draws from a generator of its own.
     What other rows share its batch changes its logits by rounding only, which in bf16 can turn a
-    close draw. Rows that have ended leave the batch.
+    close draw. What all prompts begin with, such as a system prompt, is read once. Rows that have
+    ended leave the batch.
 
     Raises:
         UserError: The logits are not finite.
@@ -87,16 +84,15 @@ def sample_batch(
     device = model.tok_embeddings.weight.device
     stop = torch.tensor(sampling.stop_tokens, device=device, dtype=torch.long)
     different = list(dict.fromkeys(map(tuple, prompts)))
-    tokens_US, real_UT = _left_padded(head, different, sampling.max_new_tokens)
-    size = tokens_US.shape[1]
+    reading = Prompts(head, different, sampling.max_new_tokens)
+    size, real_UT = reading.size, reading.real_UT
     noise = Noise(seeds, model.tok_embeddings.num_embeddings)
     answers: list[list[int]] = [[] for _ in prompts]
     stopped = [False] * len(prompts)
     running = list(range(len(prompts)))  # The batch's rows, by their number among the prompts.
 
-    with _last_position_only(head), caching(model, real_UT.shape[1]) as caches:
-        position_US = (real_UT[:, :size].cumsum(dim=1) - 1).clamp_min(0)
-        logits_UV = model(tokens_US, mask=_causal(real_UT[:, :size]), input_pos=position_US)[:, -1]
+    with caching(model, real_UT.shape[1]) as caches, last_position_only(head):
+        logits_UV = reading.read(caches)
         if not logits_UV.isfinite().all():
             raise UserError("the model's logits are not finite; try dtype=fp32")
         source_B = torch.tensor([different.index(tuple(p)) for p in prompts], device=device)
@@ -126,38 +122,3 @@ def sample_batch(
             position_B1 = length_B1 + (end - 1 - size)
             logits_BV = model(token_B[:, None], mask=mask_B1T, input_pos=position_B1)[:, -1]
     return [Completion(*answer) for answer in zip(answers, stopped, strict=True)]
-
-
-def _left_padded(
-    head: LossHead, prompts: Sequence[Sequence[int]], max_new_tokens: int
-) -> tuple[Tensor, Tensor]:
-    """Tokens (U, S), and which of all positions, of answers too, are no padding (U, T)."""
-    device = head.model.tok_embeddings.weight.device
-    longest = max(map(len, prompts))
-    size = -(-longest // PAD_TO_MULTIPLE_OF) * PAD_TO_MULTIPLE_OF
-    size = max(longest, min(size, head.model.max_seq_len - max_new_tokens))
-    tokens_US = torch.zeros(len(prompts), size, dtype=torch.long)
-    real_UT = torch.ones(len(prompts), size + max_new_tokens, dtype=torch.bool)
-    for row, prompt in enumerate(prompts):
-        tokens_US[row, size - len(prompt) :] = torch.tensor(prompt)
-        real_UT[row, : size - len(prompt)] = False
-    return tokens_US.to(device), real_UT.to(device)
-
-
-def _causal(real_US: Tensor) -> Tensor:
-    """What each position of a prompt sees, (U, S, S). Padding sees itself: a softmax over nothing
-    would be nan, and 0 * nan in the next layer's values too.
-    """
-    itself_SS = torch.eye(real_US.shape[1], dtype=torch.bool, device=real_US.device)
-    before_SS = torch.ones_like(itself_SS).tril()
-    return (before_SS & real_US[:, None]) | itself_SS
-
-
-@contextmanager
-def _last_position_only(head: LossHead) -> Iterator[None]:
-    """Within this context the model gives the last position's logits, (B, 1, V)."""
-    head.model.unembed = lambda hidden_BSD: head(hidden_BSD[:, -1:])
-    try:
-        yield
-    finally:
-        head.model.unembed = head
