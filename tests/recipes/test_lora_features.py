@@ -112,11 +112,17 @@ def test_a_base_in_four_bits(models: dict[bool, Path], tmp_path: Path, model_dir
 
 
 @pytest.mark.early
-def test_compiled_layers(models: dict[bool, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
+def test_compiled_layers(
+    models: dict[bool, Path], tmp_path: Path, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same rows in each step, so that each graph is compiled for one shape alone.
 
-    Of several shapes: test_a_compiled_chunk_equals_the_reference.
+    The loss head's chunk becomes C++ in both; torchtune's layers, a minute of it, under `long`. A
+    chunk of two shapes: test_a_compiled_chunk_equals_the_reference.
     """
+    monkeypatch.setenv("TORCH_COMPILE_BACKEND", backend)  # Which torchtune reads.
+    torch._dynamo.reset()
     rows = str(toy_run.write_rows(tmp_path / "four.jsonl", 4))
     steps = {"dataset": {"data_files": rows}, "epochs": 3, "max_steps_per_epoch": 1}
     plain = train(write(models, tmp_path / "a", pad_to_multiple_of=128, **steps))
