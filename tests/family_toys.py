@@ -174,11 +174,15 @@ def load_hf(folder: Path) -> nn.Module:
     ).eval()
 
 
-def write_folder(name: str, folder: Path, **save: Any) -> nn.Module:
-    """A random model, norms and biases off their neutral values."""
+def write_folder(
+    name: str, folder: Path, changes: dict[str, Any] | None = None, **save: Any
+) -> nn.Module:
+    """A random model, norms and biases off their neutral values; `changes` of its config."""
     torch.manual_seed(0)
+    config = configs()[name]
+    config.update(changes or {})
     model = transformers.AutoModelForCausalLM.from_config(
-        configs()[name], attn_implementation="eager"
+        config, attn_implementation="eager"
     ).eval()
     with torch.no_grad():
         for key, parameter in model.named_parameters():

@@ -34,12 +34,17 @@ sys.stdin.read()
 
 
 def write_base(folder: Path, output: Path, pre: str = "smollm") -> Path:
-    """Write a Llama, Qwen2 or Qwen3 folder; q's and k's rows of Llama in Meta's order."""
+    """Write a folder of a family as llama.cpp's converter would, as far as toys need it.
+
+    q's and k's rows of Llama go into Meta's order; Gemma's norms multiply by 1 + weight.
+    """
     config = json.loads((folder / "config.json").read_text())
-    kind = {"mistral": "llama"}.get(config["model_type"], config["model_type"])
+    kind = str(config["model_type"])
+    kind = {"mistral": "llama", "gemma3_text": "gemma3"}.get(kind, kind)
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
     rope = config.get("rope_parameters") or config
+    rope = rope.get("full_attention", rope)
     writer = gguf.GGUFWriter(output, kind)
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])
@@ -52,6 +57,11 @@ def write_base(folder: Path, output: Path, pre: str = "smollm") -> Path:
     writer.add_rope_dimension_count(head_dim)
     writer.add_rope_freq_base(rope["rope_theta"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    if kind in ("gemma2", "gemma3"):
+        writer.add_sliding_window(config["sliding_window"])
+    if kind == "gemma2":
+        writer.add_attn_logit_softcapping(config["attn_logit_softcapping"])
+        writer.add_final_logit_softcapping(config["final_logit_softcapping"])
     writer.add_vocab_size(config["vocab_size"])
     _add_tokenizer(writer, folder, config["vocab_size"], pre)
     names = gguf.get_tensor_name_map(_architecture(kind), config["num_hidden_layers"])
@@ -59,6 +69,8 @@ def write_base(folder: Path, output: Path, pre: str = "smollm") -> Path:
         rows = {"q_proj": heads, "k_proj": kv_heads}.get(name.split(".")[-2])
         if kind == "llama" and rows:
             weight = np.concatenate([_pairs(head) for head in np.split(weight, rows)])
+        if kind.startswith("gemma") and name.endswith("norm.weight"):
+            weight = 1 + weight
         writer.add_tensor(names.get_name(name, (".weight", ".bias")), weight.astype(np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -89,7 +89,7 @@ WRONG: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"bias": "all"}, {}, "adapters that train biases or whole modules"),
     ({"base_model_name_or_path": "some/name"}, {}, "'some/name' is no folder"),
     ({"base_model_name_or_path": None}, {}, "say --base DIR"),
-    ({}, {"model_type": "olmo2"}, "model_type is olmo2, and how llama.cpp orders"),
+    ({}, {"model_type": "granite"}, "model_type is granite, and how llama.cpp orders"),
     ({}, {"tie_word_embeddings": True}, "it adapts lm_head (tied to the embedding)"),
     ({}, {"num_attention_heads": 3}, "rows, the base 2 heads of 10"),
 ]
@@ -110,6 +110,29 @@ def test_what_has_no_form_is_refused(
     (error,) = capsys.readouterr().err.splitlines()
     assert error.startswith("error: ") and line in error
     assert sorted(folder.iterdir()) == before
+
+
+def test_the_text_of_a_model_with_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its layers have a longer name; its output is tied where the file does not say so."""
+    folder = write(tmp_path / "adapter")
+    (folder / "base/config.json").write_text('{"model_type": "gemma3"}')
+    tensors = {
+        name.replace("model.layers", "model.language_model.layers"): tensor
+        for name, tensor in load_file(folder / "adapter_model.safetensors").items()
+    }
+    save_file(tensors, folder / "adapter_model.safetensors")
+    assert main(["gguf", str(folder)]) == 1
+    assert "it adapts lm_head (tied to the embedding)" in capsys.readouterr().err
+    text = {name: tensor for name, tensor in tensors.items() if "lm_head" not in name}
+    save_file(text, folder / "adapter_model.safetensors")
+    assert main(["gguf", str(folder)]) == 0
+    reader = gguf.GGUFReader(folder / "adapter.gguf")
+    assert reader.fields["general.architecture"].contents() == "gemma3"
+    assert {tensor.name for tensor in reader.tensors} == {
+        f"blk.0.attn_{part}.weight.lora_{x}" for part in ("q", "k", "v", "output") for x in "ab"
+    }
 
 
 def test_a_file_that_is_there_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -35,7 +35,14 @@ _ARCHITECTURES = {
     "mistral": ("llama", True),
     "qwen2": ("qwen2", False),
     "qwen3": ("qwen3", False),
+    "gemma2": ("gemma2", False),
+    "gemma3_text": ("gemma3", False),
+    "gemma3": ("gemma3", False),
+    "olmo2": ("olmo2", False),
+    "phi3": ("phi3", False),
 }
+# Where a model of text and images has the text's layers.
+_LAYERS = {"gemma3": "model.language_model.layers."}
 _PARTS = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -44,6 +51,9 @@ _PARTS = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    # Fused in Phi-3, in the same order there.
+    "self_attn.qkv_proj": "attn_qkv",
+    "mlp.gate_up_proj": "ffn_up",
 }
 _HEADS = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}
 
@@ -115,9 +125,11 @@ def _base_config(folder: Path, config: dict[str, Any], base: Path | None) -> dic
 
 def _gguf_name(folder: Path, name: str, model: dict[str, Any]) -> str:
     """What llama.cpp calls a Hugging Face module."""
-    if name == "lm_head" and not model.get("tie_word_embeddings", False):
+    kind = model["model_type"]
+    # Gemma's files leave it out where it is so.
+    if name == "lm_head" and not model.get("tie_word_embeddings", kind.startswith("gemma")):
         return "output"
-    head, _, rest = name.partition("model.layers.")
+    head, _, rest = name.partition(_LAYERS.get(kind, "model.layers."))
     layer, _, part = rest.partition(".")
     if head or not layer.isdecimal() or part not in _PARTS:
         why = " (tied to the embedding)" if name == "lm_head" else ""
