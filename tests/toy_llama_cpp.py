@@ -39,7 +39,8 @@ def write_base(folder: Path, output: Path, pre: str = "smollm") -> Path:
     q's and k's rows of Llama go into Meta's order; Gemma's norms multiply by 1 + weight.
     """
     config = json.loads((folder / "config.json").read_text())
-    kind = {"mistral": "llama", "gemma3_text": "gemma3"}.get(*[config["model_type"]] * 2)
+    kind = str(config["model_type"])
+    kind = {"mistral": "llama", "gemma3_text": "gemma3"}.get(kind, kind)
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
     rope = config.get("rope_parameters") or config
