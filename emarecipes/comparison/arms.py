@@ -49,7 +49,7 @@ class Arm:
 
     @property
     def choice(self) -> str:
-        """Common to arms that are candidates for one defense: a sweep's values, or the arm alone."""
+        """Common to the candidates for one defense: a sweep's values, or the arm alone."""
         return self.name if self.series else self.group
 
 
