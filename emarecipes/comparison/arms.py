@@ -27,9 +27,9 @@ class Arm:
 
     Attributes:
         name: Of files, such as `kl` or `kl_1` for the second value of its sweep.
-        group: The entry in the config, whose sweep's values are candidates for one defense; the
-            arm's own name where none is to be chosen.
+        group: The entry in the config.
         label: For people.
+        series: What arms that are doses of one defense, each tested, are called together.
         role: See `ArmSettings`.
         tasks: The tasks that it is trained on.
         overrides: Of its config, the swept values among them.
@@ -45,6 +45,12 @@ class Arm:
     overrides: tuple[str, ...] = ()
     config: str | None = None
     collect: tuple[str, ...] = ()
+    series: str = ""
+
+    @property
+    def choice(self) -> str:
+        """Common to the candidates for one defense: a sweep's values, or the arm alone."""
+        return self.name if self.series else self.group
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,12 +114,13 @@ def _expand(name: str, arm: ArmSettings, all_tasks: list[str]) -> list[Arm]:
         found.append(
             Arm(
                 name=own,
-                group=name if arm.choose else own,
+                group=name,
                 label=f"{label} ({short})" if arm.sweep else label,
                 role=arm.role,
                 tasks=tuple(tasks),
                 overrides=(*arm.overrides, *(f"{key}={value}" for key, value in pairs)),
                 config=arm.config,
+                series="" if arm.choose else label,
             )
         )
     return found
@@ -195,9 +202,16 @@ def _config(plan: Plan, arm: Arm, task: str, seed: int, folder: Path, origin: Or
         dataset = plan.tasks[task].dataset
         if dataset is not None:
             interleaved = str(cfg.dataset.get("_component_")).endswith("interleaved_dataset")
-            OmegaConf.update(
-                cfg, "dataset.task" if interleaved else "dataset", dataset, merge=False
-            )
+            place = "dataset.task" if interleaved else "dataset"
+            lost = [
+                o for o in arm.overrides if o.lstrip("~").startswith((f"{place}.", f"{place}="))
+            ]
+            if lost and task == "narrow":  # Elsewhere the arm's own data are replaced on purpose.
+                raise UserError(
+                    f"overrides: {lost[0]}: the task's dataset takes the place of {place}, and "
+                    f"this with it; set it in tasks.{task}.dataset"
+                )
+            OmegaConf.update(cfg, place, dataset, merge=False)
         if not any(override.startswith("dataset.seed=") for override in arm.overrides):
             seed_data(cfg, seed)
         checked = check_settings(cfg, own)

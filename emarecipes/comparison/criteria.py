@@ -200,7 +200,7 @@ def choose(figures: Sequence[ArmFigures]) -> dict[str, str]:
         worst = found.excesses[contrast.worst]
         unlearned = 2 * worst.below > worst.seeds
         candidate = (unlearned, worst.estimate.value, found.arm.name)
-        chosen[found.arm.group] = min(chosen.get(found.arm.group, candidate), candidate)
+        chosen[found.arm.choice] = min(chosen.get(found.arm.choice, candidate), candidate)
     return {group: name for group, (_, _, name) in chosen.items()}
 
 

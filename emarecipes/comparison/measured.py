@@ -41,7 +41,7 @@ def compare(plan: Plan, arms: list[Arm], jobs: list[Job], runner: Runner) -> Out
     shown = arms
     if plan.settings.frozen and opening is not None:
         # The report half of candidates that were not chosen stays closed.
-        shown = [a for a in arms if opening.chosen.get(a.group, a.name) == a.name]
+        shown = [a for a in arms if opening.chosen.get(a.choice, a.name) == a.name]
     scores = {task: runner.evaluate(shown, finished, task, half) for task in _tasks(plan)}
     outcome = _measure(plan, shown, scores, opening if half == "report" else None)
     outcome.runs = {arm.name: Path(arm.collect[0]) for arm in shown if arm.collect} | {
@@ -84,12 +84,12 @@ def _choose(plan: Plan, arms: list[Arm], finished: list[Job], runner: Runner) ->
     groups: dict[str, list[str]] = {}
     for arm in arms:
         if arm.role == "defense":
-            groups.setdefault(arm.group, []).append(arm.name)
+            groups.setdefault(arm.choice, []).append(arm.name)
     chosen = {group: names[0] for group, names in groups.items() if len(names) == 1}
     if len(chosen) == len(groups):
         return chosen
     needed = [a for a in arms if a.role in ("undefended", "frontier") or
-              (a.role == "defense" and a.group not in chosen)]  # fmt: skip
+              (a.role == "defense" and a.choice not in chosen)]  # fmt: skip
     tasks = [task for task in _tasks(plan) if task != "benign"]
     scores = {task: runner.evaluate(needed, finished, task, "select") for task in tasks}
     outcome = _measure(plan, needed, scores, None)
@@ -125,9 +125,9 @@ def _measure(
 
     if opening is None:
         candidates = choose(figures_of([])[0])
-        family = [arm.name for arm in arms if candidates.get(arm.group) == arm.name]
+        family = [arm.name for arm in arms if candidates.get(arm.choice) == arm.name]
     else:
-        family = [arm.name for arm in arms if opening.chosen.get(arm.group) == arm.name]
+        family = [arm.name for arm in arms if opening.chosen.get(arm.choice) == arm.name]
     figures, effect, missing = figures_of(family)
     missing += left_out
     half: Half = "select" if opening is None else "report"

@@ -109,7 +109,7 @@ def _context(outcome: Outcome) -> dict[str, Any]:
 
 def _pictures(outcome: Outcome) -> dict[str, bytes]:
     number, unit = plots.numbers(outcome.figures), outcome.judged_by("general").unit
-    labels = {f.arm.name: f.arm.label for f in outcome.figures}
+    labels = {f.arm.name: f.arm.series or f.arm.label for f in outcome.figures}
     shown = {
         f.arm.name: outcome.runs[f.arm.name]
         for f in outcome.figures

@@ -218,7 +218,8 @@ def findings(outcome: Outcome) -> list[tuple[str, str, str]]:
             at = ", at the first look" if verdict.look == 1 and outcome.settings.look == 2 else ""
             meaning += f" ({bound}Holm-corrected p {show_p(p, error)}{at})"
         if figures.narrow.share is not None:
-            meaning += f"; in-domain it learned {figures.narrow.share:.0%} of what undefended did"
+            share = f"in-domain it learned {figures.narrow.share:.0%} of what undefended did"
+            meaning = f"{meaning}; {share}" if meaning else share
         found.append((figures.arm.label, f"{sign} {cell.decision}".strip(), meaning))
     return found
 

@@ -32,22 +32,30 @@ def style(number: int) -> dict[str, Any]:
 
 
 def numbers(figures: Sequence[ArmFigures]) -> dict[str, int]:
-    """Of each arm for `style`: 0 for undefended and frontier arms, else counted from 1."""
-    others = [f.arm.name for f in figures if f.arm.role not in ("undefended", "frontier")]
-    return {f.arm.name: 0 for f in figures} | {name: i for i, name in enumerate(others, start=1)}
+    """Of each arm for `style`: 0 for undefended and frontier arms, else counted from 1.
+
+    Doses of one defense have one number.
+    """
+    others = [f for f in figures if f.arm.role not in ("undefended", "frontier")]
+    series = list(dict.fromkeys(f.arm.series or f.arm.name for f in others))
+    return {f.arm.name: 0 for f in figures} | {
+        f.arm.name: 1 + series.index(f.arm.series or f.arm.name) for f in others
+    }
 
 
 def trade_off(figures: Sequence[ArmFigures], general: str, in_domain: str) -> bytes:
     """General against in-domain shift: the frontier as a curve, each other arm as a marker.
 
-    Small dots are seeds, large markers their means.
+    Small dots are seeds, large markers their means; doses of one defense are joined by a line.
 
     Args:
         figures: Of all arms.
         general: The unit of its shift.
         in_domain: The same.
     """
-    figure = Figure(figsize=(WIDTH, 4.4), layout="constrained")
+    series: dict[str, list[tuple[float, float]]] = {}
+    count = len({number for number in numbers(figures).values() if number})
+    figure = Figure(figsize=(WIDTH, 4.4 + 0.1 * max(0, count - 8)), layout="constrained")
     axes = figure.subplots()
     axes.axhline(0, color="#999999", linewidth=0.8, zorder=0)
     curve = [(0.0, 0.0)]
@@ -70,6 +78,8 @@ def trade_off(figures: Sequence[ArmFigures], general: str, in_domain: str) -> by
         if number[found.arm.name] == 0:
             curve.append((float(mean[0]), float(mean[1])))
             continue
+        doses = series.setdefault(found.arm.series or found.arm.name, [])
+        doses.append((float(mean[0]), float(mean[1])))
         axes.plot(
             *mean,
             color=look["color"],
@@ -77,9 +87,11 @@ def trade_off(figures: Sequence[ArmFigures], general: str, in_domain: str) -> by
             markersize=9,
             markeredgecolor="white",
             linestyle="",
-            label=found.arm.label,
+            label=(found.arm.series or found.arm.label) if len(doses) == 1 else None,
             zorder=3,
         )
+        if len(doses) > 1:
+            axes.plot(*np.array(doses[-2:]).T, color=look["color"], lw=1, alpha=0.6, zorder=1)
     x, y = np.array(sorted(curve)).T
     axes.plot(x, y, "-o", color="black", markersize=5, label="undefended (frontier)", zorder=2)
     axes.set_xlabel(f"in-domain shift, {in_domain}\n(what the data teach)")
@@ -98,16 +110,18 @@ def categories(figures: Sequence[ArmFigures], unit: str) -> bytes | None:
         figsize=(WIDTH, 1.6 + 0.42 * len(names) + 0.1 * len(shown)), layout="constrained"
     )
     axes = figure.subplots()
-    number = numbers(figures)
+    number, told = numbers(figures), set[int]()
     for found in shown:
         look = style(number[found.arm.name]) | {"linestyle": ""}
+        label = None if number[found.arm.name] in told else found.arm.series or found.arm.label
+        told.add(number[found.arm.name])
         rows = [names.index(name) for name in found.categories]
         offset = 0.5 * (number[found.arm.name] / max(len(shown), 1) - 0.5)
         axes.plot(
             [estimate.value for estimate in found.categories.values()],
             [row + offset for row in rows],
             markersize=6,
-            label=found.arm.label,
+            label=label,
             **look,
         )
     for row in range(1, len(names)):
@@ -176,7 +190,7 @@ def _legend(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> No
             loc="outside lower center",
             ncols=columns,
             frameon=False,
-            fontsize=9,
+            fontsize=9 if len(labels) <= 12 else 6.5,  # Long ones would stand beyond the edges.
         )
 
 

@@ -138,6 +138,15 @@ def test_two_arms_of_one_name_are_refused(config: Path, tmp_path: Path, choose: 
         expand_arms(plan, origin)
 
 
+def test_an_override_of_data_that_the_task_replaces_is_refused(config: Path) -> None:
+    replaced = "tasks.narrow.dataset._component_=torchtune.datasets.alpaca_dataset"
+    arm = "arms.kl.overrides=[dataset.split=train]"
+    raw, origin = load_config(["--config", str(config), replaced, arm])
+    plan = check_compare_settings(raw, origin)
+    with pytest.raises(UserError, match=r"arms.kl.*dataset.split=train: the task's dataset takes"):
+        make_jobs(plan, expand_arms(plan, origin), origin)
+
+
 def test_an_arm_without_answers_is_evaluated_without_its_judge(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
