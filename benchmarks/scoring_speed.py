@@ -28,6 +28,7 @@ from emarecipes.models.likelihoods import GivenAnswers
 from emarecipes.models.loss_head import LossHead
 from emarecipes.models.sampling import reading
 from emarecipes.models.sampling.draw import Sampling
+from emarecipes.models.sampling.given import nll_by_prompt
 from emarecipes.models.sampling.prompts import encode_prompt
 from emarecipes.models.sampling.sampler import sample_answers
 from emarecipes.models.source import load_model
@@ -72,7 +73,7 @@ def main() -> None:
         return values(answers.nll(head, batches, reference=True))
 
     def once() -> dict[int, torch.Tensor]:
-        return values(answers.nll_by_prompt(head, BATCH, reference=True))
+        return values(nll_by_prompt(answers, head, BATCH, reference=True))
 
     def sampled() -> int:
         sampling = Sampling(options.new_tokens, stop_tokens=(), temperature=1.0)

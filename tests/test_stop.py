@@ -14,6 +14,7 @@ from emarecipes.errors import UserError
 from emarecipes.evaluation.run import run_eval
 from emarecipes.generation import run as generation
 from emarecipes.models import likelihoods
+from emarecipes.models.sampling import given
 from emarecipes.selection import run as selection
 from emarecipes.stop import stoppable
 
@@ -113,13 +114,13 @@ def test_evaluation_keeps_its_likelihoods(
     config |= {"probes": probes, "adapters": {"a": str(adapter)}, "batch_size": 2}
     argv = arguments(tmp_path, config)
     with monkeypatch.context() as patch:
-        signals_in(patch, likelihoods, "token_nll", signal.SIGINT)
+        signals_in(patch, given, "token_nll", signal.SIGINT)
         assert run_eval(argv) == 1
     said = capsys.readouterr().err
     assert LATER in said and "error: stopped; likelihoods so far are kept" in said
     assert not (tmp_path / "out/summary.json").exists()
     with monkeypatch.context() as patch:
-        calls = signals_in(patch, likelihoods, "token_nll")
+        calls = signals_in(patch, given, "token_nll")
         assert run_eval(argv) == 0
     assert calls() == 6 - 2
 

@@ -219,7 +219,7 @@ def keep_told(
                 kept[name] = replace(kept[name], probes=probes)
                 having.remove(name)
                 notes.append(
-                    f"{name}: {key}: {own.sum()} of {len(own)} questions have usable answers; "
+                    f"{name}: {key}: {own.sum()} of {own.size} questions have usable answers; "
                     "not measured"
                 )
         ids = kept[having[0]].probes[key].ids

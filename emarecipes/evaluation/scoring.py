@@ -18,6 +18,7 @@ from emarecipes.fingerprint import digest, sampled_digest
 from emarecipes.models.adapters.read import check_adapter, load_adapter
 from emarecipes.models.likelihoods import GivenAnswers
 from emarecipes.models.loss_head import LossHead
+from emarecipes.models.sampling.given import nll_by_prompt
 from emarecipes.models.source import load_model
 from emarecipes.probes.contrast import AnswerRow
 from emarecipes.progress import Progress
@@ -120,7 +121,7 @@ class Scorer:
             stoppable(_KEPT, in_batches=True) as stop,
             Progress(total=len(todo), desc=label, unit="row") as bar,
         ):
-            found = answers.nll_by_prompt(head, self._batch_size, reference=adapter is None)
+            found = nll_by_prompt(answers, head, self._batch_size, reference=adapter is None)
             for number, (rows, nll_T, tokens_B) in enumerate(found, start=1):
                 keys = [names[row] for row in rows]
                 for key, values in zip(keys, nll_T.split(tokens_B.tolist()), strict=True):

@@ -10,6 +10,7 @@ from toy_models import VOCAB_SIZE, toy_model
 from emarecipes.models.batch import prompts_together
 from emarecipes.models.likelihoods import GivenAnswers, answer_row
 from emarecipes.models.loss_head import LossHead
+from emarecipes.models.sampling.given import nll_by_prompt
 
 FAMILIES = ["llama3_2", "qwen2_5", "gemma2", "phi3", "mistral"]
 
@@ -38,7 +39,7 @@ def found(
     answers = GivenAnswers(rows, 0, 4, torch.device("cpu"))
     every = [[row] for row in range(len(rows))]
     batches: Any = (
-        answers.nll_by_prompt(head, 4, reference=reference)
+        nll_by_prompt(answers, head, 4, reference=reference)
         if once
         else answers.nll(head, every, reference=reference)
     )
