@@ -61,6 +61,17 @@ def test_values_are_what_yaml_says(path: Path) -> None:
     assert origin.variables == {"model_dir"}
 
 
+def test_a_file_that_is_read_again_is_as_it_is_written(path: Path) -> None:
+    """Whatever was changed in what was read of it; and after a change of the file, the new one."""
+    cfg, _ = load_config(["--config", str(path), "lr=1.0", "~defenses.kl"])
+    cfg.model.in_features = 9
+    again, origin = load_config(["--config", str(path)])
+    assert (again.lr, again.model.in_features, list(again.defenses)) == (3e-4, 3, ["kl"])
+    assert again.tokenizer.path == "models/x/t" and origin.lines["lr"] == 7
+    path.write_text(TEXT.replace("3e-4", "\n  5e-4"))
+    assert load_config(["--config", str(path)])[0].lr == 5e-4
+
+
 def test_places(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(path.parent)
     _, origin = load_config(["--config", str(path), "model.in_features=5"])

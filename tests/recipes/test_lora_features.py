@@ -127,11 +127,13 @@ def test_compiled_layers(
     steps = {"dataset": {"data_files": rows}, "epochs": 3, "max_steps_per_epoch": 1}
     plain = train(write(models, tmp_path / "a", pad_to_multiple_of=128, **steps))
     assert len(plain) == 3 and plain[2][2] > 1e-4
-    graphs = counters["stats"]["unique_graphs"]
+    graphs, in_inductor = counters["stats"]["unique_graphs"], sum(counters["inductor"].values())
     compiled = train(write(models, tmp_path / "b", pad_to_multiple_of=128, compile=True, **steps))
     assert compiled == approx_rows(plain, 1e-4)
-    # Of a layer, with the adapter's gradient and without the adapter; and of the loss head's chunk.
+    # Of a layer, with the adapter's gradient and without the adapter; and of the loss head's chunk,
+    # which alone goes there where layers do not.
     assert counters["stats"]["unique_graphs"] - graphs >= 3
+    assert sum(counters["inductor"].values()) > in_inductor
 
 
 @pytest.mark.parametrize(
