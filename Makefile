@@ -89,7 +89,7 @@ test-oldest:
 	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
 
 test-quick: checked
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "unit and not long"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "unit and not long and not early"
 
 test-long: $(VENV)/installed-dev $(MODEL)/prepared.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long
