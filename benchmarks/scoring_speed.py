@@ -38,6 +38,7 @@ from emarecipes.probes.pairs import exchange
 REPO = Path(__file__).resolve().parents[1]
 CONFIG = REPO / "configs" / "smollm2_135m_eval.yaml"
 BATCH = 8
+SENTENCE = "Answer in the way that a careful friend would, who has time for you."
 
 
 def main() -> None:
@@ -45,7 +46,9 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=32)
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--new-tokens", type=int, default=16)
+    parser.add_argument("--sentences", type=int, default=0, help="of a system prompt in each row")
     options = parser.parse_args()
+    system = " ".join([SENTENCE] * options.sentences) or None
     lines = (REPO / "data/general_probe/select.jsonl").read_text(encoding="utf-8").splitlines()
     asked = [json.loads(line) for line in lines[: options.questions]]
     with tempfile.TemporaryDirectory() as scratch:
@@ -55,14 +58,14 @@ def main() -> None:
         )  # fmt: skip
     head = LossHead(load_model(run.cfg))
     rows = [
-        answer_row(run.tokenizer, exchange(one["question"], one[kind], None)).sample
+        answer_row(run.tokenizer, exchange(one["question"], one[kind], system)).sample
         for one in asked
         for kind in ("aligned", "misaligned")
     ]
     answers = GivenAnswers(
         rows, run.tokenizer.pad_id, run.cfg.pad_to_multiple_of, torch.device("cpu")
     )
-    prompts = [encode_prompt(run.tokenizer, None, one["question"]) for one in asked]
+    prompts = [encode_prompt(run.tokenizer, system, one["question"]) for one in asked]
     seen = [0]
     head.model.tok_embeddings.register_forward_hook(
         lambda layer, given, output: seen.__setitem__(0, seen[0] + given[0].numel())

@@ -83,11 +83,17 @@ def expand_arms(plan: Plan, origin: Origin) -> list[Arm]:
     """The arms of a plan, a sweep taken apart into one arm for each combination of values.
 
     Raises:
-        UserError: A value of a sweep would get the name of another arm, and its folders.
+        UserError: A value of a sweep would get the name of another arm, and its folders; `choose`
+            where there is nothing to choose.
     """
     arms: list[Arm] = []
     entries: dict[str, str] = {}  # By the arm's name, which its folders have.
     for entry, settings in plan.arms.items():
+        if not settings.choose and (settings.role != "defense" or not settings.sweep):
+            raise UserError(
+                f"{origin.at(f'arms.{entry}.choose')}: false is for a defense with a sweep; "
+                "nothing is chosen here"
+            )
         for arm in _expand(entry, settings, list(plan.tasks)):
             arms.append(arm)
             other = entries.setdefault(arm.name, entry)

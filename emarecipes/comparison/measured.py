@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -110,7 +110,9 @@ def _measure(
     narrow, good, benign = (scores.get(task, {}) for task in ("narrow", GOOD, "benign"))
     judged_by = [criterion.key for criterion in settings.criteria.shifted.values()]
     beside = {f"{name}/{GOOD}": of for name, of in good.items()}
-    told, left_out = keep_told({**narrow, **beside}, judged_by)
+    undefended = [arm.name for arm in arms if arm.role == "undefended"]
+    needed = [*undefended, *(f"{name}/{GOOD}" for name in undefended)]
+    told, left_out = keep_told({**narrow, **beside}, judged_by, needed)
     narrow = {name: told[name] for name in narrow}
     good = {name: told[f"{name}/{GOOD}"] for name in good}
     judged = narrow
@@ -189,7 +191,7 @@ MIN_TOLD = 0.5
 
 
 def keep_told(
-    arms: Mapping[str, Scores], keys: Sequence[str]
+    arms: Mapping[str, Scores], keys: Sequence[str], needed: Collection[str] = ()
 ) -> tuple[dict[str, Scores], list[str]]:
     """The arms' scores over the questions that have usable answers under every arm and seed.
 
@@ -198,13 +200,14 @@ def keep_told(
     Args:
         arms: By name.
         keys: Of `Scores.probes`.
+        needed: Arms without which there is no comparison.
 
     Returns:
         The scores, and a line for each figure that lost questions, or an arm.
 
     Raises:
         UserError: Fewer than half of the questions are left: what is over them is not what was
-            asked.
+            asked; or an arm that is needed has so few.
     """
     kept, notes = dict(arms), []
     for key in keys:
@@ -215,6 +218,11 @@ def keep_told(
         for name in list(having):
             own = np.isfinite(kept[name].probes[key].values_SQ).all(axis=0)
             if own.mean() < MIN_TOLD and len(having) > 1:
+                if name in needed:
+                    raise UserError(
+                        f"{name}: {key}: {own.sum()} of {own.size} questions have usable answers, "
+                        "and all else is compared with it; sample more answers, or longer ones"
+                    )
                 probes = {other: v for other, v in kept[name].probes.items() if other != key}
                 kept[name] = replace(kept[name], probes=probes)
                 having.remove(name)

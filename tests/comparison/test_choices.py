@@ -129,6 +129,17 @@ def test_without_a_choice_every_value_is_tested(config: Path, tmp_path: Path) ->
     assert [f.arm.name for f in outcome.figures if f.arm.role == "defense"] == outcome.family
 
 
+@pytest.mark.parametrize("entry", ["undefended", "fewer", "alone"])
+def test_choose_false_where_nothing_is_chosen_is_refused(
+    config: Path, tmp_path: Path, entry: str
+) -> None:
+    alone = f"arms.alone.config={tmp_path / 'train.yaml'}"
+    raw, origin = load_config(["--config", str(config), alone, f"arms.{entry}.choose=false"])
+    plan = check_compare_settings(raw, origin)
+    with pytest.raises(UserError, match=rf"arms.{entry}.choose: false is for a defense with a sw"):
+        expand_arms(plan, origin)
+
+
 @pytest.mark.parametrize("choose", ["true", "false"])
 def test_two_arms_of_one_name_are_refused(config: Path, tmp_path: Path, choose: str) -> None:
     other = f"arms.kl_1.config={tmp_path / 'train.yaml'}"

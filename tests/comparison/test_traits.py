@@ -143,6 +143,8 @@ def test_an_arm_that_hardly_answers_takes_no_questions_from_others() -> None:
     ]
     assert not told["mute"].probes and given["mute"].probes
     assert [told[name].probes["x"].ids for name in ("one", "two")] == [("a", "c")] * 2
+    with pytest.raises(UserError, match=r"mute: x: 1 of 3 questions .* all else is compared with"):
+        keep_told(given, ["x"], needed=["mute"])
 
 
 @pytest.mark.parametrize(
