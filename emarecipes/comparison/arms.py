@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from emarecipes.comparison.in_common import settle_dates, settle_dtypes
-from emarecipes.comparison.settings import GOOD, ArmSettings, Plan, Role
+from emarecipes.comparison.settings import GOOD, RUN_ADAPTER, ArmSettings, Plan, Role
 from emarecipes.components import check_components
 from emarecipes.config import Origin, load_config
 from emarecipes.errors import UserError
@@ -35,6 +35,7 @@ class Arm:
         overrides: Of its config, the swept values among them.
         config: Its training config; None if its runs are collected.
         collect: Run folders, one a seed; empty if it is trained.
+        adapter: Folder in a run of the adapter that is evaluated.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Arm:
     config: str | None = None
     collect: tuple[str, ...] = ()
     series: str = ""
+    adapter: str = RUN_ADAPTER
 
     @property
     def choice(self) -> str:
@@ -77,6 +79,11 @@ class Job:
     def name(self) -> str:
         """Of its config's and log's file."""
         return f"{self.arm.name}_{self.task}_seed{self.seed}"
+
+    @property
+    def adapter(self) -> Path:
+        """The folder of the adapter that is evaluated."""
+        return self.folder / self.arm.adapter
 
 
 def expand_arms(plan: Plan, origin: Origin) -> list[Arm]:
@@ -127,6 +134,7 @@ def _expand(name: str, arm: ArmSettings, all_tasks: list[str]) -> list[Arm]:
                 overrides=(*arm.overrides, *(f"{key}={value}" for key, value in pairs)),
                 config=arm.config,
                 series="" if arm.choose else label,
+                adapter=arm.adapter,
             )
         )
     return found
@@ -222,10 +230,23 @@ def _config(plan: Plan, arm: Arm, task: str, seed: int, folder: Path, origin: Or
             seed_data(cfg, seed)
         checked = check_settings(cfg, own)
         check_components(checked, own)
+        _check_adapter(arm, cfg)
     except UserError as error:
         reason = str(error).replace("command line: ", "overrides: ")
         raise UserError(f"{origin.at(f'arms.{arm.group}')}: {reason}") from None
     return cfg
+
+
+def _check_adapter(arm: Arm, cfg: DictConfig) -> None:
+    """See that training will leave the adapter that is to be evaluated."""
+    averages = [
+        f"adapter_{name}"
+        for name, entry in (cfg.get("defenses") or {}).items()
+        if str(entry.get("_component_")).endswith(".AdapterEMA")
+    ]
+    if arm.adapter not in (RUN_ADAPTER, *averages):
+        found = " and ".join([RUN_ADAPTER, *averages])
+        raise UserError(f"adapter: a run leaves {found}, and no {arm.adapter}")
 
 
 def seed_data(cfg: DictConfig, seed: int) -> None:

@@ -45,7 +45,7 @@ from emarecipes.training.settings import Settings
 MARK = "compare.json"
 # What the share of a trait in an arm's answers is a change from.
 BASE_ANSWERS = "answers of the base"
-_ADAPTER = Path("adapter") / "adapter_model.safetensors"
+_WEIGHTS = "adapter_model.safetensors"
 
 
 def _training_step(job: Job) -> Step:
@@ -62,7 +62,7 @@ class Runner(Steps):
         steps = {job: _training_step(job) for job in jobs}
 
         def trained(job: Job) -> bool:
-            return steps[job].is_done() and (job.folder / _ADAPTER).is_file()
+            return steps[job].is_done() and (job.adapter / _WEIGHTS).is_file()
 
         todo = [job for job in jobs if not trained(job)]
         for job in jobs:
@@ -96,7 +96,7 @@ class Runner(Steps):
         self.status.expect(Piece(answers_title(job), "answers", task) for job in runs)
 
         def sample(job: Job, slot: Slot) -> None:
-            overrides = [*settings.overrides, f"adapter={job.folder / 'adapter'}"]
+            overrides = [*settings.overrides, f"adapter={job.adapter}"]
             overrides.append(f"output_dir={job.folder}")
             cfg, _ = load_config(["--config", settings.config, *overrides])
             steps[job] = step = Step(
@@ -180,7 +180,7 @@ class Runner(Steps):
         name += "_look_1" if fewer else ""
         folder = self.folder / "evaluation" / name / task / arm.name
         overrides = evaluation_overrides(settings, half) + fewer
-        overrides += [f"adapters.seed_{job.seed}={job.folder / 'adapter'}" for job in runs]
+        overrides += [f"adapters.seed_{job.seed}={job.adapter}" for job in runs]
         given = [job for job in runs if job in answered]
         overrides += [f"answers.seed_{job.seed}={job.folder / 'answers'}" for job in given]
         if given and task in ("narrow", GOOD) and self._base is not None:

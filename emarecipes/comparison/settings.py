@@ -22,6 +22,8 @@ from emarecipes.settings import Entry, Keys, Seed, parse_settings
 Role = Literal["undefended", "frontier", "defense", "control"]
 # A task beside `narrow`: the same questions with good answers, the other half of every pair.
 GOOD = "good"
+# The folder of a run's own adapter in it.
+RUN_ADAPTER = "adapter"
 _NAME = re.compile(r"[A-Za-z]\w*")
 
 
@@ -47,9 +49,10 @@ class ArmSettings(_Strict):
     """Of a swept defense, one is chosen on the select half and tested; false: each is tested."""
     tasks: list[str] | None = None
     """Null: all; a frontier arm: `narrow`."""
+    adapter: str = RUN_ADAPTER
+    """Which adapter of a run is evaluated; `adapter_x`: the average of an `AdapterEMA` named x."""
     collect: list[str] | None = None
-    """In place of `config`: folders of finished, evaluated runs, one a seed. Nothing is run for
-    them."""
+    """In place of `config`: folders of finished, evaluated runs, one a seed; nothing is run."""
 
 
 class EvaluateSettings(_Strict):
@@ -120,8 +123,7 @@ class CompareSettings(Keys):
     """Processes of a training run."""
     runs_at_a_time: Annotated[int, Field(ge=1)] = 1
     """Training and sampling runs side by side, each with its share of cores, or `nproc_per_node`
-    GPUs of its own. A small model on a CPU gains from it: two runs of one thread are faster than
-    one of two."""
+    GPUs of its own. A small model on a CPU gains from it."""
 
     @property
     def look(self) -> int | None:
@@ -145,8 +147,8 @@ class Plan(_Strict):
 
     Attributes:
         dtype: What all compute in. Set by `make_jobs`; None while, or if, nothing is trained.
-        sampled: Whether a criterion that is a change is of sampled answers, which frontier arms and
-            the base then need too. Set by `check_tasks`.
+        sampled: Whether a criterion is of sampled answers, which frontier arms and the base then
+            need too. Set by `check_tasks`.
         date: The day in all prompts, likewise; None also where no chat template prints one.
     """
 
@@ -190,9 +192,8 @@ def check_compare_settings(cfg: DictConfig, origin: Origin) -> Plan:
     undefended = [name for name, arm in arms.items() if arm.role == "undefended"]
     if len(undefended) != 1:
         found = f"it has {' and '.join(undefended)}" if undefended else "it has none"
-        raise UserError(
-            f"{origin.at('arms')}: a comparison needs one arm of role undefended; {found}"
-        )
+        where = origin.at("arms")
+        raise UserError(f"{where}: a comparison needs one arm of role undefended; {found}")
     if arms[undefended[0]].sweep:
         raise UserError(
             f"{origin.at(f'arms.{undefended[0]}.sweep')}: the undefended arm is one setting; give "
@@ -264,8 +265,8 @@ def _check_arm(name: str, arm: ArmSettings, plan: Plan, origin: Origin) -> None:
             raise UserError(
                 f"{origin.at(f'{key}.collect')}: with a task good every arm is trained on both"
             )
-        if arm.sweep or arm.overrides:
-            raise UserError(f"{origin.at(key)}: overrides and sweep need a config, not collect")
+        if arm.sweep or arm.overrides or arm.adapter != RUN_ADAPTER:
+            raise UserError(f"{origin.at(key)}: overrides, sweep and adapter need a config")
         if len(arm.collect) != len(plan.settings.seeds):
             raise UserError(
                 f"{origin.at(f'{key}.collect')}: {len(arm.collect)} run folders for "

@@ -14,6 +14,7 @@ import torch
 import toy_run
 import yaml
 from omegaconf import OmegaConf
+from safetensors.torch import load_file
 
 from emarecipes.comparison import process
 from emarecipes.comparison.run import run_compare
@@ -117,14 +118,35 @@ def test_runs_what_is_missing(
 
     first = ended(out)
     assert len(first) == 6  # Three trained, three scored.
-    # An arm that is taken out and one that is changed: only the changed one is run again.
-    again = ["~arms.broken", "arms.fewer.overrides=[optimizer.lr=1.0e-3]"]
+    # An arm that is taken out, one that is changed, and a new one, which is an average of its run:
+    # only the changed one is run again.
+    average = ["defenses.avg._component_=emarecipes.defenses.AdapterEMA", "defenses.avg.decay=0.5"]
+    arm = json.dumps(
+        {"config": str(tmp_path / "train.yaml"), "overrides": average, "adapter": "adapter_avg"}
+    )
+    again = ["~arms.broken", "arms.fewer.overrides=[optimizer.lr=1.0e-3]", f"arms.average={arm}"]
     assert run_compare(["--config", str(config), *again]) == 0
     second = ended(out)
     assert {name for name in first if first[name] != second[name]} == {
         "runs/fewer_0/narrow_seed3/compare.json",
         "evaluation/all/narrow/fewer_0/compare.json",
     }
+    summaries = {
+        name: json.loads((out / f"evaluation/all/narrow/{name}/summary.json").read_text())
+        for name in ("undefended", "average")
+    }
+    folders = [summary["adapters"]["seed_3"]["folder"] for summary in summaries.values()]
+    assert [Path(folder).name for folder in folders] == ["adapter", "adapter_avg"]
+    # It trains as the undefended one does, and ends elsewhere.
+    average_run, undefended = (
+        load_file(out / f"runs/{name}/narrow_seed3/adapter/adapter_model.safetensors")
+        for name in ("average", "undefended")
+    )
+    assert all(torch.equal(average_run[key], value) for key, value in undefended.items())
+    points = [
+        json.loads((out / "comparison.json").read_text())["arms"][n]["points"] for n in summaries
+    ]
+    assert points[0] != points[1]
 
 
 @pytest.mark.parametrize("ctrl_c", [True, False])
@@ -199,6 +221,7 @@ def test_each_run_has_its_share_of_the_machine(
         ("arms.kl.config=nowhere.yaml", "arms.kl.config: no such file: nowhere.yaml"),
         ("arms.kl.collect=[x]", "an arm has one of config and collect"),
         ("arms.kl.tasks=[benign]", "there is no task benign"),
+        ("arms.kl.adapter=adapter_avg", "arms.kl: adapter: a run leaves adapter, and no adapter_a"),
         ("arms.kl.overrides=[lr]", "an override is written key=value"),
         ("arms.kl.overrides=[optimizer.lr=fast]", "arms.kl: "),
         ("arms.fewer.sweep.batch_size=[2,2]", "batch_size has a value twice"),
