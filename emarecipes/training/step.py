@@ -146,7 +146,7 @@ class TrainingLoss:
         loss = sum(d.weight * d.every_n_batches * means[name] for name, d in self._terms())
         loss += ce if self.objective[0] in self._ce_weights else 0.0
         counted = [n for n, c in zip(self.names, counts.tolist(), strict=True) if c > 0]
-        present = {name: means[name] for name in counted if name in self.present}
+        present = {n: means[n] for n in counted if n in self.present and n != "ce"}
         return {"loss": loss, "ce": ce} | present
 
     def backward(

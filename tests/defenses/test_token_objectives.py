@@ -116,7 +116,8 @@ def test_beside_other_terms_and_only_measured() -> None:
     term_alone = run(toy_model("llama3"), {"term": TokenConstraint()}, micro)
     plain = run(toy_model("llama3"), {}, micro)
     assert both[0]["loss"] == pytest.approx(term_alone[0]["term"] + 0.5 * kl_alone[0]["kl"])
-    assert both[0]["ce"] == plain[0]["ce"]
+    # Not bit for bit: KL on all positions makes the output layer's products larger.
+    assert both[0]["ce"] == pytest.approx(plain[0]["ce"], rel=1e-7)
     for key, gradient in both[1].items():
         total = term_alone[1][key] + kl_alone[1][key] - plain[1][key]
         torch.testing.assert_close(gradient, total, rtol=1e-3, atol=1e-6)

@@ -151,9 +151,10 @@ def test_two_processes_train_and_store_what_one_does(toy: dict[str, Any], tmp_pa
     toy = toy | {"optimizer": {"_component_": "torch.optim.AdamW", "lr": 2e-3}}
     rows, adapter = train(toy, tmp_path / "one")
     found, other = train(toy, tmp_path / "two", "batch_size=1", processes=2)
-    for key in ("loss", "ce", "grad_norm"):
+    # In bf16 a gradient's rounding is by its rows' number, and by the CPU's kind of product.
+    for key, tolerance in (("loss", 2e-2), ("ce", 2e-2), ("grad_norm", 5e-2)):
         expected = [row[key] for row in rows]
-        assert [row[key] for row in found] == pytest.approx(expected, rel=2e-2), key
+        assert [row[key] for row in found] == pytest.approx(expected, rel=tolerance), key
     assert {tensor.dtype for tensor in other.values()} == {FP32}
     _, start = train(toy, tmp_path / "start", *UNTRAINED)
     assert distance(adapter, other) < 0.2 * distance(adapter, start)
