@@ -1,0 +1,114 @@
+"""A step of each way to train, every one in a process of its own, as a user's is; by turns.
+
+The setting of step_cost.py, where all models share one process and so what its allocator holds:
+there 16 GB of tensors of six models slow each by pages that a user's run does not ask for. Here an
+arm's process steps when its turn comes and sleeps else. A ratio is the median over rounds of an
+arm's seconds over another's in the same round. Ours keep freed pages, as the recipe does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+
+import cache_cost
+import step_cost
+from rich.console import Console
+from rich.table import Table
+from step_cost import DTYPES, Setting, Trainer
+from timing import describe_machine, native_dtype
+
+from emarecipes.training.pages import keep_freed_pages
+
+STOCK, OURS, KL, CACHED = "torchtune's recipe", "ours, no defense", "ours, KL", "ours, KL cached"
+PEFT, NAIVE = "PEFT", "PEFT, naive KL"
+ARMS = [STOCK, OURS, KL, CACHED, PEFT, NAIVE]
+WANTED = [(OURS, STOCK, 0.60), (OURS, PEFT, 0.90), (KL, OURS, 1.45), (CACHED, OURS, 1.10),
+          (KL, NAIVE, 0.65)]  # fmt: skip
+
+
+def child(name: str, dtype: str) -> None:
+    """Take a step for each line that comes, and say its seconds on the wall."""
+    logging.disable(logging.INFO)
+    warnings.simplefilter("ignore")
+    if name.startswith("ours"):
+        keep_freed_pages()
+    with tempfile.TemporaryDirectory() as scratch:
+        setting = Setting(scratch, dtype)
+        batch = setting.batch(rows=4)
+        if name == CACHED:
+            trainer = cache_cost.build("KL, cached", setting, [batch])
+        else:
+            trainer = Trainer(*step_cost.ARMS[name](setting))
+        for _ in range(2):
+            trainer.step(batch)
+        print("ready", flush=True)
+        for _ in sys.stdin:
+            started = time.perf_counter()
+            trainer.step(batch)
+            print(time.perf_counter() - started, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repetitions", type=int, default=7, help="timed steps of each arm")
+    parser.add_argument("--dtype", choices=list(DTYPES), default=native_dtype(), help="%(default)s")
+    parser.add_argument("--json", help="file for all figures")
+    parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.arm:
+        return child(options.arm, options.dtype)
+    machine = describe_machine()
+    started = []
+    for name in ARMS:  # One after the other, so that none warms up beside another.
+        command = [sys.executable, __file__, "--arm", name, "--dtype", options.dtype]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        process = subprocess.Popen(command, text=True, stderr=subprocess.DEVNULL, **pipes)
+        started.append(process)
+        if process.stdout.readline().strip() != "ready":
+            sys.exit(f"{name} did not start")
+    seconds: dict[str, list[float]] = {name: [] for name in ARMS}
+    for _ in range(options.repetitions):
+        for name, process in zip(ARMS, started, strict=True):
+            process.stdin.write("\n")
+            process.stdin.flush()
+            seconds[name].append(float(process.stdout.readline()))
+    for process in started:
+        process.stdin.close()
+        process.wait()
+    if options.json:
+        with open(options.json, "w", encoding="utf-8") as file:
+            json.dump({"machine": machine, "variables": _narrowed(), "seconds": seconds}, file)
+    print(f"1024 tokens a step, {options.dtype}, {machine} {_narrowed() or ''}")
+    table = Table("", "seconds", "least", "most", "over stock", "over ours")
+    for name, of in seconds.items():
+        cells = (f"{value:.2f}" for value in (statistics.median(of), min(of), max(of)))
+        table.add_row(name, *cells, *(f"{_ratio(seconds, name, o):.2f}" for o in (STOCK, OURS)))
+    Console(width=120).print(table)
+    for name, over, limit in WANTED:
+        ratio = _ratio(seconds, name, over)
+        reached = "reached" if ratio <= limit else "not reached"
+        print(f"{name} / {over} = {ratio:.2f}, at most {limit:.2f}: {reached}")
+
+
+def _ratio(seconds: dict[str, list[float]], name: str, over: str) -> float:
+    rounds = zip(seconds[name], seconds[over], strict=True)
+    return statistics.median(one / other for one, other in rounds)
+
+
+def _narrowed() -> dict[str, str]:
+    """Variables that keep wide instructions unused, see narrow_instructions.py."""
+    names = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS")
+    return {name: os.environ[name] for name in names if name in os.environ}
+
+
+if __name__ == "__main__":
+    main()
