@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 import warnings
+from pathlib import Path
 
 import cache_cost
 import step_cost
@@ -61,7 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repetitions", type=int, default=7, help="timed steps of each arm")
     parser.add_argument("--dtype", choices=list(DTYPES), default=native_dtype(), help="%(default)s")
-    parser.add_argument("--json", help="file for all figures")
+    parser.add_argument("--json", type=Path, help="file for all figures")
     parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.arm:
@@ -85,8 +86,8 @@ def main() -> None:
         process.stdin.close()
         process.wait()
     if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump({"machine": machine, "variables": _narrowed(), "seconds": seconds}, file)
+        found = {"machine": machine, "variables": _narrowed(), "seconds": seconds}
+        options.json.write_text(json.dumps(found, indent=2), encoding="utf-8")
     print(f"1024 tokens a step, {options.dtype}, {machine} {_narrowed() or ''}")
     table = Table("", "seconds", "least", "most", "over stock", "over ours")
     for name, of in seconds.items():

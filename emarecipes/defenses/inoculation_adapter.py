@@ -123,7 +123,8 @@ class InoculationAdapter(Defense):
             added_TO = low_TR.detach() @ b_RO
             norms = [part.detach().float().square().mean() for part in (added_TO, out_TO)]
             self._ratios[name] = (norms[0] / norms[1]).sqrt()
-        return out_TO.unflatten(0, y.shape[:-1])
+        out: Tensor = out_TO.unflatten(0, y.shape[:-1])
+        return out
 
 
 class _Factors(NamedTuple):
