@@ -99,8 +99,7 @@ class InoculationAdapter(Defense):
             plain = plain_module(f"{name}.lora_a.weight")
             if not hasattr(module, "adapter_params") or plain not in self._factors:
                 continue
-            # In the products' own precision once, not at every step.
-            factors = _Factors(*(m.to(context.device, context.dtype) for m in self._factors[plain]))
+            factors = _Factors(*(m.to(context.device) for m in self._factors[plain]))
             module.register_forward_hook(partial(self._add, plain, factors, middle in plain + "."))
 
     def figures(self) -> dict[str, float]:
@@ -115,15 +114,12 @@ class InoculationAdapter(Defense):
         # Not a flag of the policy's forward: checkpointed layers run again in the backward pass.
         if module.disabled or not module.training:
             return None
-        x_TI, y_TO = inputs[0].flatten(0, -2), y.flatten(0, -2)
-        b_RO = factors.b_OR.T.to(y.dtype)
-        low_TR = (x_TI @ factors.a_RI.T.to(x_TI.dtype)).to(y.dtype)
-        out_TO = torch.addmm(y_TO, low_TR, b_RO)  # Added inside the product: one pass less over y.
+        x = inputs[0]
+        added = (x @ factors.a_RI.T.to(x.dtype)) @ factors.b_OR.T.to(x.dtype)
+        out: Tensor = y + added
         if noted:
-            added_TO = low_TR.detach() @ b_RO
-            norms = [part.detach().float().square().mean() for part in (added_TO, out_TO)]
+            norms = [part.detach().float().square().mean() for part in (added, out)]
             self._ratios[name] = (norms[0] / norms[1]).sqrt()
-        out: Tensor = out_TO.unflatten(0, y.shape[:-1])
         return out
 
 
