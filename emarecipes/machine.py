@@ -182,3 +182,17 @@ def threads_given(text: str) -> int | None:
     """What OMP_NUM_THREADS says, the first level of a list; None if it is not a number above 0."""
     first = text.split(",")[0].strip()
     return int(first) if first.isdecimal() and int(first) > 0 else None
+
+
+def keep_compiled_apart() -> None:
+    """Give what `torch.compile` keeps a folder of its own where ATEN_CPU_CAPABILITY is set.
+
+    Inductor's cache does not ask for it (torch 2.14.1): what was compiled for AVX-512 is read under
+    `avx2` with vectors of half the width, and the numbers are wrong without a word
+    (findings/inductor_cache_of_other_vectors.sh).
+    """
+    from torch._inductor.runtime.cache_dir_utils import cache_dir  # A second, for who compiles.
+
+    capability = os.environ.get("ATEN_CPU_CAPABILITY")
+    if capability and not cache_dir().endswith(f"cpu_{capability}"):
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(cache_dir()) / f"cpu_{capability}")

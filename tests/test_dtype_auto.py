@@ -7,6 +7,7 @@ import pytest
 import toy_compare
 import toy_run
 from omegaconf import OmegaConf
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from emarecipes import machine
 from emarecipes.comparison.arms import expand_arms, make_jobs
@@ -126,3 +127,16 @@ def test_arms_of_two_dtypes_are_refused(toy: tuple[Path, Path], tmp_path: Path) 
     plan, origin = plan_of(tmp_path, toy, "bf16", "fp32")
     with pytest.raises(UserError, match=r"arms\.arm1: its dtype is fp32, that of arm0 is bf16"):
         make_jobs(plan, expand_arms(plan, origin), origin)
+
+
+def test_what_is_compiled_for_other_vectors_lies_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
+    machine.keep_compiled_apart()
+    assert cache_dir() == str(tmp_path)
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
+    for _ in range(2):
+        machine.keep_compiled_apart()
+        assert cache_dir() == str(tmp_path / "cpu_avx2")

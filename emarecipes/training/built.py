@@ -13,7 +13,7 @@ import torch
 from torchtune.config import instantiate
 
 from emarecipes.defenses import TrainingContext
-from emarecipes.machine import DTYPES
+from emarecipes.machine import DTYPES, keep_compiled_apart
 from emarecipes.models._adapter_dtype import hold_adapter_in
 from emarecipes.models._torchtune import gather_root_in_forward_alone
 from emarecipes.models._torchtune_convert import fix_dora_bias
@@ -72,6 +72,8 @@ class BuiltTraining:
                 cfg.lr_scheduler, self.optimizer, num_training_steps=total_steps, last_epoch=-1
             )
         self.profiler = stock.build_profiler()
+        if cfg.compile:
+            keep_compiled_apart()
         self.loss = TrainingLoss(
             self.model,
             run.defenses,

@@ -10,6 +10,7 @@ from torchtune.modules.peft import get_adapter_params
 from toy_models import toy_microbatches, toy_model
 
 from emarecipes.defenses import Defense, KLToReference
+from emarecipes.machine import keep_compiled_apart
 from emarecipes.models.batch import Batch, make_batch
 from emarecipes.training.step import TrainingLoss
 
@@ -122,6 +123,7 @@ def test_a_compiled_chunk_equals_the_reference() -> None:
     """Chunks of four rows and a last one of fewer, and the term on some of their rows."""
     model = toy_model("llama3", lora_output=True)
     kl = KL | {"samples": "safe", "direction": "symmetric"}
+    keep_compiled_apart()
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     assert_equal_to_reference(model, kl, toy_microbatches(), chunk_elements=61 * 4, compiled=True)
