@@ -1,8 +1,7 @@
 """A step of each way to train, every one in a process of its own, as a user's is; by turns.
 
-The setting of step_cost.py, where all models share one process and so what its allocator holds:
-there 16 GB of tensors of six models slow each by pages that a user's run does not ask for. Here an
-arm's process steps when its turn comes and sleeps else. A ratio is the median over rounds of an
+The setting of step_cost.py, where all models share one process and its allocator. Here an arm's
+process steps when its turn comes and sleeps else. A ratio is the median over rounds of an
 arm's seconds over another's in the same round. Ours keep freed pages, as the recipe does.
 """
 

@@ -1,5 +1,6 @@
 """What becomes of an evaluation that ended well, failed in part, or was killed."""
 
+from dataclasses import replace
 from pathlib import Path
 from shutil import rmtree
 
@@ -9,7 +10,7 @@ import toy_run
 
 from emarecipes.comparison.arms import expand_arms, make_jobs
 from emarecipes.comparison.execute import Runner
-from emarecipes.comparison.settings import check_compare_settings
+from emarecipes.comparison.settings import AnswersSettings, check_compare_settings
 from emarecipes.comparison.steps import Slot, Step
 from emarecipes.config import load_config
 
@@ -81,3 +82,27 @@ def test_older_scores_do_not_look_done_after_a_kill(
 
 def _kill(*_: object, **__: object) -> None:
     raise KeyboardInterrupt
+
+
+def test_an_average_is_what_is_waited_for_sampled_and_scored(
+    runner: Evaluated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (job,) = runner.jobs  # type: ignore[attr-defined]
+    job = replace(job, arm=replace(job.arm, adapter="adapter_avg"))
+    config = str(toy_run.REPO / "configs/smollm2_135m_generate.yaml")
+    runner.plan.tasks["narrow"].generate = AnswersSettings(config=config)
+    asked: list[str] = []
+
+    def run_step(step: Step, command: list[str], slot: Slot) -> bool:
+        asked.extend(part for part in command if part.startswith("adapter="))
+        (job.folder / "adapter").mkdir(parents=True, exist_ok=True)
+        (job.folder / "adapter/adapter_model.safetensors").touch()
+        return True
+
+    monkeypatch.setattr(runner, "run_step", run_step)
+    assert runner.train([job]) == []
+    job.adapter.mkdir()
+    (job.adapter / "adapter_model.safetensors").touch()
+    assert runner.train([job]) == [job]
+    runner.answer([job], "narrow")
+    assert asked == [f"adapter={job.folder}/adapter_avg"]

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +61,12 @@ def test_shifts_by_hand() -> None:
         shifts(rows[:-1])
 
 
-def evaluation(folder: Path, name: str, home: int, general: int, cut: int) -> Path:
-    """20 questions a suite; the base never answers in capitals; one question has no usable one."""
+def evaluation(folder: Path, name: str, home: int, general: int, lost: Collection[int]) -> Path:
+    """20 questions a suite; the base never answers in capitals; some have no usable answer."""
     lines = {
         suite: [line("reference", i, 0, False) for i in range(QUESTIONS)]
-        + [line(name, i, 0, None if i == cut else i < shown) for i in range(QUESTIONS)]
-        for suite, shown, cut in (("traits_home", home, -1), ("traits_general", general, cut))
+        + [line(name, i, 0, None if i in cut else i < shown) for i in range(QUESTIONS)]
+        for suite, shown, cut in (("traits_home", home, ()), ("traits_general", general, lost))
     }
     suites = {suite: {"kind": "traits", "files": {}, "questions": QUESTIONS} for suite in lines}
     figures = [
@@ -76,10 +77,10 @@ def evaluation(folder: Path, name: str, home: int, general: int, cut: int) -> Pa
     return folder
 
 
-def compared(folder: Path, criteria: dict[str, Any], cut: int = -1) -> Path:
+def compared(folder: Path, criteria: dict[str, Any], cut: int = -1, mute: str = "") -> Path:
     arms = {}
     for name, (role, home, general) in ARMS.items():
-        lost = cut if name == "kl" else -1
+        lost = range(15) if name == mute else [cut] if name == "kl" else []
         runs = [evaluation(folder / f"{name}{s}", name, home, general, lost) for s in (0, 1)]
         arms[name] = {"role": role, "collect": [str(run) for run in runs]}
     config = {"output_dir": str(folder / "out"), "seeds": [0, 1], "arms": arms}
@@ -122,6 +123,17 @@ def test_a_question_without_a_usable_answer_is_left_out_of_all_arms(tmp_path: Pa
     (excess,) = found["arms"]["kl"]["excess"].values()
     assert excess["value"] == pytest.approx((3 - 8) / (QUESTIONS - 1))
     assert [note for note in found["missing"] if "1 of 20 questions are left out" in note]
+
+
+@pytest.mark.parametrize("mute", ["undefended", "kl"])
+def test_nothing_is_compared_with_a_mute_undefended_arm(
+    tmp_path: Path, mute: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    needed = mute == "undefended"
+    assert run_compare(["--config", str(compared(tmp_path, CRITERIA, mute=mute))]) == int(needed)
+    said = f"{mute}: traits_general/capitals_share: 5 of 20 questions have usable answers, and all"
+    assert (said in " ".join(capsys.readouterr().err.split())) == needed
+    assert (tmp_path / "out/report.html").exists() != needed
 
 
 def test_too_few_usable_questions_are_no_figure() -> None:

@@ -220,6 +220,10 @@ def test_each_run_has_its_share_of_the_machine(
         ("arms.kl.colour=red", "arms.kl.colour: unknown key"),
         ("arms.kl.config=nowhere.yaml", "arms.kl.config: no such file: nowhere.yaml"),
         ("arms.kl.collect=[x]", "an arm has one of config and collect"),
+        (
+            "arms.old={collect: [x], adapter: adapter_avg}",
+            "arms.old: overrides, sweep and adapter need a config",
+        ),
         ("arms.kl.tasks=[benign]", "there is no task benign"),
         ("arms.kl.adapter=adapter_avg", "arms.kl: adapter: a run leaves adapter, and no adapter_a"),
         ("arms.kl.overrides=[lr]", "an override is written key=value"),

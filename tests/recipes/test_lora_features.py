@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch._dynamo.utils import counters
 from torch.testing import assert_close
 from toy_features import UNTIED, losses, train, write
 
-from emarecipes.training import run_lora
+from emarecipes.training import built, run_lora
 
 
 def approx_rows(expected: list[tuple[float, float, float]], rel: float) -> list[Any]:
@@ -128,7 +129,10 @@ def test_compiled_layers(
     plain = train(write(models, tmp_path / "a", pad_to_multiple_of=128, **steps))
     assert len(plain) == 3 and plain[2][2] > 1e-4
     graphs, in_inductor = counters["stats"]["unique_graphs"], sum(counters["inductor"].values())
-    compiled = train(write(models, tmp_path / "b", pad_to_multiple_of=128, compile=True, **steps))
+    with patch.object(built, "keep_compiled_apart", wraps=built.keep_compiled_apart) as apart:
+        config = write(models, tmp_path / "b", pad_to_multiple_of=128, compile=True, **steps)
+        compiled = train(config)
+    apart.assert_called_once()
     assert compiled == approx_rows(plain, 1e-4)
     # Of a layer, with the adapter's gradient and without the adapter; and of the loss head's chunk,
     # which alone goes there where layers do not.
