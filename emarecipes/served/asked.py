@@ -3,7 +3,7 @@
 No way is common to all. Each is tried on the first answer, in this order, with prompts in tokens,
 so that no template and no tokenizer of the server's stands between:
 
-- `prompt_logprobs` (vLLM): those of a prompt's own tokens.
+- `prompt_logprobs` (vLLM): those of a prompt's own tokens, one answer at a time (docs/serving.md).
 - `echo` (SGLang, OpenAI's older models): the same in another form.
 - `logit_bias` (llama.cpp): one request a token; the bias makes it the chosen one, and its
   log-probability is that of the model before the bias.
@@ -43,7 +43,7 @@ def score_served(
         model: Inspect's, from `emarecipes.provider.provider_model`.
         name: The provider string, for messages.
         given: Prompts with their answers.
-        at_a_time: Answers that are asked for side by side.
+        at_a_time: Answers that are asked for side by side, where the way bears it.
         done: Called after each answer.
 
     Returns:
@@ -58,9 +58,7 @@ def score_served(
     called = model.api.service_model_name()
     replies = 0
 
-    gate = asyncio.Semaphore(at_a_time)
-
-    async def one(way: _Way, answer: Given) -> list[float]:
+    async def one(way: _Way, answer: Given, gate: asyncio.Semaphore) -> list[float]:
         nonlocal replies
         async with gate:
             try:
@@ -77,7 +75,8 @@ def score_served(
         async with model:
             for way_name, way in WAYS.items():
                 if await _knows(client, called, way, given, name):
-                    parts = await asyncio.gather(*(one(way, answer) for answer in given))
+                    gate = asyncio.Semaphore(1 if way is _prompt_logprobs else at_a_time)
+                    parts = await asyncio.gather(*(one(way, answer, gate) for answer in given))
                     return way_name, np.array([value for part in parts for value in part])
         return None
 

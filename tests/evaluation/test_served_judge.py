@@ -1,4 +1,4 @@
-"""A judge behind llama.cpp's own server: its expectation over number tokens, against the model's.
+"""A judge behind llama.cpp's and vLLM's own servers: its expectation, against the model's.
 
 The judge is a random Llama whose tokenizer has a token for each number from 0 to 100, as GPT-4o's
 has, and whose output layer makes it reply with one and stop.
@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 from toy_judged import ALIGNED, COHERENT, write_config
 from toy_llama_cpp import llama_server, needs_llama_cpp, write_base
 from toy_select import read_jsonl
+from toy_vllm import HEAD_DIM, needs_vllm, vllm_server
 
 from emarecipes.evaluation.run import run_eval
 from emarecipes.judges.calls import ask
@@ -30,7 +31,7 @@ from emarecipes.models.sampling.prompts import encode_prompt
 pytest.importorskip("inspect_ai")
 pytest.importorskip("openai")
 
-pytestmark = [needs_llama_cpp, pytest.mark.usefixtures("judge_client")]
+pytestmark = pytest.mark.usefixtures("judge_client")
 
 NAME = "openai-api/toy/judge"
 VOCABULARY, TOP, BIAS = 600, 20, 24.0
@@ -97,12 +98,30 @@ class Exact:
         return score, str(self._tokenizer.decode(likeliest[:1]))
 
 
-@pytest.fixture(scope="module")
-def judge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Exact]]:
+SERVERS = [
+    pytest.param("llama.cpp", marks=needs_llama_cpp),
+    pytest.param("vllm", marks=[needs_vllm, pytest.mark.early]),
+]
+
+
+@pytest.fixture(scope="module", params=SERVERS)
+def judge(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[str, Exact]]:
     """Its address, and the judge here."""
     folder = tmp_path_factory.mktemp("judge")
-    exact = Exact(folder / "judge", write_judge(folder / "judge"))
-    with llama_server(write_base(folder / "judge", folder / "judge.gguf", "gpt-2")) as url:
+    model = folder / "judge"
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "vllm":
+            for heads in ("HEADS", "KV_HEADS"):
+                patch.setattr(toy_run, heads, toy_run.WIDTH // HEAD_DIM)
+        exact = Exact(model, write_judge(model))
+    if request.param == "vllm":
+        named = ("--served-model-name", "judge", "--max-logprobs", str(VOCABULARY))
+        server = vllm_server(model, folder / "server.log", {}, *named)
+    else:
+        server = llama_server(write_base(model, folder / "judge.gguf", "gpt-2"))
+    with server as url:
         yield url, exact
 
 

@@ -3,62 +3,26 @@
 import http.server
 import json
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import toy_run
 import toy_select
 from safetensors.torch import load_file, save_file
 from toy_generate import Case
 from toy_llama_cpp import llama_server, needs_llama_cpp, write_base
+from toy_served import NAME, served, write_adapter
 
 from emarecipes.models.adapters.gguf import save_gguf
-from emarecipes.served import run_served
-
-RANK = 4
-NAME = "openai-api/toy/m"
-
-
-def write_adapter(folder: Path, model_dir: Path, **config: Any) -> Path:
-    """A random adapter on every matrix; its update does not depend on the config's scale."""
-    folder.mkdir()
-    generator = torch.Generator().manual_seed(3)
-    width, kv = toy_run.WIDTH, toy_run.WIDTH // toy_run.HEADS * toy_run.KV_HEADS
-    attention = {"q": (width, width), "k": (kv, width), "v": (kv, width), "o": (width, width)}
-    mlp = {"gate": (toy_run.MLP, width), "up": (toy_run.MLP, width), "down": (width, toy_run.MLP)}
-    shapes = {f"self_attn.{p}_proj": s for p, s in attention.items()}
-    shapes |= {f"mlp.{p}_proj": s for p, s in mlp.items()}
-    tensors = {}
-    for layer in range(toy_run.LAYERS):
-        for part, (rows, columns) in shapes.items():
-            name = f"base_model.model.model.layers.{layer}.{part}"
-            a = torch.randn(RANK, columns, generator=generator)
-            b = torch.randn(rows, RANK, generator=generator)
-            tensors |= {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": 0.05 * b}
-    save_file(tensors, folder / "adapter_model.safetensors")
-    plain: dict[str, Any] = {
-        "peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "use_rslora": False,
-        "target_modules": [part.partition(".")[2] for part in shapes],
-        "base_model_name_or_path": str(model_dir),
-    }  # fmt: skip
-    (folder / "adapter_config.json").write_text(json.dumps(plain | config))
-    return folder
 
 
 @pytest.fixture
 def case(tmp_path: Path, toy_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Case:
     monkeypatch.setenv("TOY_API_KEY", "secret-key")
     return Case(tmp_path, toy_model_dir)
-
-
-def served(case: Case, adapter: Path, *more: str) -> int:
-    path = toy_run.write_config(case.folder / "config.yaml", case.config)
-    options = ["--adapter", str(adapter), "--model", NAME, "--prompts", "3", "--tokens", "8"]
-    return run_served([str(path), *options, *more])
 
 
 @needs_llama_cpp
@@ -138,9 +102,18 @@ def test_other_servers_forms(
     monkeypatch: pytest.MonkeyPatch,
     way: str,
 ) -> None:
-    """A token's log-probability is minus its number: neither model, and the largest says so."""
+    """A token's log-probability is minus its number: neither model, and the largest says so.
+
+    A prompt's own are asked for alone: a real vLLM ends where two of an adapter share a batch.
+    """
+    side_by_side, most = 0, 0
 
     def reply(path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        nonlocal side_by_side, most
+        side_by_side += 1
+        most = max(most, side_by_side)
+        time.sleep(0.05)  # Another that is not held back comes in.
+        side_by_side -= 1
         values = [None, *(-float(token) for token in body["prompt"][1:])]
         if way in body and way == "prompt_logprobs":
             pairs = zip(body["prompt"], values, strict=True)
@@ -156,6 +129,7 @@ def test_other_servers_forms(
         assert served(case, adapter) == 1
     out = capsys.readouterr().out
     assert f"by {way}" in out and "NEITHER" in out
+    assert (most == 1) == (way == "prompt_logprobs")
 
 
 @pytest.mark.parametrize("whose", ["here", "base"])
