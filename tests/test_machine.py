@@ -1,6 +1,7 @@
 """What is chosen for a machine: by faked flags and files, where this one has but one kind."""
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,23 @@ def test_the_measured_ratio_is_one_of_times() -> None:
     x, w = torch.ones(64, 512), torch.ones(512, 512)
     assert torch.equal((x.bfloat16() @ w.bfloat16()).float(), x @ w)  # Both do the same work.
     assert 0 < machine.bf16_speed() < 100
+
+
+def test_waiting_is_no_part_of_a_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine with other work a product waits for its turn: bf16 units were not seen there."""
+    machine.bf16_speed.cache_clear()
+    alone = machine.bf16_speed()
+    product, threads = torch.mm, torch.get_num_threads()
+
+    def waits(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.05 if x.dtype == torch.bfloat16 else 0)
+        return product(x, w)
+
+    monkeypatch.setattr(torch, "mm", waits)
+    machine.bf16_speed.cache_clear()
+    assert machine.bf16_speed() == pytest.approx(alone, rel=0.8)
+    assert torch.get_num_threads() == threads
+    machine.bf16_speed.cache_clear()
 
 
 @pytest.mark.parametrize(
