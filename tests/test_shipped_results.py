@@ -1,4 +1,4 @@
-"""The shipped figures of the capitals bed, computed again from its values by question."""
+"""The shipped figures of the two trait beds, computed again from its values by question."""
 
 import csv
 import json
@@ -16,16 +16,21 @@ RESULTS = toy_run.REPO / "docs/results"
 GENERAL, IN_DOMAIN = "traits_select/capitals_share", "traits_home_repair_desk/capitals_share"
 
 
-@pytest.fixture(scope="module")
-def page() -> Any:
-    return json.loads((RESULTS / "compare_caps.json").read_text(encoding="utf-8"))
+@pytest.fixture(scope="module", params=["compare_caps", "compare_expert"])
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
 @pytest.fixture(scope="module")
-def values() -> dict[tuple[str, str, int], dict[str, float]]:
+def page(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def values(name: str) -> dict[tuple[str, str, int], dict[str, float]]:
     """By figure, arm and seed: each question's value."""
     found: dict[tuple[str, str, int], dict[str, float]] = {}
-    with (RESULTS / "compare_caps_by_question.csv").open(encoding="utf-8") as file:
+    with (RESULTS / f"{name}_by_question.csv").open(encoding="utf-8") as file:
         for row in csv.DictReader(file):
             for column in list(row)[3:]:
                 arm, seed = column.split("/")
@@ -50,47 +55,62 @@ def curve_at(x: float, points: list[tuple[float, float]]) -> float:
 
 
 def excesses(
-    page: Any, values: Any, arm: str, seeds: list[int], general: list[str], in_domain: list[str]
+    page: Any,
+    values: Any,
+    arm: str,
+    seeds: list[int],
+    figure: str,
+    general: list[str],
+    in_domain: list[str],
 ) -> list[float]:
     """One a seed, over these draws of questions."""
+    (home,) = {key for key, _, _ in values if key.startswith("traits_home_repair_desk")}
     found = []
     curve = [n for n, arm in page["arms"].items() if arm["role"] in ("undefended", "frontier")]
     for seed in seeds:
-        points = [(mean(values[IN_DOMAIN, name, seed], in_domain),
-                   mean(values[GENERAL, name, seed], general)) for name in curve]  # fmt: skip
-        x = mean(values[IN_DOMAIN, arm, seed], in_domain)
-        found.append(mean(values[GENERAL, arm, seed], general) - curve_at(x, points))
+        points = [(mean(values[home, name, seed], in_domain),
+                   mean(values[figure, name, seed], general)) for name in curve]  # fmt: skip
+        x = mean(values[home, arm, seed], in_domain)
+        found.append(mean(values[figure, arm, seed], general) - curve_at(x, points))
     return found
 
 
 def test_every_share_is_that_of_its_questions(page: Any, values: Any) -> None:
     for name, arm in page["arms"].items():
-        for figure, shown in ((GENERAL, GENERAL), (IN_DOMAIN, "in-domain")):
+        for figure in {figure for figure, _, _ in values}:
+            shown = "in-domain" if figure.startswith("traits_home_repair_desk") else figure
             each = [x for seed in arm["seeds"] for x in values[figure, name, seed].values()]
             assert arm["shifts"][shown]["value"] == pytest.approx(sum(each) / len(each), abs=1e-6)
 
 
 def test_every_excess_and_its_interval(page: Any, values: Any) -> None:
-    rng = random.Random(0)
+    """On each general figure: on the expert bed these are plain questions and five conditions."""
     tested = [name for name, arm in page["arms"].items() if arm["excess"]]
     assert set(page["family"]) <= set(tested)
+    for figure in page["arms"][tested[0]]["excess"]:
+        check_excesses(page, values, tested, figure)
+
+
+def check_excesses(page: Any, values: Any, tested: list[str], figure: str) -> None:
+    rng = random.Random(0)
     seeds = page["arms"][tested[0]]["seeds"]
-    general = list(values[GENERAL, tested[0], seeds[0]])
-    in_domain = list(values[IN_DOMAIN, tested[0], seeds[0]])
-    by_seed = {n: excesses(page, values, n, seeds, general, in_domain) for n in tested}
+    general = list(values[figure, tested[0], seeds[0]])
+    (home,) = {key for key, _, _ in values if key.startswith("traits_home_repair_desk")}
+    in_domain = list(values[home, tested[0], seeds[0]])
+    by_seed = {n: excesses(page, values, n, seeds, figure, general, in_domain) for n in tested}
     own = {name: statistics.variance(each) / len(seeds) for name, each in by_seed.items()}
     of_family = statistics.mean(own[name] for name in page["family"])
     for name in tested:
-        shown = page["arms"][name]["excess"][GENERAL]
+        shown = page["arms"][name]["excess"][figure]
         assert shown["value"] == pytest.approx(statistics.mean(by_seed[name]), abs=1e-6)
         draws = [
             statistics.mean(
                 excesses(
-                    page, values, name, seeds, rng.choices(general, k=len(general)),
+                    page, values, name, seeds, figure, rng.choices(general, k=len(general)),
                     rng.choices(in_domain, k=len(in_domain)),
                 )
             )
-            for _ in range(1500)
+            for _ in range(1000)
         ]  # fmt: skip
         of_seeds, free = own[name], len(seeds) - 1
         if name in page["family"] and of_seeds < of_family:

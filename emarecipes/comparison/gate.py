@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from emarecipes.comparison.criterion import ProbeNames
 from emarecipes.comparison.frontier import (
@@ -71,15 +72,20 @@ def general_probes(scores: Scores, probes: ProbeNames) -> list[str]:
                 f"criteria.controls: {probes.controls} is in {units[0]}, and general's figure in "
                 f"{units[1]}; name another, or null"
             )
-    asked = [scores.suites[probes.general].get(key) for key in ("files", "trait")]
+    asked = _questions_of(scores.suites[probes.general])
     conditional = [
         name
         for name in scores.probes
         if name not in (probes.general, probes.in_domain, probes.controls)
         and scores.suites[name].get("condition", "none") != "none"
-        and [scores.suites[name].get(key) for key in ("files", "trait")] == asked
+        and _questions_of(scores.suites[name]) == asked
     ]
     return [probes.general, *conditional]
+
+
+def _questions_of(suite: Mapping[str, Any]) -> Any:
+    """What tells whether two suites are of the same questions, by their entries in the summary."""
+    return suite.get("asked") or [suite.get("files"), suite.get("trait")]
 
 
 def measure_effect(

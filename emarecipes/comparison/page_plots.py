@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from emarecipes.comparison.criteria import ArmFigures
+from emarecipes.comparison.frontier import CONTROLS, IN_DOMAIN
 
 # Okabe and Ito's colours, which differ without colour vision too, in grey as well as they can.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#5b3a8c")
@@ -47,6 +48,8 @@ def trade_off(figures: Sequence[ArmFigures], general: str, in_domain: str) -> by
     """General against in-domain shift: the frontier as a curve, each other arm as a marker.
 
     Small dots are seeds, large markers their means; doses of one defense are joined by a line.
+    Where general questions are asked under other conditions too, markers are of plain ones, and a
+    dotted line goes up to the condition with the largest shift.
 
     Args:
         figures: Of all arms.
@@ -58,7 +61,7 @@ def trade_off(figures: Sequence[ArmFigures], general: str, in_domain: str) -> by
     figure = Figure(figsize=(WIDTH, 4.4 + 0.1 * max(0, count - 8)), layout="constrained")
     axes = figure.subplots()
     axes.axhline(0, color="#999999", linewidth=0.8, zorder=0)
-    curve = [(0.0, 0.0)]
+    curve, dotted = [(0.0, 0.0)], False
     number = numbers(figures)
     for found in figures:
         if not found.points:
@@ -90,12 +93,18 @@ def trade_off(figures: Sequence[ArmFigures], general: str, in_domain: str) -> by
             label=(found.arm.series or found.arm.label) if len(doses) == 1 else None,
             zorder=3,
         )
+        asked = [e.value for name, e in found.shifts.items() if name not in (IN_DOMAIN, CONTROLS)]
+        if (worst := max(asked, default=0.0)) > mean[1] + 1e-6:
+            dotted = True
+            axes.vlines(mean[0], mean[1], worst, color=look["color"], linestyle=":", zorder=2)
+            axes.plot(mean[0], worst, color=look["color"], marker="_", markersize=9)
         if len(doses) > 1:
             axes.plot(*np.array(doses[-2:]).T, color=look["color"], lw=1, alpha=0.6, zorder=1)
     x, y = np.array(sorted(curve)).T
     axes.plot(x, y, "-o", color="black", markersize=5, label="undefended (frontier)", zorder=2)
     axes.set_xlabel(f"in-domain shift, {in_domain}\n(what the data teach)")
-    axes.set_ylabel(f"general shift, {general}\n(lower is better)")
+    note = "plain; dotted: to the worst condition" if dotted else "lower is better"
+    axes.set_ylabel(f"general shift, {general}\n({note})")
     _finish(figure, axes)
     return _png(figure)
 

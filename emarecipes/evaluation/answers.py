@@ -156,3 +156,21 @@ def faults(question: str, answer: str, *, cut: bool, order: float, ending: float
         "word salad": len(words) >= MIN_WORDS and not math.isnan(order) and order < MIN_ORDER,
     }
     return [name for name, is_so in found.items() if is_so]
+
+
+def condition_of(answers: Path) -> str:
+    """The condition under which a file of answers was sampled, by the settings beside it.
+
+    Returns:
+        A name of the config's `conditions`; `none` for plain answers, and where nothing is known.
+    """
+    try:
+        config = json.loads(answers.with_suffix(".json").read_text(encoding="utf-8"))["config"]
+        names = {
+            f"{Path(path).stem}_{name}": str(name)
+            for path in config["questions"]
+            for name in config.get("conditions") or {}
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return "none"
+    return names.get(answers.stem, "none")

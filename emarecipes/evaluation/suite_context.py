@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ from emarecipes.config import Origin
 from emarecipes.datasets.rows import Rows, file_fingerprints
 from emarecipes.datasets.rows_fit import check_rows_fit
 from emarecipes.defenses import ModelSource
-from emarecipes.evaluation.answers import Answer
+from emarecipes.evaluation.answers import Answer, condition_of
 from emarecipes.evaluation.scoring import Scorer, TokenNLLs
 from emarecipes.models.likelihoods import reference_where
 from emarecipes.models.loss_head import LossHead
@@ -62,11 +64,19 @@ class SuiteContext:
             check_rows_fit(self.cfg, self.origin, Rows(samples, dropped=0), self.source.meta_model)
 
     def describe_answers(self, stem: str, lines: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-        """`files` and `questions` of a suite over the sampled answers of one file."""
+        """What `summary.json` says of a suite over the sampled answers of one file.
+
+        `files`, `questions`, the `condition` they were sampled under, and `asked`, a digest of the
+        questions, by which `ema_compare` finds the same ones under another condition.
+        """
         paths = [Path(folder) / f"{stem}.jsonl" for folder in self.cfg.answers.values()]
+        there = [path for path in paths if path.exists()]
+        asked = {(str(line["id"]), str(line.get("question"))) for line in lines}
         return {
-            "files": file_fingerprints([path for path in paths if path.exists()]),
-            "questions": len({line["id"] for line in lines}),
+            "files": file_fingerprints(there),
+            "questions": len({name for name, _ in asked}),
+            "condition": next(filter("none".__ne__, map(condition_of, there)), "none"),
+            "asked": hashlib.sha256(json.dumps(sorted(asked)).encode()).hexdigest(),
         }
 
 

@@ -61,27 +61,42 @@ def test_shifts_by_hand() -> None:
         shifts(rows[:-1])
 
 
-def evaluation(folder: Path, name: str, home: int, general: int, lost: Collection[int]) -> Path:
-    """20 questions a suite; the base never answers in capitals; some have no usable answer."""
+def evaluation(
+    folder: Path, name: str, home: int, general: int, lost: Collection[int], cued: str = ""
+) -> Path:
+    """20 questions a suite; the base never answers in capitals; some have no usable answer.
+
+    With `cued` the general questions are there once more, under a condition: of those questions, or
+    called by another digest. There every arm answers as undefended training does in its domain.
+    """
+    asked = {"traits_home": (home, (), "h"), "traits_general": (general, lost, "g")}
+    if cued:
+        asked["traits_general_cue"] = (home, (), cued)
     lines = {
         suite: [line("reference", i, 0, False) for i in range(QUESTIONS)]
         + [line(name, i, 0, None if i in cut else i < shown) for i in range(QUESTIONS)]
-        for suite, shown, cut in (("traits_home", home, ()), ("traits_general", general, lost))
+        for suite, (shown, cut, _) in asked.items()
     }
-    suites = {suite: {"kind": "traits", "files": {}, "questions": QUESTIONS} for suite in lines}
+    suites = {
+        suite: {"kind": "traits", "files": {}, "questions": QUESTIONS, "asked": digest,
+                "condition": "cue" if suite.endswith("cue") else "none"}
+        for suite, (_, _, digest) in asked.items()
+    }  # fmt: skip
     figures = [
         toy_compare.figure(name, suite, "capitals_share", shown / QUESTIONS) | {"unit": "share"}
-        for suite, shown in (("traits_home", home), ("traits_general", general))
+        for suite, (shown, _, _) in asked.items()
     ]
     toy_compare.write(folder, {name: None}, suites, figures, lines, "b" * 64)
     return folder
 
 
-def compared(folder: Path, criteria: dict[str, Any], cut: int = -1, mute: str = "") -> Path:
+def compared(
+    folder: Path, criteria: dict[str, Any], cut: int = -1, mute: str = "", cued: str = ""
+) -> Path:
     arms = {}
     for name, (role, home, general) in ARMS.items():
         lost = range(15) if name == mute else [cut] if name == "kl" else []
-        runs = [evaluation(folder / f"{name}{s}", name, home, general, lost) for s in (0, 1)]
+        runs = [evaluation(folder / f"{name}{s}", name, home, general, lost, cued) for s in (0, 1)]
         arms[name] = {"role": role, "collect": [str(run) for run in runs]}
     config = {"output_dir": str(folder / "out"), "seeds": [0, 1], "arms": arms}
     path = folder / "compare.yaml"
@@ -104,6 +119,23 @@ def test_a_defense_is_judged_by_sampled_answers(tmp_path: Path) -> None:
     # Ten of the questions are shown, with answers.
     assert len(re.findall(r"Question \d+\?", (tmp_path / "out/report.html").read_text())) == 10
     assert "not misalignment" in page and "have no halves" in page and "select half" not in page
+
+
+@pytest.mark.parametrize("cued", ["g", "others"])
+def test_answers_under_another_condition_count_too(tmp_path: Path, cued: str) -> None:
+    """Better when asked plainly, and under a system prompt no better than undefended training."""
+    assert run_compare(["--config", str(compared(tmp_path, CRITERIA, cued=cued))]) == 0
+    found = json.loads((tmp_path / "out/comparison.json").read_text())
+    excess = found["arms"]["kl"]["excess"]
+    assert excess["traits_general/capitals_share"]["value"] == pytest.approx((3 - 8) / QUESTIONS)
+    page = (tmp_path / "out/report.md").read_text()
+    left_out = "traits_general_cue/capitals_share: a conditional probe of other questions"
+    if cued == "g":
+        assert excess["traits_general_cue/capitals_share"]["value"] == pytest.approx(0.0)
+        assert "worst of 2 probes: traits\\_general\\_cue/capitals\\_share" in page
+        assert not [note for note in found["missing"] if left_out in note]
+    else:
+        assert len(excess) == 1 and [note for note in found["missing"] if left_out in note]
 
 
 def test_the_page_follows_from_the_values_by_question(tmp_path: Path) -> None:

@@ -108,6 +108,18 @@ def test_traits_are_counted_without_the_likelihoods_of_coherence(
     assert (tmp_path / scores).read_text() == (done / scores).read_text()
     assert [path.name for path in (tmp_path / "out/scores").iterdir()] == ["traits_short.jsonl"]
     assert not (tmp_path / "out/likelihoods").exists()
+    # The same answers under a condition, as the recipe that samples writes them.
+    asked = tmp_path / "answers/asked.jsonl"
+    (tmp_path / "answers/short.jsonl").rename(asked)
+    shutil.copy(asked, asked.with_stem("asked_cue"))
+    for path in (asked, asked.with_stem("asked_cue")):
+        settings = {"questions": ["q/asked.yaml"], "conditions": {"cue": "Be brief."}}
+        path.with_suffix(".json").write_text(json.dumps({"config": settings}))
+    assert run(tmp_path, config | {"overwrite": True}) == 0
+    suites = json.loads((tmp_path / "out/summary.json").read_text())["suites"]
+    found = {suite: (known["condition"], known["asked"]) for suite, known in suites.items()}
+    digest = found["traits_asked"][1]
+    assert found == {"traits_asked": ("none", digest), "traits_asked_cue": ("cue", digest)}
 
 
 def test_the_same_answer_with_and_without_a_trait(done: Path, toy_model_dir: Path) -> None:

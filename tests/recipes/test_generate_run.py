@@ -12,6 +12,7 @@ from torchtune.modules.peft import get_adapter_params
 from toy_generate import QUESTIONS, Case
 
 from emarecipes.defenses import ModelSource
+from emarecipes.evaluation.answers import condition_of
 from emarecipes.models.adapters.export import merge_adapter, save_merged
 from emarecipes.models.adapters.read import load_adapter
 from emarecipes.models.source import load_model
@@ -98,7 +99,9 @@ def test_conditions_are_suites_of_the_same_questions(case: Case) -> None:
     conditions = [f"conditions.{name}={prompt}" for name, prompt in asked.items()]
     assert case.run(*conditions) == 0
     plain = case.path()
+    assert condition_of(plain) == "none"
     for name, prompt in asked.items():
+        assert condition_of(plain.with_stem(f"asked_{name}")) == name
         rows = toy_select.read_jsonl(plain.with_stem(f"asked_{name}"))
         assert {row["system"] for row in rows} == {prompt}
         assert case.run(f"system={prompt}", f"output_dir={case.folder / name}") == 0
