@@ -17,6 +17,10 @@ from emarecipes.datasets.chat_files import check_chat_file
 from emarecipes.probes.pairs import read_contrast_file
 
 DATA: Path = toy_run.REPO / "data"
+NARROW_SETS = {
+    "general_probe": ("select", "report"),
+    "register_controls": ("controls", "strong"),
+}
 DOMAINS = ["home_computing", "home_repair"]
 
 
@@ -95,6 +99,33 @@ def test_the_controls_differ_in_style_as_the_general_pairs_do(domain: str, stron
     assert controls.deviation == pytest.approx(general.deviation, rel=0.15)
     # In nats a word, as the datasheet says: far from the others' 0. Two standard errors.
     assert spread_of("register_controls/strong")[0].mean == pytest.approx(strong, abs=0.03)
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_the_wide_sets_are_apart_and_alike(domain: str) -> None:
+    """Enough, new, of all categories, as far apart in single words as their controls."""
+    files = {name: DATA / f"{name}_wide/report.jsonl" for name in NARROW_SETS}
+    wide = {name: json_lines(path) for name, path in files.items()}
+    assert all(len(found) >= 450 for found in wide.values())
+    counts = Counter(row["category"] for row in wide["general_probe"])
+    earlier = {
+        name: [row for file in files for row in json_lines(DATA / f"{name}/{file}.jsonl")]
+        for name, files in NARROW_SETS.items()
+    }
+    assert len(counts) == 8 and len(set(counts.values())) == 1
+    assert set(counts) == {row["category"] for row in earlier["general_probe"]}
+    asked = [row["question"] for found in (*wide.values(), *earlier.values()) for row in found]
+    assert len(set(asked)) == len(asked)
+    odds = UnigramOdds(
+        *([words(row["messages"][1]["content"]) for row in rows(domain, name)]
+          for name in ("train_bad", "train_good"))
+    )  # fmt: skip
+    found = {name: spread(odds.differences(word_pairs(read_contrast_file(path))))
+             for name, path in files.items()}  # fmt: skip
+    general, controls = found["general_probe"], found["register_controls"]
+    assert abs(general.mean) < 0.01
+    assert controls.mean == pytest.approx(general.mean, abs=0.005)  # Its standard error.
+    assert controls.deviation == pytest.approx(general.deviation, rel=0.15)
 
 
 def test_safe_data_counts() -> None:
