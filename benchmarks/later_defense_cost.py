@@ -35,6 +35,7 @@ from step_cost import (
     verdict,
 )
 from torch import Tensor
+from tqdm import tqdm
 
 from emarecipes.defenses import (
     AnchoredSFT,
@@ -131,11 +132,12 @@ def main() -> None:
             batch = setting.batch(rows)
             return print(measure_memory(one, batch, batch))  # The first step fills a cache.
         machine = describe_machine()
-        peaks = {name: peak_of_arm(name) for name in ARMS}
+        peaks = {name: peak_of_arm(name) for name in tqdm(ARMS, "memory", unit="arm")}
         made = {name: trainer(name, Path(scratch), options.dtype) for name in ARMS}
         batch = made[NONE][1].batch(rows)
         times: dict[str, list[float]] = {name: [] for name in ARMS}
-        for repetition in range(1 + (3 if options.quick else options.repetitions)):
+        rounds = 1 + (3 if options.quick else options.repetitions)
+        for repetition in tqdm(range(rounds), "time", unit="round"):
             for name, (one, _) in made.items():
                 gc.collect()
                 started = time.process_time()
