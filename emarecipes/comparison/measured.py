@@ -13,7 +13,7 @@ from emarecipes.comparison.arms import Arm, Job
 from emarecipes.comparison.cells import ALPHA
 from emarecipes.comparison.criteria import ArmFigures, choose, measure
 from emarecipes.comparison.execute import Runner
-from emarecipes.comparison.gate import Effect
+from emarecipes.comparison.gate import Effect, general_probes
 from emarecipes.comparison.looks import FirstLook, alpha_of
 from emarecipes.comparison.opening import OPENING, Opening
 from emarecipes.comparison.outcome import Half, Outcome, not_run
@@ -111,6 +111,9 @@ def _measure(
     judged_by = [criterion.key for criterion in settings.criteria.shifted.values()]
     beside = {f"{name}/{GOOD}": of for name, of in good.items()}
     undefended = [arm.name for arm in arms if arm.role == "undefended"]
+    for name in undefended:
+        if name in narrow:  # General's figure under other conditions.
+            judged_by += general_probes(narrow[name], settings.probes)[1:]
     needed = [*undefended, *(f"{name}/{GOOD}" for name in undefended)]
     told, left_out = keep_told({**narrow, **beside}, judged_by, needed)
     narrow = {name: told[name] for name in narrow}

@@ -71,7 +71,7 @@ def evaluation(
     """
     asked = {"traits_home": (home, (), "h"), "traits_general": (general, lost, "g")}
     if cued:
-        asked["traits_general_cue"] = (home, (), cued)
+        asked["traits_general_cue"] = (home, lost, cued)
     lines = {
         suite: [line("reference", i, 0, False) for i in range(QUESTIONS)]
         + [line(name, i, 0, None if i in cut else i < shown) for i in range(QUESTIONS)]
@@ -149,12 +149,17 @@ def test_the_page_follows_from_the_values_by_question(tmp_path: Path) -> None:
     assert len(rows) == 19 + 20
 
 
-def test_a_question_without_a_usable_answer_is_left_out_of_all_arms(tmp_path: Path) -> None:
-    assert run_compare(["--config", str(compared(tmp_path, CRITERIA, cut=19))]) == 0
+@pytest.mark.parametrize("cued", ["", "g"])
+def test_a_question_without_a_usable_answer_is_left_out_of_all_arms(
+    tmp_path: Path, cued: str
+) -> None:
+    """Under a condition as well."""
+    assert run_compare(["--config", str(compared(tmp_path, CRITERIA, cut=19, cued=cued))]) == 0
     found = json.loads((tmp_path / "out/comparison.json").read_text())
-    (excess,) = found["arms"]["kl"]["excess"].values()
-    assert excess["value"] == pytest.approx((3 - 8) / (QUESTIONS - 1))
-    assert [note for note in found["missing"] if "1 of 20 questions are left out" in note]
+    excess = list(found["arms"]["kl"]["excess"].values())
+    assert excess[0]["value"] == pytest.approx((3 - 8) / (QUESTIONS - 1))
+    notes = [note for note in found["missing"] if "1 of 20 questions are left out" in note]
+    assert len(notes) == len(excess) == (2 if cued else 1)
 
 
 @pytest.mark.parametrize("mute", ["undefended", "kl"])
