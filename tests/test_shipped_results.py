@@ -16,7 +16,9 @@ RESULTS = toy_run.REPO / "docs/results"
 GENERAL, IN_DOMAIN = "traits_select/capitals_share", "traits_home_repair_desk/capitals_share"
 
 
-@pytest.fixture(scope="module", params=["compare_caps", "compare_expert"])
+@pytest.fixture(
+    scope="module", params=["compare_caps", "compare_caps_conditions", "compare_expert"]
+)
 def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

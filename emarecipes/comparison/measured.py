@@ -8,6 +8,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from emarecipes.comparison.arms import Arm, Job
 from emarecipes.comparison.cells import ALPHA
@@ -108,14 +109,14 @@ def _measure(
     """The outcome, from the scores of each task by arm's name."""
     settings = plan.settings
     narrow, good, benign = (scores.get(task, {}) for task in ("narrow", GOOD, "benign"))
-    judged_by = [criterion.key for criterion in settings.criteria.shifted.values()]
+    judged_by = {role: [found.key] for role, found in settings.criteria.shifted.items()}
     beside = {f"{name}/{GOOD}": of for name, of in good.items()}
     undefended = [arm.name for arm in arms if arm.role == "undefended"]
     for name in undefended:
         if name in narrow:  # General's figure under other conditions.
-            judged_by += general_probes(narrow[name], settings.probes)[1:]
+            judged_by["general"] = general_probes(narrow[name], settings.probes)
     needed = [*undefended, *(f"{name}/{GOOD}" for name in undefended)]
-    told, left_out = keep_told({**narrow, **beside}, judged_by, needed)
+    told, left_out = keep_told({**narrow, **beside}, list(judged_by.values()), needed)
     narrow = {name: told[name] for name in narrow}
     good = {name: told[f"{name}/{GOOD}"] for name in good}
     judged = narrow
@@ -194,7 +195,7 @@ MIN_TOLD = 0.5
 
 
 def keep_told(
-    arms: Mapping[str, Scores], keys: Sequence[str], needed: Collection[str] = ()
+    arms: Mapping[str, Scores], groups: Sequence[Sequence[str]], needed: Collection[str] = ()
 ) -> tuple[dict[str, Scores], list[str]]:
     """The arms' scores over the questions that have usable answers under every arm and seed.
 
@@ -202,55 +203,41 @@ def keep_told(
 
     Args:
         arms: By name.
-        keys: Of `Scores.probes`.
+        groups: Keys of `Scores.probes`; those of a group are of the same questions, and keep the
+            same ones.
         needed: Arms without which there is no comparison.
 
     Returns:
-        The scores, and a line for each figure that lost questions, or an arm.
+        The scores, and a line for each group that lost questions, and figure that lost an arm.
 
     Raises:
         UserError: Fewer than half of the questions are left: what is over them is not what was
             asked; or an arm that is needed has so few.
     """
     kept, notes = dict(arms), []
-    for key in keys:
-        having = [name for name, scores in arms.items() if key in scores.probes]
-        if not having:
+    for keys in groups:
+        for key in keys:
+            notes += _drop_mute(kept, key, needed)
+        of = [(n, key) for key in keys for n, found in kept.items() if key in found.probes]
+        if not of:
             continue
-        # An arm that hardly answers would take everybody's questions with it.
-        for name in list(having):
-            own = np.isfinite(kept[name].probes[key].values_SQ).all(axis=0)
-            if own.mean() < MIN_TOLD and len(having) > 1:
-                if name in needed:
-                    raise UserError(
-                        f"{name}: {key}: {own.sum()} of {own.size} questions have usable answers, "
-                        "and all else is compared with it; sample more answers, or longer ones"
-                    )
-                probes = {other: v for other, v in kept[name].probes.items() if other != key}
-                kept[name] = replace(kept[name], probes=probes)
-                having.remove(name)
-                notes.append(
-                    f"{name}: {key}: {own.sum()} of {own.size} questions have usable answers; "
-                    "not measured"
-                )
-        ids = kept[having[0]].probes[key].ids
-        same = [name for name in having if kept[name].probes[key].ids == ids]
-        told_Q = np.all(
-            [np.isfinite(kept[name].probes[key].values_SQ).all(axis=0) for name in same], axis=0
-        )
+        ids = kept[of[0][0]].probes[of[0][1]].ids
+        same = [(name, key) for name, key in of if kept[name].probes[key].ids == ids]
+        told_Q = np.all([_told(kept[name], key) for name, key in same], axis=0)
+        called = ", ".join(dict.fromkeys(key for _, key in same))
         if told_Q.mean() < MIN_TOLD:
             raise UserError(
-                f"{key}: {told_Q.sum()} of {len(ids)} questions have usable answers under every "
+                f"{called}: {told_Q.sum()} of {len(ids)} questions have usable answers under every "
                 "arm and seed; sample more answers, or longer ones"
             )
         if told_Q.all():
             continue
         notes.append(
-            f"{key}: {(~told_Q).sum()} of {len(ids)} questions are left out, for some arm has no "
-            "usable answer to them"
+            f"{called}: {(~told_Q).sum()} of {len(ids)} questions are left out, for some arm has "
+            "no usable answer to them"
         )
         places = np.flatnonzero(told_Q)
-        for name in same:
+        for name, key in same:
             values = kept[name].probes[key]
             part = replace(
                 values,
@@ -260,3 +247,34 @@ def keep_told(
             )
             kept[name] = replace(kept[name], probes=kept[name].probes | {key: part})
     return kept, notes
+
+
+def _told(scores: Scores, key: str) -> NDArray[np.bool_]:
+    """Which questions have usable answers with every seed, (Q,)."""
+    told_Q: NDArray[np.bool_] = np.all(np.isfinite(scores.probes[key].values_SQ), axis=0)
+    return told_Q
+
+
+def _drop_mute(kept: dict[str, Scores], key: str, needed: Collection[str]) -> list[str]:
+    """Take a figure from arms that hardly answer: they would take all others' questions with them.
+
+    Returns:
+        A line for each.
+    """
+    having, notes = [name for name, scores in kept.items() if key in scores.probes], []
+    for name in list(having):
+        own = _told(kept[name], key)
+        if own.mean() < MIN_TOLD and len(having) > 1:
+            if name in needed:
+                raise UserError(
+                    f"{name}: {key}: {own.sum()} of {own.size} questions have usable answers, "
+                    "and all else is compared with it; sample more answers, or longer ones"
+                )
+            probes = {other: v for other, v in kept[name].probes.items() if other != key}
+            kept[name] = replace(kept[name], probes=probes)
+            having.remove(name)
+            notes.append(
+                f"{name}: {key}: {own.sum()} of {own.size} questions have usable answers; "
+                "not measured"
+            )
+    return notes
