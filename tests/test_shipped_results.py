@@ -151,3 +151,30 @@ def test_shares_of_every_defense_at_three_doses_are_those_of_its_questions(
             value, low, high = (excess[key] for key in ("value", "low", "high"))
             cells += f"{value:+.2f} [{low:+.2f}, {high:+.2f}]"
         assert cells in told
+
+
+def test_the_effect_of_home_repair_is_that_of_its_questions() -> None:
+    """Bad minus good by question and seed, general less controls."""
+    found = json.loads((RESULTS / "compare_home_repair.json").read_text(encoding="utf-8"))
+    with (RESULTS / "compare_home_repair_by_question.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+
+    def shift(figure: str) -> float:
+        return statistics.mean(
+            float(row[f"undefended/{seed}"]) - float(row[f"undefended/good/{seed}"])
+            for row in rows if row["figure"] == figure for seed in (10, 11, 12)
+        )  # fmt: skip
+
+    assert len([row for row in rows if row["figure"] in ("general", "controls")]) == 464 + 462
+    shifts = found["arms"]["undefended"]["shifts"]
+    for figure, key in (
+        ("general", "general"),
+        ("controls", "controls"),
+        ("in_domain", "in-domain"),
+    ):
+        assert shifts[key]["value"] == pytest.approx(shift(figure), abs=1e-6)
+    effect = found["effect"]["general"]
+    assert effect["value"] == pytest.approx(shift("general") - shift("controls"), abs=1e-6)
+    assert effect["low"] < 0 and not found["effect_is_there"]
+    told = (RESULTS / "README.md").read_text(encoding="utf-8")
+    assert f"{effect['value']:+.3f} [{effect['low']:+.3f}, {effect['high']:+.3f}]" in told
