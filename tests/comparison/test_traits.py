@@ -12,7 +12,10 @@ import pytest
 import toy_compare
 import toy_run
 import yaml
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
 
+from emarecipes.comparison import page_plots
 from emarecipes.comparison.figure_values import Source, Values
 from emarecipes.comparison.measured import keep_told
 from emarecipes.comparison.results import Scores
@@ -121,9 +124,21 @@ def test_a_defense_is_judged_by_sampled_answers(tmp_path: Path) -> None:
     assert "not misalignment" in page and "have no halves" in page and "select half" not in page
 
 
+def dotted(drawn: list[Figure]) -> list[Any]:
+    """The lines up to the worst condition in the picture of the trade-off."""
+    (axes,) = [a for figure in drawn for a in figure.axes if "general shift" in a.get_ylabel()]
+    parts = [part for part in axes.collections if isinstance(part, LineCollection)]
+    assert ("worst condition" in axes.get_ylabel()) == bool(parts)
+    return [segment for part in parts for segment in part.get_segments()]
+
+
 @pytest.mark.parametrize("cued", ["g", "others"])
-def test_answers_under_another_condition_count_too(tmp_path: Path, cued: str) -> None:
+def test_answers_under_another_condition_count_too(
+    tmp_path: Path, cued: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Better when asked plainly, and under a system prompt no better than undefended training."""
+    drawn, png = [], page_plots._png
+    monkeypatch.setattr(page_plots, "_png", lambda figure: drawn.append(figure) or png(figure))
     assert run_compare(["--config", str(compared(tmp_path, CRITERIA, cued=cued))]) == 0
     found = json.loads((tmp_path / "out/comparison.json").read_text())
     excess = found["arms"]["kl"]["excess"]
@@ -134,7 +149,11 @@ def test_answers_under_another_condition_count_too(tmp_path: Path, cued: str) ->
         assert excess["traits_general_cue/capitals_share"]["value"] == pytest.approx(0.0)
         assert "worst of 2 probes: traits\\_general\\_cue/capitals\\_share" in page
         assert not [note for note in found["missing"] if left_out in note]
+        # From 3 of 20 up to 10 of 20, where the marker stands in the domain.
+        (line,) = dotted(drawn)
+        np.testing.assert_allclose(line, [[0.5, 3 / 20], [0.5, 10 / 20]])
     else:
+        assert not dotted(drawn)
         assert len(excess) == 1 and [note for note in found["missing"] if left_out in note]
 
 

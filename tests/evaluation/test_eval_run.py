@@ -120,6 +120,12 @@ def test_traits_are_counted_without_the_likelihoods_of_coherence(
     found = {suite: (known["condition"], known["asked"]) for suite, known in suites.items()}
     digest = found["traits_asked"][1]
     assert found == {"traits_asked": ("none", digest), "traits_asked_cue": ("cue", digest)}
+    # Of other questions: another digest.
+    rows = asked.with_stem("asked_cue").read_text().replace('"question": "', '"question": "So, ')
+    asked.with_stem("asked_cue").write_text(rows)
+    assert run(tmp_path, config | {"overwrite": True}) == 0
+    suites = json.loads((tmp_path / "out/summary.json").read_text())["suites"]
+    assert suites["traits_asked"]["asked"] == digest != suites["traits_asked_cue"]["asked"]
 
 
 def test_the_same_answer_with_and_without_a_trait(done: Path, toy_model_dir: Path) -> None:
