@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import multiprocessing
+import multiprocessing.connection
 import os
 import runpy
 import subprocess
@@ -23,6 +24,11 @@ import torch
 
 _TUNE = str(Path(sys.executable).with_name("tune"))
 SERVER = "emarecipes.comparison.server"  # What it imports.
+
+
+# Starting a process asks the others whether they have ended, and an exit code can be read but
+# once: of two threads that ask at a time one is told 255 (github.com/python/cpython/issues/130895).
+_ASKING = threading.Lock()
 
 
 class Started(Protocol):
@@ -41,13 +47,16 @@ class _Forked:
         server.set_forkserver_preload([SERVER])
         arguments = (list(command), str(log), dict(env))
         self._process = server.Process(target=_run, args=arguments)
-        self._process.start()
+        with _ASKING:
+            self._process.start()
 
     def terminate(self) -> None:
         self._process.terminate()
 
     def wait(self) -> int:
-        self._process.join()
+        multiprocessing.connection.wait([self._process.sentinel])
+        with _ASKING:
+            self._process.join()
         assert self._process.exitcode is not None
         return self._process.exitcode
 
