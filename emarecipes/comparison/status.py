@@ -149,15 +149,24 @@ class Status:
                 print(self.line(), file=sys.stderr, flush=True)
 
 
+def _told(piece: Piece) -> float | None:
+    """Seconds of a running piece by what its recipe tells: of a training all, of others at least.
+
+    Those do several things, of which they tell one after the other.
+    """
+    note = Note.read(piece.note) if piece.is_running and piece.note is not None else None
+    left = None if note is None else note.seconds_left()
+    if left is None or piece.started is None:
+        return None
+    return time.time() - piece.started + left
+
+
 def _measured(piece: Piece) -> float | None:
     """Seconds that a whole piece of its kind takes, by how this one goes or went."""
+    seconds = _told(piece) if piece.kind == "training" else None
     if piece.seconds is not None:
-        return piece.seconds / piece.size
-    if piece.started is None or piece.note is None or piece.kind != "training":
-        return None  # Other recipes do several things, of which they tell one after the other.
-    note = Note.read(piece.note)
-    left = None if note is None else note.seconds_left()
-    return None if left is None else (time.time() - piece.started + left) / piece.size
+        seconds = piece.seconds
+    return None if seconds is None else seconds / piece.size
 
 
 def _mean(pieces: Sequence[Piece]) -> float | None:
@@ -166,15 +175,22 @@ def _mean(pieces: Sequence[Piece]) -> float | None:
 
 
 def _expected(piece: Piece, pieces: Sequence[Piece]) -> float | None:
-    """Seconds: by its own rate, else by pieces like it, else by any, with a guess between kinds."""
+    """Seconds: by its own rate, else by pieces like it, else by any, with a guess between kinds.
+
+    At least what its recipe tells; where none of its kind has ended, what any of them tells.
+    """
     own = _measured(piece)
     like = [p for p in pieces if p.kind == piece.kind]
+    told = _told(piece) or 0.0
     same = _mean([p for p in like if p.task == piece.task])
     for seconds in (own, same, _mean(like)):
         if seconds is not None:
-            return seconds * piece.size
+            return max(seconds * piece.size, told)
     trained = _mean([p for p in pieces if p.kind == "training"])
-    return None if trained is None else trained * _GUESS.get(piece.kind, 1.0) * piece.size
+    if trained is None:
+        return None
+    guessed = trained * _GUESS.get(piece.kind, 1.0) * piece.size
+    return max([guessed, *filter(None, map(_told, like))])
 
 
 def pieces_of(jobs: Sequence[Job], arms: Sequence[Arm]) -> list[Piece]:

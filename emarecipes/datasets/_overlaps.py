@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,7 +88,7 @@ def similarity_blocks(
 _LISTED = 10
 
 
-def relate(files: list[DataFile]) -> np.ndarray:
+def relate(files: list[DataFile]) -> NDArray[Any]:
     """Which files may share questions (F, F): itself, siblings. Siblings' odd rows are errors."""
     by_id = [{row.id: row for row in file.rows if row.id is not None} for file in files]
     related = np.eye(len(files), dtype=bool)
@@ -110,7 +111,9 @@ def relate(files: list[DataFile]) -> np.ndarray:
     return related
 
 
-def compare_rows(file: DataFile, threshold: float, quiet: bool) -> tuple[np.ndarray, np.ndarray]:
+def compare_rows(
+    file: DataFile, threshold: float, quiet: bool
+) -> tuple[NDArray[Any], NDArray[Any]]:
     """Report rows of one file that are near an earlier one under the same system message.
 
     Near in its question and in its answers (both of a contrast row), a row is a repetition: an
@@ -175,8 +178,8 @@ def compare_rows(file: DataFile, threshold: float, quiet: bool) -> tuple[np.ndar
 
 
 def compare_files(
-    files: list[DataFile], related: np.ndarray, threshold: float, quiet: bool
-) -> list[np.ndarray]:
+    files: list[DataFile], related: NDArray[Any], threshold: float, quiet: bool
+) -> list[NDArray[Any]]:
     """Report questions that unrelated files share.
 
     Returns:

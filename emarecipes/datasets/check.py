@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from numpy.typing import NDArray
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -45,9 +45,9 @@ class Measures:
     answer_means: list[float]
     distinct_2: float
     distinct_3: float
-    nearest: np.ndarray
-    nearest_answer: np.ndarray
-    nearest_other: np.ndarray
+    nearest: NDArray[Any]
+    nearest_answer: NDArray[Any]
+    nearest_other: NDArray[Any]
     cut: int = 0
     kept: float = 1.0
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from omegaconf import DictConfig, ListConfig
 from torchtune.datasets import ConcatDataset
 
@@ -30,11 +31,11 @@ enough that who meets whom is drawn anew in each epoch of a large set."""
 
 
 def group_by_length(
-    steps_NK: np.ndarray,
-    lengths: np.ndarray,
+    steps_NK: NDArray[Any],
+    lengths: NDArray[Any],
     generator: np.random.Generator,
-    is_safe_NK: np.ndarray,
-) -> np.ndarray:
+    is_safe_NK: NDArray[Any],
+) -> NDArray[Any]:
     """The same rows in other steps: within a pool of steps sorted by length, steps in random order.
 
     A step's own rows are sorted too, so that the micro-batches dealt from it hold similar rows. How
@@ -144,7 +145,7 @@ class Rows:
             shuffle: Else rows come in the order of the data set.
         """
         steps = self.num_steps(rows_per_step)
-        order = np.arange(len(self))
+        order: NDArray[np.int64] = np.arange(len(self))
         generator = np.random.Generator(np.random.PCG64([seed, epoch]))
         if shuffle:
             order = generator.permutation(len(self))
@@ -157,11 +158,12 @@ class Rows:
                 pattern = np.tile(evenly(rows_per_step, share), steps)
             order = np.empty(len(pattern), dtype=np.int64)
             order[pattern], order[~pattern] = safe[: pattern.sum()], task[: (~pattern).sum()]
-        by_step = order[: steps * rows_per_step].reshape(steps, rows_per_step)
+        by_step: NDArray[np.int64] = order[: steps * rows_per_step].reshape(steps, rows_per_step)
         if shuffle and self._grouped and steps:
             is_safe = self._is_safe[by_step]
             by_step = group_by_length(by_step, self._lengths, generator, is_safe)
-        return by_step.tolist()
+        rows: list[list[int]] = by_step.tolist()
+        return rows
 
     def covering_steps(self, rows_per_step: int, *, seed: int, shuffle: bool) -> list[list[int]]:
         """The first epoch's steps, then steps of the rows that these leave out.

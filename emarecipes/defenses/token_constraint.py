@@ -64,4 +64,5 @@ class TokenConstraint(Defense):
         ratio_T = policy_logits_TV.gather(1, targets_T[:, None])[:, 0] - reference_T
         betas = self._betas.to(places_T.device)  # It is there: but for a model without weights.
         beta_T = betas[(places_T - 1).clamp(0, len(betas) - 1)]
-        return -(2.0 / beta_T) * F.logsigmoid(beta_T * ratio_T)
+        loss_T: Tensor = -(2.0 / beta_T) * F.logsigmoid(beta_T * ratio_T)
+        return loss_T

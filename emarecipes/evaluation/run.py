@@ -24,6 +24,7 @@ from emarecipes.evaluation.scoring import NotFiniteError, Scorer
 from emarecipes.evaluation.suite import Line, Suite, kind_of, pieces
 from emarecipes.evaluation.suite_context import Model
 from emarecipes.files import write_text
+from emarecipes.progress import Progress
 from emarecipes.provenance import environment
 
 LIKELIHOODS = "likelihoods"
@@ -92,21 +93,26 @@ class _Evaluation:
         Rows of all suites in one pass, so that batches are full and an adapter is loaded once.
         """
         rows = [row for suite in self.run.suites for row in suite.rows]
-        found = {}
         folders: dict[str, Path | None] = {REFERENCE: None, **self.run.adapters}
-        for name, adapter in folders.items():
-            caches = self.folder / LIKELIHOODS
-            tokenizer, origin = self.run.tokenizer, self.run.origin
-            model = Model(name, adapter, self.scorer, tokenizer, caches, origin)
-            try:
-                model.token_nlls(rows)
-                found[name] = model
-            except NotFiniteError as error:
-                if adapter is None:
-                    raise
-                del self.adapters[name]
-                reason = f"adapters.{name}: {error}"
-                self.failed.append({"adapter": name, "folder": str(adapter), "reason": reason})
+        caches, tokenizer, origin = self.folder / LIKELIHOODS, self.run.tokenizer, self.run.origin
+        found = {
+            name: Model(name, adapter, self.scorer, tokenizer, caches, origin)
+            for name, adapter in folders.items()
+        }
+        missing = {name: model.missing(rows) for name, model in found.items()}
+        done, total = 0, sum(missing.values())
+        with Progress(total=total, unit="row", disable=total == 0) as bar:
+            for name, model in list(found.items()):
+                try:
+                    model.token_nlls(rows, bar=bar)
+                except NotFiniteError as error:
+                    if model.adapter is None:
+                        raise
+                    del self.adapters[name], found[name]
+                    reason, folder = f"adapters.{name}: {error}", str(model.adapter)
+                    self.failed.append({"adapter": name, "folder": folder, "reason": reason})
+                done += missing[name]
+                bar.update(done - bar.n)  # Past the rows of one that failed.
         return found
 
     def add(self, suite: Suite, models: dict[str, Model]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +71,11 @@ class Scorer:
         )
 
     def token_nlls(
-        self, rows: Sequence[AnswerRow], adapter: Path | None, cache: Path
+        self,
+        rows: Sequence[AnswerRow],
+        adapter: Path | None,
+        cache: Path,
+        bar: Progress | None = None,
     ) -> list[TokenNLLs]:
         """-log p of each answer token, in nats: one array (answer's tokens,) a row.
 
@@ -78,19 +83,27 @@ class Scorer:
             rows: What to score.
             adapter: PEFT folder; None for the reference, the base alone.
             cache: The .npz file that holds what is known, and gets what is not.
+            bar: Of a work that these rows are a part of; None: they have one of their own.
 
         Raises:
             UserError: The adapter does not belong on the base, or the cache is broken.
             NotFiniteError: An NLL is not finite.
         """
-        # The rank and alpha of cfg.model are in the base's digest, though the reference has none.
-        mark = digest(self.base_fingerprint, self.adapter_fingerprint(adapter))
-        keys = [digest(mark, row.tokens, row.labels)[:32] for row in rows]
-        known = read_nlls(cache)
+        keys, known = self._keys(rows, adapter), read_nlls(cache)
         todo = {key: row for key, row in zip(keys, rows, strict=True) if key not in known}
         if todo:
-            self._compute(todo, adapter, known, cache)
+            with nullcontext(bar) if bar else Progress(total=len(todo), unit="row") as shown:
+                self._compute(todo, adapter, known, cache, shown)
         return [known[key] for key in keys]
+
+    def missing(self, rows: Sequence[AnswerRow], adapter: Path | None, cache: Path) -> int:
+        """Rows whose likelihoods are not known yet, each once; see `token_nlls`."""
+        return len({*self._keys(rows, adapter)} - read_nlls(cache).keys())
+
+    def _keys(self, rows: Sequence[AnswerRow], adapter: Path | None) -> list[str]:
+        # The rank and alpha of cfg.model are in the base's digest, though the reference has none.
+        mark = digest(self.base_fingerprint, self.adapter_fingerprint(adapter))
+        return [digest(mark, row.tokens, row.labels)[:32] for row in rows]
 
     def adapter_fingerprint(self, adapter: Path | None) -> str:
         """SHA-256 of an adapter's files; "" for the reference.
@@ -109,6 +122,7 @@ class Scorer:
         adapter: Path | None,
         known: dict[str, TokenNLLs],
         cache: Path,
+        bar: Progress,
     ) -> None:
         head = self.head(adapter)
         names = list(todo)
@@ -116,11 +130,8 @@ class Scorer:
         samples = [row.sample for row in todo.values()]
         answers = GivenAnswers(samples, self._pad_id, self._multiple, device)
         batches = -(-len(todo) // self._batch_size)
-        label = "reference" if adapter is None else adapter.parent.name
-        with (
-            stoppable(_KEPT, in_batches=True) as stop,
-            Progress(total=len(todo), desc=label, unit="row") as bar,
-        ):
+        bar.set_description("reference" if adapter is None else adapter.parent.name, refresh=False)
+        with stoppable(_KEPT, in_batches=True) as stop:
             found = nll_by_prompt(answers, head, self._batch_size, reference=adapter is None)
             for number, (rows, nll_T, tokens_B) in enumerate(found, start=1):
                 keys = [names[row] for row in rows]

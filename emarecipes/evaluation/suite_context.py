@@ -25,6 +25,7 @@ from emarecipes.models.sampling.prompts import check_opening, encode_prompt
 from emarecipes.models.sampling.sampler import sample_answers
 from emarecipes.probes.contrast import AnswerRow, answer_row
 from emarecipes.probes.pairs import exchange
+from emarecipes.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,12 @@ class Model:
         self.name, self.adapter, self._origin = name, adapter, origin
         self._scorer, self._tokenizer, self._caches = scorer, tokenizer, caches
 
-    def token_nlls(self, rows: Sequence[AnswerRow], kept_as: str | None = None) -> list[TokenNLLs]:
+    def token_nlls(
+        self,
+        rows: Sequence[AnswerRow],
+        kept_as: str | None = None,
+        bar: Progress | None = None,
+    ) -> list[TokenNLLs]:
         """-log p of each answer token, in nats: one array (answer's tokens,) a row.
 
         What was computed before, in an earlier run too, is read back.
@@ -112,12 +118,20 @@ class Model:
         Args:
             rows: Conversations, see `SuiteContext.row`.
             kept_as: Name of the file that keeps them; None: the model's.
+            bar: Of a work that these rows are a part of; None: they have one of their own.
 
         Raises:
             NotFiniteError: One is NaN or infinite.
         """
-        cache = self._caches / f"{kept_as or self.name}.npz"
-        return self._scorer.token_nlls(rows, self.adapter, cache) if rows else []
+        cache = self._cache(kept_as)
+        return self._scorer.token_nlls(rows, self.adapter, cache, bar) if rows else []
+
+    def missing(self, rows: Sequence[AnswerRow]) -> int:
+        """How many of these rows `token_nlls` has to compute."""
+        return self._scorer.missing(rows, self.adapter, self._cache()) if rows else 0
+
+    def _cache(self, kept_as: str | None = None) -> Path:
+        return self._caches / f"{kept_as or self.name}.npz"
 
     def answer(
         self,

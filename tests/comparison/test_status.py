@@ -53,6 +53,31 @@ def test_the_time_left_of_all(tmp_path: Path, clock: list[float]) -> None:
     assert status.line() == "2 of 3 done | about 30 s left of all"
 
 
+def test_what_a_recipe_tells_is_the_least_that_it_takes(tmp_path: Path, clock: list[float]) -> None:
+    """Scores that go on for longer than was guessed are not called done in no time."""
+    status = Status()
+    status.expect(
+        [
+            Piece("A: training", "training", "narrow"),
+            Piece("A: scores", "scores", "narrow"),
+            Piece("A: scores of good", "scores", "good"),
+        ]
+    )
+    with status.running("A: training", tmp_path / "note"):
+        clock[0] += 100.0
+    assert status.seconds_left() == pytest.approx(60 + 60)  # A guess of 0.6 of it each.
+    note = tmp_path / "scores"
+    with status.running("A: scores", note):
+        clock[0] += 10.0
+        write(note, done=10, total=100, seconds=10.0)  # 90 to come, and 100 of the other.
+        assert status.seconds_left() == pytest.approx(90 + 100)
+        clock[0] += 90.0
+        write(note, done=100, total=100, seconds=100.0)  # What follows it tells nothing of.
+        assert status.seconds_left() == pytest.approx(0 + 100)
+        clock[0] += 20.0
+    assert status.seconds_left() == pytest.approx(120)  # Now one of its kind has ended.
+
+
 def test_trainings_side_by_side_share_the_time(tmp_path: Path, clock: list[float]) -> None:
     status = Status(at_a_time=2)
     status.expect(Piece(name, "training", "narrow") for name in "abc")

@@ -1,6 +1,7 @@
 """Evaluations that go wrong: before weights, or for one adapter alone."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,11 @@ def test_a_diverged_adapter_is_named_and_does_not_lose_the_others(
     config = config_of(toy_model_dir, adapters, tmp_path)
     config["adapters"] = {"diverged": str(nan), **config["adapters"]}
     assert run(tmp_path, config) == 1
-    errors = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    lines = capsys.readouterr().err.splitlines()
+    told = [line for line in lines if ": row " in line]
+    # One bar for the rows of all four models, those of the one that failed passed over.
+    assert re.match(r"reference: row \d+ of 60, ", told[0]) and ": row 60 of 60, " in told[1]
+    errors = [line for line in lines if "error: " in line]
     reason = f"adapters.diverged: {nan}: an answer's likelihood is not finite"
     assert errors == [f"error: {reason}"]
     summary = json.loads((tmp_path / "out/summary.json").read_text())

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from emarecipes.errors import UserError
@@ -92,7 +93,7 @@ def save_gguf(folder: Path, output: Path, base: Path | None = None) -> None:
     if output.exists():
         raise UserError(f"{output}: exists; remove it, or choose another --output")
 
-    def tensors() -> Iterator[tuple[str, np.ndarray]]:
+    def tensors() -> Iterator[tuple[str, NDArray[Any]]]:
         for name, parts in read_tensors(folder).items():
             b = parts["b"].double() * (alphas[name] / alpha)
             heads = _HEADS.get(names[name].rpartition(".")[2]) if permuted else None
@@ -156,7 +157,9 @@ def _permuted(folder: Path, name: str, b: Tensor, model: dict[str, Any], key: st
     return b.reshape(heads, 2, head_dim // 2, -1).transpose(1, 2).reshape(b.shape)
 
 
-def _write(path: Path, kind: str, alpha: float, tensors: Iterator[tuple[str, np.ndarray]]) -> None:
+def _write(
+    path: Path, kind: str, alpha: float, tensors: Iterator[tuple[str, NDArray[Any]]]
+) -> None:
     import gguf
 
     writer = gguf.GGUFWriter(path, kind)

@@ -84,7 +84,8 @@ def frequencies(rope: Rope) -> Tensor:
     """f_i of each pair, float32 (P,); in transformers' order of operations, for equal rounding."""
     powers_P = rope.base ** (torch.arange(0, rope.dim, 2).float() / rope.dim)
     if rope.short_factor is not None:
-        return 1.0 / (torch.tensor(rope.short_factor, dtype=torch.float32) * powers_P)
+        short_P: Tensor = 1.0 / (torch.tensor(rope.short_factor, dtype=torch.float32) * powers_P)
+        return short_P
     f_P: Tensor = 1.0 / powers_P
     if rope.llama3 is None:
         return f_P / rope.linear

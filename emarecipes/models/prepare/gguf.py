@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from emarecipes.errors import UserError, disk_errors, first_line
@@ -193,7 +194,7 @@ def _files(tensors: list[ReaderTensor]) -> Iterator[list[ReaderTensor]]:
     yield part
 
 
-def _weight(tensor: ReaderTensor, config: dict[str, Any]) -> np.ndarray:
+def _weight(tensor: ReaderTensor, config: dict[str, Any]) -> NDArray[Any]:
     from gguf.quants import dequantize
 
     weight = np.asarray(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
@@ -204,7 +205,7 @@ def _weight(tensor: ReaderTensor, config: dict[str, Any]) -> np.ndarray:
     return weight
 
 
-def _unpermute(weight: np.ndarray, num_heads: int) -> np.ndarray:
+def _unpermute(weight: NDArray[Any], num_heads: int) -> NDArray[Any]:
     """Order each head's rows for a rotation of halves, from an order for a rotation of pairs.
 
     Meta's RoPE rotates rows (2i, 2i+1) of a head together, Hugging Face's rows (i, i + half).

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 
@@ -26,7 +27,7 @@ _LLAMA_3_CONTEXT = 8192
 def model_config(
     meta: Mapping[str, Any],
     shapes: Mapping[str, tuple[int, ...]],
-    rope_factors: np.ndarray | None = None,
+    rope_factors: NDArray[Any] | None = None,
 ) -> dict[str, Any]:
     """Return the fields of config.json.
 
@@ -122,7 +123,7 @@ def _qwen2(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rope_scaling(
-    own: Mapping[str, Any], kind: str, base: float, head_dim: int, factors: np.ndarray | None
+    own: Mapping[str, Any], kind: str, base: float, head_dim: int, factors: NDArray[Any] | None
 ) -> dict[str, Any] | None:
     """Return how positions are scaled: not, by one number, or by Llama 3's rule."""
     scaling = own.get(f"{kind}.rope.scaling.type", "none")
@@ -142,7 +143,7 @@ def _rope_scaling(
     return None
 
 
-def llama_3_factors(base: float, head_dim: int, factor: float) -> np.ndarray:
+def llama_3_factors(base: float, head_dim: int, factor: float) -> NDArray[Any]:
     """By what Llama 3.1 divides each frequency: 1 for short waves, ``factor`` for long ones.
 
     Between a quarter of the original context and all of it, waves are blended by their number in
