@@ -36,9 +36,11 @@ sys.stdin.read()
 def write_base(folder: Path, output: Path, pre: str = "smollm") -> Path:
     """Write a folder of a family as llama.cpp's converter would, as far as toys need it.
 
-    q's and k's rows of Llama go into Meta's order; Gemma's norms multiply by 1 + weight.
+    q's and k's rows of Llama go into Meta's order; Gemma's norms multiply by 1 + weight. Of a model
+    with images, the text's part.
     """
     config = json.loads((folder / "config.json").read_text())
+    config = config.get("text_config", config)
     kind = str(config["model_type"])
     kind = {"mistral": "llama", "gemma3_text": "gemma3"}.get(kind, kind)
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
@@ -54,7 +56,7 @@ def write_base(folder: Path, output: Path, pre: str = "smollm") -> Path:
     writer.add_head_count_kv(kv_heads)
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
-    writer.add_rope_dimension_count(head_dim)
+    writer.add_rope_dimension_count(int(head_dim * rope.get("partial_rotary_factor", 1)))
     writer.add_rope_freq_base(rope["rope_theta"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     if kind in ("gemma2", "gemma3"):
@@ -66,6 +68,9 @@ def write_base(folder: Path, output: Path, pre: str = "smollm") -> Path:
     _add_tokenizer(writer, folder, config["vocab_size"], pre)
     names = gguf.get_tensor_name_map(_architecture(kind), config["num_hidden_layers"])
     for name, weight in load_file(folder / "model.safetensors").items():
+        if "vision" in name or "multi_modal" in name:
+            continue
+        name = name.replace("language_model.", "")
         rows = {"q_proj": heads, "k_proj": kv_heads}.get(name.split(".")[-2])
         if kind == "llama" and rows:
             weight = np.concatenate([_pairs(head) for head in np.split(weight, rows)])

@@ -28,21 +28,29 @@ _GEMMA3 = {
         "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
     },
 }
+_PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}
 CASES: dict[str, dict[str, Any]] = {
     "llama 3": {},
     "qwen2.5": {},
     "qwen3": {"head_dim": 16},
     "gemma 2": {"query_pre_attn_scalar": 16},
     "gemma 3": _GEMMA3,
+    "gemma 3, images": _GEMMA3,
     "olmo 2": {},
     "phi-3": {"sliding_window": None},
+    "phi-3, partial": {"sliding_window": None, "rope_parameters": _PARTIAL},
 }
 
 
 def random_adapter(model: Any, folder: Path) -> Any:
-    """Rank-stabilised, with ranks and alphas of their own, on every matrix but the output's."""
+    """Rank-stabilised, with ranks and alphas of their own, on every matrix but the output's.
+
+    Of a model with images, on those of the text.
+    """
+    images = hasattr(model.config, "vision_config")
     config = peft.LoraConfig(
-        r=4, lora_alpha=3, use_rslora=True, target_modules="all-linear",
+        r=4, lora_alpha=3, use_rslora=True,
+        target_modules=r".*language_model.*_proj" if images else "all-linear",
         rank_pattern={"k_proj": 2, "qkv_proj": 6}, alpha_pattern={"v_proj": 2, "down_proj": 2},
     )  # fmt: skip
     adapted = peft.get_peft_model(model, config)
@@ -79,7 +87,11 @@ def served_logits(url: str, tokens: list[int]) -> Tensor:
 def test_llama_cpp_computes_pefts_logits(tmp_path: Path, name: str) -> None:
     folder = toy_tokenizers.write_tokenizer(tmp_path / "model", "none", VOCABULARY)
     changes = {"vocab_size": VOCABULARY} | CASES[name]
-    model = family_toys.write_folder(name, folder, changes)
+    family = name.removesuffix(", partial")
+    if (text := getattr(family_toys.configs()[family], "text_config", None)) is not None:
+        text.update(changes)
+        changes = {"text_config": text}
+    model = family_toys.write_folder(family, folder, changes)
     generator = torch.Generator().manual_seed(1)
     row = torch.randint(3, VOCABULARY, (1, max(ASKED)), generator=generator)
     places = [length - 1 for length in ASKED]
