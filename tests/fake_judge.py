@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tenacity
 
 JUDGE, SECRET = "openai-api/fake/judge", "sk-very-secret-123456"
 
@@ -128,8 +129,10 @@ def set_up_client(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     """An empty cache, the key of `JUDGE`, and no waits of seconds that double between attempts."""
     monkeypatch.setenv("INSPECT_CACHE_DIR", str(cache))
     monkeypatch.setenv("FAKE_API_KEY", SECRET)
+    wait_for_nothing(monkeypatch)
 
-    async def no_wait(seconds: float) -> None:
-        return None
 
-    monkeypatch.setattr("inspect_ai.model._retry._sleep", no_wait)
+def wait_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two attempts of Inspect's to reach a model."""
+    name = "inspect_ai.model._retry.wait_exponential_jitter"
+    monkeypatch.setattr(name, lambda **_: tenacity.wait_none())

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torchtune
 from omegaconf import DictConfig
+from torch.distributed.fsdp import FSDPModule
 from torchtune import training
 
 from emarecipes.models._torchtune_convert import fix_loaded_state
@@ -70,6 +71,10 @@ class StockRecipe:
             torchtune.modules.common_utils._use_low_cpu_ram = cfg.low_cpu_ram
             arguments["compile_model"] = cfg.compile
         recipe._model = recipe._setup_model(**arguments)
+        for module in recipe._model.modules() if self.device.type == "cpu" else ():
+            if isinstance(module, FSDPModule):
+                # torch 2.8's gloo takes the average of a reduce-scatter for the sum, in silence.
+                module.set_force_sum_reduction_for_comms(True)
         return recipe._model
 
     @property

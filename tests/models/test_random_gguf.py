@@ -68,8 +68,10 @@ def test_logits_and_tokens_are_those_of_transformers(
 
     theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file=file.name)
     ours = AutoTokenizer.from_pretrained(folder)
+    # Some versions of transformers leave out the beginning that the file asks for.
+    left_out = len(ours.encode("a")) - len(theirs.encode("a"))
     for text in strings():
-        assert ours.encode(text) == theirs.encode(text), text
+        assert ours.encode(text)[left_out:] == theirs.encode(text), text
     assert (ours.encode("a")[0] == ours.bos_token_id) == (pre == "llama-bpe")
     composed, parts = ("é", "e\u0301") if pre == "qwen2" else ("a", "a")  # Not in the file.
     assert ours.encode(parts) == ours.encode(composed)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import toy_select
+from fake_judge import wait_for_nothing
 from toy_generate import Case
 
 from emarecipes.generation.served import base_urls
@@ -203,11 +204,7 @@ def test_a_server_that_is_asked_on_two_days_is_told(
 ) -> None:
     """Its clock is in the prompts where its template prints the day; we cannot see the template."""
     served, _ = use(server, monkeypatch)
-
-    async def no_wait(seconds: float) -> None:
-        return None
-
-    monkeypatch.setattr("inspect_ai.model._retry._sleep", no_wait)
+    wait_for_nothing(monkeypatch)
     days = []
     for day, failing in (("2026-11-28", True), ("2026-11-28", True), ("2026-11-29", False)):
         monkeypatch.setattr("emarecipes.generation.run.today", lambda day=day: day)
