@@ -104,14 +104,14 @@ class Runner(Steps):
                 name=f"{job.name}_answers",
                 mark=job.folder / "answers.compare.json",
                 fingerprint=fingerprint(cfg, job.folder, job.fingerprint),
+                made=job.folder / "answers",
             )
-            if step.is_done() and (job.folder / "answers").is_dir():
+            if step.is_done():
                 self.status.drop(step.title)
             else:
-                # Answers of another adapter or setting go; those of an interrupted step are kept.
-                again = ["overwrite=true"] if step.mark.exists() else []
-                command = ["recipes/ema_generate.py", "--config", settings.config]
-                if self.run_step(step, [*command, *overrides, *again], slot):
+                step.begin()
+                command = ["recipes/ema_generate.py", "--config", settings.config, *overrides]
+                if self.run_step(step, command, slot):
                     step.write(step.mark)
 
         self.each(runs, sample)
@@ -122,16 +122,16 @@ class Runner(Steps):
         folder = self.folder / "base"
         overrides = [*generate.overrides, "adapter=null", f"output_dir={folder}"]
         cfg, _ = load_config(["--config", generate.config, *overrides])
-        mark = folder / "answers.compare.json"
-        step = Step(BASE_ANSWERS, "base_answers", mark, fingerprint(cfg, folder))
-        if not (step.is_done() and (folder / "answers").is_dir()):
+        mark, made = folder / "answers.compare.json", folder / "answers"
+        step = Step(BASE_ANSWERS, "base_answers", mark, fingerprint(cfg, folder), made)
+        if not step.is_done():
             self.status.expect([Piece(BASE_ANSWERS, "answers", "narrow")])
-            again = ["overwrite=true"] if mark.exists() else []
-            command = ["recipes/ema_generate.py", "--config", generate.config, *overrides, *again]
+            step.begin()
+            command = ["recipes/ema_generate.py", "--config", generate.config, *overrides]
             if not self.run_step(step, command, slot={}):
                 return None
             step.write(mark)
-        return folder / "answers"
+        return made
 
     def evaluate(
         self, arms: Sequence[Arm], jobs: Sequence[Job], task: str, half: Half
@@ -190,14 +190,14 @@ class Runner(Steps):
             about = [f"~{key}" for key in without_answers(cfg)]
             overrides += about
             cfg, _ = load_config(["--config", settings.evaluate.config, *overrides])
-        mark = fingerprint(cfg, Path(str(cfg.output_dir)))
-        step = Step(title, f"{arm.name}_{task}_{name}", folder / MARK, mark)
-        if step.is_done() and (folder / SUMMARY).is_file():
-            self.status.drop(title)
-            return folder
         # All arms are evaluated in one folder, where the reference's likelihoods are kept, and what
         # was found is moved to the arm's own.
         shared = folder.parents[1] / ("narrow" if task == GOOD else task) / ".shared"
+        cfg.output_dir = str(shared)  # As it will be: the config's own may hold the runs.
+        step = Step(title, f"{arm.name}_{task}_{name}", folder / MARK, fingerprint(cfg, shared))
+        if step.is_done() and (folder / SUMMARY).is_file():
+            self.status.drop(title)
+            return folder
         overrides += [f"output_dir={shared}", "overwrite=true"]
         folder.mkdir(parents=True, exist_ok=True)
         # Alone, so with all of the machine.

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
+from typing import Any
 
 import torch
 
@@ -36,28 +38,51 @@ class Step:
         name: Of its log.
         mark: The file that holds its fingerprint once it has ended well.
         fingerprint: Of what it depends on.
+        made: A folder whose files are what it makes, if it says so.
     """
 
     title: str
     name: str
     mark: Path
     fingerprint: str
+    made: Path | None = None
 
     def is_done(self) -> bool:
-        """Whether it has ended well with this fingerprint."""
-        return self.is_in(self.mark)
+        """Whether it has ended well with this fingerprint, and the files it made are all there."""
+        if self.made is not None and not self.made.is_dir():
+            return False
+        made = _read(self.mark).get("made", [])
+        return self.is_in(self.mark) and set(made) <= set(self._files())
 
     def is_in(self, mark: Path) -> bool:
         """Whether this file holds its fingerprint."""
-        try:
-            found = json.loads(mark.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return False
-        return bool(found == {"fingerprint": self.fingerprint})
+        return bool(_read(mark).get("fingerprint") == self.fingerprint)
 
     def write(self, mark: Path) -> None:
         """Put its fingerprint into this file."""
-        write_json(mark, {"fingerprint": self.fingerprint}, indent=None)
+        made = {} if self.made is None else {"made": self._files()}
+        write_json(mark, {"fingerprint": self.fingerprint} | made, indent=None)
+
+    def begin(self) -> None:
+        """Remove what it made with other settings; what an interruption left of these stays."""
+        if self.made is None:
+            return
+        begun = self.mark.with_suffix(".begun.json")
+        if not (self.is_in(self.mark) or self.is_in(begun)):
+            shutil.rmtree(self.made, ignore_errors=True)
+        begun.parent.mkdir(parents=True, exist_ok=True)
+        self.write(begun)
+
+    def _files(self) -> list[str]:
+        there = self.made is not None and self.made.is_dir()
+        return sorted(path.name for path in self.made.iterdir()) if there and self.made else []
+
+
+def _read(mark: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(mark.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 def slots(plan: Plan, origin: Origin) -> list[Slot]:

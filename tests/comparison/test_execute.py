@@ -24,7 +24,7 @@ class Evaluated(Runner):
 
     def run_step(self, step: Step, command: list[str], slot: Slot) -> bool:
         self.calls += 1
-        shared = Path(next(part for part in command if part.startswith("output_dir="))[11:])
+        shared = Path([part for part in command if part.startswith("output_dir=")][-1][11:])
         rmtree(shared, ignore_errors=True)
         toy_compare.evaluation(shared, {"seed_0": (1.0, self.shift)})
         return self.ends_well
@@ -106,3 +106,56 @@ def test_an_average_is_what_is_waited_for_sampled_and_scored(
     assert runner.train([job]) == [job]
     runner.answer([job], "narrow")
     assert asked == [f"adapter={job.folder}/adapter_avg"]
+
+
+def test_another_adapter_is_scored_where_the_evaluations_own_folder_holds_the_runs(
+    runner: Evaluated, tmp_path: Path
+) -> None:
+    """What is below the folder that results go to is left out of what they depend on."""
+    runner.plan.tasks["narrow"].evaluate.overrides = [f"output_dir={tmp_path}"]
+    (job,) = runner.jobs  # type: ignore[attr-defined]
+    weights = job.adapter / "adapter_model.safetensors"
+    weights.parent.mkdir(parents=True)
+    for calls, content in ((1, b"one"), (1, b"one"), (2, b"two")):
+        weights.write_bytes(content)
+        shift(runner)
+        assert runner.calls == calls
+
+
+def test_answers_are_those_of_the_settings_that_hold_and_all_of_them(
+    runner: Evaluated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (job,) = runner.jobs  # type: ignore[attr-defined]
+    config = str(toy_run.REPO / "configs/smollm2_135m_generate.yaml")
+    folder, told, ends_well = job.folder / "answers", [], True
+
+    def run_step(step: Step, command: list[str], slot: Slot) -> bool:
+        told.append(sorted(path.name for path in folder.glob("*")))
+        step.mark.unlink(missing_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"general{len(told)}.jsonl").touch()
+        return ends_well
+
+    def answer(*overrides: str) -> None:
+        settings = AnswersSettings(config=config, overrides=[*overrides])
+        runner.plan.tasks["narrow"].generate = settings
+        runner.answer([job], "narrow")
+
+    monkeypatch.setattr(runner, "run_step", run_step)
+    answer()
+    answer()
+    assert told == [[]]  # Once.
+    answer("max_new_tokens=8")  # Of other settings none is left beside the new.
+    assert told == [[], []]
+    (folder / "general2.jsonl").unlink()
+    answer("max_new_tokens=8")  # What is missing is sampled again.
+    assert told == [[], [], []]
+    ends_well = False
+    answer("max_new_tokens=9")
+    ends_well = True
+    answer("max_new_tokens=9")  # Goes on from what the interruption left,
+    assert told[3:] == [[], ["general4.jsonl"]]
+    ends_well = False
+    answer("max_new_tokens=10")
+    answer("max_new_tokens=11")  # but not with other settings.
+    assert told[5:] == [[], []]
