@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,36 @@ def check_writable(folder: Path, where: str) -> None:
         raise UserError(f"{where}: {existing} is a file, not a folder")
     if not os.access(existing, os.W_OK):
         raise UserError(f"{where}: no permission to write in {existing}")
+
+
+def claim(folder: Path, where: str) -> Callable[[], None]:
+    """Make a folder, and have it for this process alone until it ends, or gives it back.
+
+    A file system that has no locks has none of this.
+
+    Args:
+        folder: The output folder.
+        where: The place in the config that names it.
+
+    Returns:
+        What gives it back.
+
+    Raises:
+        UserError: Another process has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(
+            f"{where}: another process writes into {folder} now; choose another output_dir, or "
+            "wait until it has ended"
+        ) from None
+    except OSError:
+        pass
+    return lambda: os.close(descriptor)
 
 
 def check_output_dir(cfg: DictConfig, origin: Origin) -> None:

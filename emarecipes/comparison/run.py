@@ -15,20 +15,21 @@ from rich.text import Text
 
 from emarecipes.command import run_alone
 from emarecipes.comparison import page_content as content
-from emarecipes.comparison.arms import expand_arms, make_jobs
+from emarecipes.comparison.arms import Arm, Job, expand_arms, make_jobs
 from emarecipes.comparison.execute import Runner
 from emarecipes.comparison.in_common import keep_common
 from emarecipes.comparison.looks import check_look
 from emarecipes.comparison.measured import compare
 from emarecipes.comparison.outcome import BY_QUESTION, RESULT, Outcome, as_json, by_question
 from emarecipes.comparison.page import write_report
-from emarecipes.comparison.settings import check_compare_settings
+from emarecipes.comparison.settings import Plan, check_compare_settings
 from emarecipes.comparison.status import pieces_of
 from emarecipes.comparison.steps import slots
 from emarecipes.comparison.tasks import check_tasks
 from emarecipes.config import load_config
 from emarecipes.errors import UserError
 from emarecipes.files import write_json, write_text
+from emarecipes.output_dir import claim
 
 
 def run_compare(argv: Sequence[str]) -> int:
@@ -49,6 +50,14 @@ def _compare(argv: Sequence[str]) -> None:
     arms = expand_arms(plan, origin)
     jobs = make_jobs(plan, arms, origin)
     runner = Runner(plan, slots(plan, origin))
+    give_back = claim(runner.folder, origin.at("output_dir"))
+    try:
+        _compare_arms(plan, arms, jobs, runner)
+    finally:
+        give_back()
+
+
+def _compare_arms(plan: Plan, arms: list[Arm], jobs: list[Job], runner: Runner) -> None:
     keep_common(plan)
     runner.status.expect(pieces_of(jobs, arms))
     try:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,7 @@ from emarecipes.command import (
 )
 from emarecipes.errors import UserCodeError, UserError, first_line
 from emarecipes.machine import set_threads, share_precision
+from emarecipes.output_dir import claim
 from emarecipes.training.checked import CheckedRun
 from emarecipes.training.recipe import LoRATraining
 from emarecipes.training.reference_cache_open import open_cache
@@ -56,6 +58,7 @@ def _run(argv: Sequence[str], *, train: bool) -> int:
     set_threads()
     rank = dist.get_rank() if distributed else 0
     recipe: LoRATraining | None = None
+    give_back: Callable[[], None] | None = None
     try:
         world_size = dist.get_world_size() if distributed else 1
         run = together(lambda: CheckedRun(argv, world_size, rank, writes_run=train))
@@ -67,6 +70,8 @@ def _run(argv: Sequence[str], *, train: bool) -> int:
                 f"{run.origin.at('reference_cache')}: name a folder here, and a defense that "
                 "reads the reference"
             )
+        if train:  # Last, as it makes the folder.
+            give_back = together(lambda: _claimed(run) if rank == 0 else None)
         if run.cfg.fsdp_cpu_offload:
             training.set_torch_num_threads()
         built = LoRATraining(run, distributed=distributed)
@@ -80,8 +85,15 @@ def _run(argv: Sequence[str], *, train: bool) -> int:
                 print(done, _advice(recipe, argv), flush=True)
     except Exception as error:
         return _end(error, recipe, argv)
+    finally:
+        if give_back is not None:
+            give_back()
     leave_processes()
     return 0
+
+
+def _claimed(run: CheckedRun) -> Callable[[], None]:
+    return claim(Path(run.cfg.output_dir), run.origin.at("output_dir"))
 
 
 def _end(error: Exception, recipe: LoRATraining | None, argv: Sequence[str]) -> int:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from toy_mistakes import Case
 
+from emarecipes.output_dir import claim
 from emarecipes.training import run_lora
 
 
@@ -38,6 +39,13 @@ def test_overwriting_spares_what_the_run_reads(case: Case, name: str) -> None:
     rows.write_text(case.rows.read_text())
     case.config["dataset"]["data_files"] = str(rows)
     assert "lies in its own output folder" in case.error("overwrite=true")
+
+
+def test_an_output_folder_that_another_process_writes_into(case: Case) -> None:
+    give_back = claim(case.output, "there")
+    assert "output_dir: another process writes into" in case.error()
+    give_back()
+    claim(case.output, "there")()
 
 
 def test_an_output_folder_that_is_a_file(case: Case) -> None:
