@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from emarecipes._secrets import check_no_secrets, texts
 from emarecipes.errors import UserError, first_line
+from emarecipes.overrides import read_value
 from emarecipes.yaml_nodes import yaml_error
 
 # No config comes near these. YAML's aliases can make a few lines mean billions of values.
@@ -254,13 +255,12 @@ def _apply_override(cfg: DictConfig, override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals or not key or key.startswith("-"):
         raise UserError(f"command line: {override}: an override is written key=value, or ~key")
-    # As torchtune has it: `optimizer=torch.optim.SGD` replaces the component, `None` is null.
+    # As torchtune has it: `optimizer=torch.optim.SGD` replaces the component.
     node = OmegaConf.select(cfg, key, throw_on_missing=False)
     if value not in ("null", "None") and isinstance(node, DictConfig) and "_component_" in node:
         key += "._component_"
     _nodes(value, f"command line: {override}")
-    parsed = value if "max_filename" in key else OmegaConf.from_dotlist([f"x={value}"])["x"]
-    OmegaConf.update(cfg, key, None if value == "None" else parsed, merge=False)
+    OmegaConf.update(cfg, key, read_value(key, value), merge=False)
 
 
 def _find_inputs(node: Any, origin: Origin, prefix: str = "") -> None:

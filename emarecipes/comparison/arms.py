@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from emarecipes.components import check_components
 from emarecipes.config import Origin, load_config
 from emarecipes.errors import UserError
 from emarecipes.fingerprint import digest, named_files, sampled_digest
+from emarecipes.overrides import as_override
 from emarecipes.training.settings import check_settings
 
 # Of a folder that a config names: a model, an adapter, answers.
@@ -131,7 +133,7 @@ def _expand(name: str, arm: ArmSettings, all_tasks: list[str]) -> list[Arm]:
                 label=f"{label} ({short})" if arm.sweep else label,
                 role=arm.role,
                 tasks=tuple(tasks),
-                overrides=(*arm.overrides, *(f"{key}={value}" for key, value in pairs)),
+                overrides=(*arm.overrides, *(as_override(key, value) for key, value in pairs)),
                 config=arm.config,
                 series="" if arm.choose else label,
                 adapter=arm.adapter,
@@ -191,9 +193,10 @@ def _check_pairs(
 
 
 def _without(cfg: DictConfig, folder: Path) -> dict[str, str]:
-    """The config's entries as text, without the run's folder."""
+    """The config's entries as JSON, without the run's folder, which JSON writes alike anywhere."""
+    own = json.dumps(str(folder))[1:-1]
     return {
-        str(key): OmegaConf.to_yaml(OmegaConf.create({"": entry})).replace(str(folder), "")
+        str(key): json.dumps(entry, default=repr).replace(own, "")
         for key, entry in OmegaConf.to_container(cfg).items()  # type: ignore[union-attr]
     }
 
@@ -208,7 +211,7 @@ def _config(plan: Plan, arm: Arm, task: str, seed: int, folder: Path, origin: Or
         *plan.tasks[task].overrides,
         *arm.overrides,
         f"seed={seed}",
-        f"output_dir={folder}",
+        as_override("output_dir", folder),
         "overwrite=true",
     ]
     try:

@@ -40,6 +40,7 @@ from emarecipes.errors import UserError
 from emarecipes.evaluation.figures import REFERENCE, SUMMARY
 from emarecipes.evaluation.settings import without_answers
 from emarecipes.files import write_text
+from emarecipes.overrides import as_override
 from emarecipes.training.settings import Settings
 
 MARK = "compare.json"
@@ -96,8 +97,8 @@ class Runner(Steps):
         self.status.expect(Piece(answers_title(job), "answers", task) for job in runs)
 
         def sample(job: Job, slot: Slot) -> None:
-            overrides = [*settings.overrides, f"adapter={job.adapter}"]
-            overrides.append(f"output_dir={job.folder}")
+            overrides = [*settings.overrides, as_override("adapter", job.adapter)]
+            overrides.append(as_override("output_dir", job.folder))
             cfg, _ = load_config(["--config", settings.config, *overrides])
             steps[job] = step = Step(
                 title=answers_title(job),
@@ -120,7 +121,7 @@ class Runner(Steps):
     def _sample_base(self, generate: AnswersSettings) -> Path | None:
         """The folder with the base's answers, sampled as the arms' are; None if sampling failed."""
         folder = self.folder / "base"
-        overrides = [*generate.overrides, "adapter=null", f"output_dir={folder}"]
+        overrides = [*generate.overrides, "adapter=null", as_override("output_dir", folder)]
         cfg, _ = load_config(["--config", generate.config, *overrides])
         mark, made = folder / "answers.compare.json", folder / "answers"
         step = Step(BASE_ANSWERS, "base_answers", mark, fingerprint(cfg, folder), made)
@@ -180,11 +181,11 @@ class Runner(Steps):
         name += "_look_1" if fewer else ""
         folder = self.folder / "evaluation" / name / task / arm.name
         overrides = evaluation_overrides(settings, half) + fewer
-        overrides += [f"adapters.seed_{job.seed}={job.adapter}" for job in runs]
+        overrides += [as_override(f"adapters.seed_{job.seed}", job.adapter) for job in runs]
         given = [job for job in runs if job in answered]
-        overrides += [f"answers.seed_{job.seed}={job.folder / 'answers'}" for job in given]
+        overrides += [as_override(f"answers.seed_{j.seed}", j.folder / "answers") for j in given]
         if given and task in ("narrow", GOOD) and self._base is not None:
-            overrides.append(f"answers.{REFERENCE}={self._base}")
+            overrides.append(as_override(f"answers.{REFERENCE}", self._base))
         cfg, _ = load_config(["--config", settings.evaluate.config, *overrides])
         if not given:  # What is about answers is refused where there are none.
             about = [f"~{key}" for key in without_answers(cfg)]
@@ -198,7 +199,7 @@ class Runner(Steps):
         if step.is_done() and (folder / SUMMARY).is_file():
             self.status.drop(title)
             return folder
-        overrides += [f"output_dir={shared}", "overwrite=true"]
+        overrides += [as_override("output_dir", shared), "overwrite=true"]
         folder.mkdir(parents=True, exist_ok=True)
         # Alone, so with all of the machine.
         command = ["recipes/ema_eval.py", "--config", settings.evaluate.config, *overrides]

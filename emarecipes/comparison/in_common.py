@@ -18,6 +18,7 @@ from emarecipes.files import write_json
 from emarecipes.fingerprint import stored
 from emarecipes.machine import settle_dtype
 from emarecipes.models.chat.dates import reads_clock
+from emarecipes.overrides import as_override
 
 DTYPE_FILE, DATE_FILE = "precision.json", "date.json"
 
@@ -59,7 +60,7 @@ def settle_dtypes(plan: Plan, trained: Sequence[tuple[str, DictConfig]], origin:
                 continue
             cfg, _ = load_config(["--config", entry.config, *entry.overrides])
             if cfg.get("dtype", "auto") == "auto":
-                entry.overrides.append(f"dtype={plan.dtype}")
+                entry.overrides.append(as_override("dtype", plan.dtype))
 
 
 def settle_dates(plan: Plan, trained: Sequence[tuple[str, DictConfig]], origin: Origin) -> None:
@@ -107,7 +108,7 @@ def settle_dates(plan: Plan, trained: Sequence[tuple[str, DictConfig]], origin: 
     for cfg in configs:
         cfg.tokenizer.date = plan.date
     for entry in tasks:
-        entry.overrides.append(f"tokenizer.date={plan.date}")
+        entry.overrides.append(as_override("tokenizer.date", plan.date))
 
 
 def keep_common(plan: Plan) -> None:

@@ -20,6 +20,7 @@ from emarecipes.command import run_alone
 from emarecipes.errors import UserError
 from emarecipes.generation.checked import CheckedGeneration
 from emarecipes.generation.served import answer_served
+from emarecipes.overrides import as_override
 from emarecipes.probes.suites import spread_out
 from emarecipes.progress import Progress
 from emarecipes.provider import provider_model
@@ -53,8 +54,9 @@ def _run(argv: Sequence[str]) -> bool:
         raise UserError("--prompts and --tokens must be at least 1")
     server = provider_model("the served model", options.model)  # Before a weight is loaded.
     with tempfile.TemporaryDirectory() as scratch:
-        ours = [f"adapter={options.adapter}", f"output_dir={scratch}", "temperature=0"]
-        ours += ["samples_per_paraphrase=1", f"max_new_tokens={options.tokens}", "dtype=fp32"]
+        ours = [as_override("adapter", options.adapter), as_override("output_dir", scratch)]
+        ours += ["temperature=0", "samples_per_paraphrase=1", "dtype=fp32"]
+        ours.append(f"max_new_tokens={options.tokens}")
         arguments = ["--config", options.config, *ours, *options.overrides, *extra]
         run = CheckedGeneration(arguments)
         if not run.has_model:
