@@ -20,6 +20,7 @@ from emarecipes.comparison.opening import OPENING, Opening
 from emarecipes.comparison.outcome import Half, Outcome, not_run
 from emarecipes.comparison.paired import pair_arms
 from emarecipes.comparison.results import Scores
+from emarecipes.comparison.rules import rules_of
 from emarecipes.comparison.settings import GOOD, Plan
 from emarecipes.errors import UserError
 from emarecipes.provenance import environment
@@ -35,14 +36,14 @@ def compare(plan: Plan, arms: list[Arm], jobs: list[Job], runner: Runner) -> Out
     path = runner.folder / OPENING
     opening = Opening.read(path)
     half: Half = "report" if plan.settings.frozen else "select"
+    rules = rules_of(plan) if plan.settings.frozen or opening is not None else {}
     if plan.settings.frozen and opening is None:
-        opening = Opening.now(plan, arms, jobs, _choose(plan, arms, finished, runner))
+        opening = Opening.now(plan, arms, jobs, _choose(plan, arms, finished, runner), rules)
         runner.folder.mkdir(parents=True, exist_ok=True)
         opening.write(path)
     shown = arms
     if plan.settings.frozen and opening is not None:
-        # The report half of candidates that were not chosen stays closed.
-        shown = [a for a in arms if opening.chosen.get(a.choice, a.name) == a.name]
+        shown = opening.shown(arms)
     scores = {task: runner.evaluate(shown, finished, task, half) for task in _tasks(plan)}
     outcome = _measure(plan, shown, scores, opening if half == "report" else None)
     outcome.runs = {arm.name: Path(arm.collect[0]) for arm in shown if arm.collect} | {
@@ -52,7 +53,12 @@ def compare(plan: Plan, arms: list[Arm], jobs: list[Job], runner: Runner) -> Out
     outcome.not_run = not_run(outcome, finished)
     if opening is not None:
         outcome.opening = opening
-        outcome.changed = opening.changes(plan, arms, jobs)
+        outcome.changed = opening.changes(plan, arms, jobs, rules)
+        if isinstance(opening.rules, str):
+            outcome.missing.append(
+                f"{path} is of an earlier version: whether the files that evaluations read are as "
+                "they were then is not known"
+            )
     _look(outcome, runner.folder)
     return outcome
 

@@ -20,6 +20,7 @@ from emarecipes.comparison.execute import Runner
 from emarecipes.comparison.in_common import keep_common
 from emarecipes.comparison.looks import check_look
 from emarecipes.comparison.measured import compare
+from emarecipes.comparison.opening import check_choices
 from emarecipes.comparison.outcome import BY_QUESTION, RESULT, Outcome, as_json, by_question
 from emarecipes.comparison.page import write_report
 from emarecipes.comparison.settings import Plan, check_compare_settings
@@ -49,6 +50,7 @@ def _compare(argv: Sequence[str]) -> None:
     check_look(plan.settings, origin)
     arms = expand_arms(plan, origin)
     jobs = make_jobs(plan, arms, origin)
+    check_choices(plan, arms, jobs, origin)
     runner = Runner(plan, slots(plan, origin))
     give_back = claim(runner.folder, origin.at("output_dir"))
     try:

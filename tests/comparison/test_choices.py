@@ -10,6 +10,7 @@ import toy_run
 
 from emarecipes.comparison.arms import Arm, Job, expand_arms, make_jobs
 from emarecipes.comparison.execute import Runner
+from emarecipes.comparison.opening import check_choices
 from emarecipes.comparison.outcome import Half, Outcome
 from emarecipes.comparison.results import Scores, read_scores
 from emarecipes.comparison.run import compare
@@ -85,8 +86,10 @@ def run(config: Path, halves: Halves, folder: Path, *overrides: str) -> tuple[Ou
     raw, origin = load_config(["--config", str(config), *overrides])
     plan = check_compare_settings(raw, origin)
     arms = expand_arms(plan, origin)
+    jobs = make_jobs(plan, arms, origin)
+    check_choices(plan, arms, jobs, origin)
     runner = Given(plan, halves, folder)
-    return compare(plan, arms, make_jobs(plan, arms, origin), runner), runner.read
+    return compare(plan, arms, jobs, runner), runner.read
 
 
 def test_a_swept_defense_is_chosen_on_select_and_reported_on_report(
@@ -127,6 +130,92 @@ def test_without_a_choice_every_value_is_tested(config: Path, tmp_path: Path) ->
     assert read == [("report", list(SELECT))]
     assert outcome.family == ["kl_0", "kl_1", "kl_2"]
     assert [f.arm.name for f in outcome.figures if f.arm.role == "defense"] == outcome.family
+
+
+BOTH: Halves = {"select": SELECT, "report": REPORT}
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_a_choice_does_not_move_to_another_value(config: Path, tmp_path: Path, older: bool) -> None:
+    run(config, BOTH, tmp_path / "first")
+    path = tmp_path / "out/choices.json"
+    found = json.loads(path.read_text())
+    assert found["values"] == {"kl": ["defenses.kl.weight=1.0"]}
+    if older:  # Then it is known by what is trained.
+        del found["values"]
+        path.write_text(json.dumps(found))
+
+    def refused(values: str, now: str) -> None:
+        told = rf"kl.sweep: kl_1 was chosen when .*, with defenses.kl.weight=1.0; now it is .*{now}"
+        with pytest.raises(UserError, match=told):
+            run(config, BOTH, tmp_path / "none", f"arms.kl.sweep={{defenses.kl.weight: {values}}}")
+
+    refused("[1.0,0.1,10.0]", "weight=0.1")
+    refused("[1.0]", "not there")
+    if not older:
+        refused("[0.1,2.0]", "weight=2.0")
+    # The others are free.
+    outcome, read = run(
+        config, BOTH, tmp_path / "second", "arms.kl.sweep={defenses.kl.weight: [0.3,1.0,10.0,30]}"
+    )
+    assert outcome.family == ["kl_1"] and read == [("report", ["undefended", "fewer_0", "kl_1"])]
+
+
+@pytest.mark.parametrize("first", ["true", "false"])
+def test_whether_a_value_is_chosen_stays_as_it_was(
+    config: Path, tmp_path: Path, first: str
+) -> None:
+    run(config, BOTH, tmp_path / "first", f"arms.kl.choose={first}")
+    other = "false" if first == "true" else "true"
+    told = r"choose: kl_1 was chosen" if first == "true" else r"choose: was false when"
+    with pytest.raises(UserError, match=rf"arms.kl.{told}"):
+        run(config, BOTH, tmp_path / "second", f"arms.kl.choose={other}")
+
+
+@pytest.mark.parametrize(("seeds", "told"), [("1,0", ""), ("1,2", "0, 1 before, 1, 2 now")])
+def test_seeds_are_no_part_of_an_arm(config: Path, tmp_path: Path, seeds: str, told: str) -> None:
+    run(config, BOTH, tmp_path / "first")
+    expected = [f"the seeds ({told})"] if told else []
+    for arm, changed in {"kl": [], "fewer": ["fewer (max_steps_per_epoch 2) (changed)"]}.items():
+        own = {"kl": "[]", "fewer": "[~defenses,optimizer.lr=1.0e-3]"}[arm]
+        given = [f"seeds=[{seeds}]", f"arms.{arm}.overrides={own}"]
+        outcome, _ = run(config, BOTH, tmp_path / arm, *given)
+        assert outcome.changed == changed + expected
+
+
+def test_what_is_asked_is_known_by_its_content(config: Path, tmp_path: Path) -> None:
+    probe, scoring = tmp_path / "report.jsonl", tmp_path / "eval.yaml"
+    probe.write_text("first")
+    rule = {"output_dir": str(tmp_path / "out"), "probes": {"general": {"pairs": str(probe)}}}
+    toy_run.write_config(scoring, rule)
+    task = f"tasks.narrow.evaluate.config={scoring}"
+
+    def changed(*overrides: str) -> list[str]:
+        folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+        return run(config, BOTH, folder, task, *overrides)[0].changed
+
+    assert changed() == changed() == []
+    probe.write_text("other")
+    asked = "how the narrow task is evaluated"
+    assert changed() == [asked]
+    probe.write_text("first")
+    toy_run.write_config(scoring, rule | {"max_rows": 3})
+    assert changed() == [asked]
+    toy_run.write_config(scoring, rule)
+    assert changed("criteria.coherent.suite=judge") == ["the criteria"]
+    assert changed("bounds.benign=0.2") == ["the bounds"]
+    assert changed() == []
+
+
+def test_an_older_file_of_choices(config: Path, tmp_path: Path) -> None:
+    """It has one fingerprint of the rules, without any file's content."""
+    run(config, BOTH, tmp_path / "first")
+    path = tmp_path / "out/choices.json"
+    found = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in found.items() if k != "values"} | {"rules": "0"}))
+    outcome, _ = run(config, BOTH, tmp_path / "second")
+    assert outcome.changed == ["bounds, probes, or how runs are evaluated"]
+    assert any("choices.json is of an earlier version" in line for line in outcome.missing)
 
 
 @pytest.mark.parametrize("entry", ["undefended", "fewer", "alone"])
