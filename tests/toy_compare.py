@@ -26,6 +26,7 @@ def evaluation(
     answers: dict[str, str] | None = None,
     noise: float = 0.05,
     half: str = "select",
+    trained: str | None = None,
 ) -> Path:
     """Write `summary.json` and `scores/` of adapters with the given mean shifts.
 
@@ -37,6 +38,7 @@ def evaluation(
         answers: The answer of every adapter to each of these questions, if any.
         noise: Its standard deviation.
         half: Of the general questions.
+        trained: Fingerprint of the adapters; None: of their own in every folder.
     """
     rng = np.random.default_rng(seed)
     rows = {
@@ -72,7 +74,7 @@ def evaluation(
             for i, (question, answer) in enumerate(answers.items())
         ]  # fmt: skip
         figures += [figure(name, "answers_general", "relevance", 1.5) for name in adapters]
-    write(folder, adapters, suites, figures, lines, base)
+    write(folder, adapters, suites, figures, lines, base, trained)
     return folder
 
 
@@ -97,6 +99,7 @@ def write(
     figures: list[dict[str, Any]],
     lines: dict[str, list[dict[str, Any]]],
     base: str,
+    trained: str | None = None,
 ) -> None:
     (folder / "scores").mkdir(parents=True)
     for suite, rows in lines.items():
@@ -106,7 +109,7 @@ def write(
         "versions": {},
         "base": {"folder": "models/toy", "dtype": "fp32", "fingerprint": base},
         "adapters": {
-            name: {"folder": str(folder / "adapter"), "fingerprint": f"{folder}/{name}"}
+            name: {"folder": str(folder / "adapter"), "fingerprint": trained or f"{folder}/{name}"}
             for name in adapters
         },
         "suites": suites,

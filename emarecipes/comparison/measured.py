@@ -15,7 +15,7 @@ from emarecipes.comparison.cells import ALPHA
 from emarecipes.comparison.criteria import ArmFigures, choose, measure
 from emarecipes.comparison.execute import Runner
 from emarecipes.comparison.gate import Effect, general_probes
-from emarecipes.comparison.looks import FirstLook, alpha_of
+from emarecipes.comparison.looks import FirstLook, Runs, alpha_of, runs_of
 from emarecipes.comparison.opening import OPENING, Opening
 from emarecipes.comparison.outcome import Half, Outcome, not_run
 from emarecipes.comparison.paired import pair_arms
@@ -59,26 +59,34 @@ def compare(plan: Plan, arms: list[Arm], jobs: list[Job], runner: Runner) -> Out
                 f"{path} is of an earlier version: whether the files that evaluations read are as "
                 "they were then is not known"
             )
-    _look(outcome, runner.folder)
+    if plan.settings.look is not None:
+        _look(outcome, runner.folder, runs_of(plan, shown, jobs), rules)
     return outcome
 
 
-def _look(outcome: Outcome, folder: Path) -> None:
+def _look(outcome: Outcome, folder: Path, runs: Runs, rules: dict[str, str]) -> None:
     """Write down what a first look decided, or let it stand at the last."""
-    look, questions = outcome.settings.look, len(outcome.judged_by("general").ids)
-    if look == 1:
-        taken = datetime.now(timezone.utc).isoformat(timespec="minutes")
-        outcome.first_look = FirstLook.of(outcome.figures, questions, taken)
+    questions = len(outcome.judged_by("general").ids)
+    now = datetime.now(timezone.utc).isoformat(timespec="minutes")
+    first = FirstLook.read(folder)
+    if outcome.settings.look == 1:
+        found = FirstLook.of(outcome.figures, questions, now, runs, rules)
+        outcome.first_look = found if first is None else first.taken_again(found)
         outcome.first_look.write(folder)
-    elif look is not None:
-        outcome.first_look = first = FirstLook.read(folder)
-        if first is not None:
-            first.settle(outcome.figures)
-            if questions <= first.questions:
-                outcome.missing.append(
-                    f"the last look read {questions} general questions, the first one "
-                    f"{first.questions}: take looks.first and max_rows apart"
-                )
+    elif first is not None:
+        first.settle(outcome.figures)
+        outcome.first_look = replace(first, last=first.last or now)
+        outcome.first_look.write(folder)
+        if not first.runs:
+            outcome.missing.append(
+                "looks.json is of an earlier version: whether the first look's verdicts are of "
+                "these runs is not known"
+            )
+        if questions <= first.questions:
+            outcome.missing.append(
+                f"the last look read {questions} general questions, the first one "
+                f"{first.questions}: take looks.first and max_rows apart"
+            )
 
 
 def _tasks(plan: Plan) -> list[str]:

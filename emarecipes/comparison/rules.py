@@ -6,12 +6,13 @@ from pathlib import Path
 
 from emarecipes.comparison.arms import fingerprint
 from emarecipes.comparison.execute import evaluation_overrides
+from emarecipes.comparison.looks import SHARED
 from emarecipes.comparison.opening import RULES
 from emarecipes.comparison.settings import GOOD, Plan
 from emarecipes.config import load_config
 from emarecipes.fingerprint import digest
 
-BOUNDS, CRITERIA = "the bounds", "the criteria"
+BOUNDS, CRITERIA = SHARED
 
 
 def rules_of(plan: Plan) -> dict[str, str]:

@@ -23,6 +23,7 @@ from emarecipes.comparison.measured import compare
 from emarecipes.comparison.opening import check_choices
 from emarecipes.comparison.outcome import BY_QUESTION, RESULT, Outcome, as_json, by_question
 from emarecipes.comparison.page import write_report
+from emarecipes.comparison.rules import rules_of
 from emarecipes.comparison.settings import Plan, check_compare_settings
 from emarecipes.comparison.status import pieces_of
 from emarecipes.comparison.steps import slots
@@ -47,10 +48,10 @@ def _compare(argv: Sequence[str]) -> None:
     raw, origin = load_config(argv)
     plan = check_compare_settings(raw, origin)
     check_tasks(plan, origin)
-    check_look(plan.settings, origin)
     arms = expand_arms(plan, origin)
     jobs = make_jobs(plan, arms, origin)
     check_choices(plan, arms, jobs, origin)
+    check_look(plan, arms, jobs, rules_of(plan) if plan.settings.frozen else {}, origin)
     runner = Runner(plan, slots(plan, origin))
     give_back = claim(runner.folder, origin.at("output_dir"))
     try:

@@ -46,7 +46,7 @@ def write(folder: Path, look: int) -> Path:
         runs = [
             toy_compare.evaluation(
                 folder / f"look{look}" / name / str(seed), {name: (x, general[look - 1])},
-                seed=100 * number + seed, half="report", noise=noise,
+                seed=100 * number + seed, half="report", noise=noise, trained=f"{name} {seed}",
             )
             for seed in (0, 1)
         ]  # fmt: skip
@@ -98,6 +98,119 @@ def test_the_first_look_decides_what_it_can_and_the_second_the_rest(
     # The same questions again are no second look.
     again = compared(first, looks, "looks.at=2")
     assert any("the last look read 20 general questions" in line for line in again["missing"])
+
+
+def at_both_looks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    last = write(folder, 2)
+    monkeypatch.setattr(toy_compare, "QUESTIONS", toy_compare.QUESTIONS // 2)
+    return write(folder, 1), last
+
+
+def other_runs(folder: Path, shift: float) -> str:
+    runs = [
+        toy_compare.evaluation(folder / f"other/{seed}", {"other": (0.6, shift)}, seed=50 + seed,
+                               half="report", trained=f"other {seed}")
+        for seed in (0, 1)
+    ]  # fmt: skip
+    return json.dumps([str(run) for run in runs])
+
+
+def test_a_first_look_stands_for_the_runs_it_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, last = at_both_looks(tmp_path, monkeypatch)
+    worse = other_runs(tmp_path, 0.9)
+    found = compared(first, "looks.first=[max_rows=20]")
+    last_look = ["--config", str(last), "looks={at: 2, first: [max_rows=20]}"]
+    record = (tmp_path / "out/looks.json").read_bytes()
+    capsys.readouterr()
+    for change, named in {
+        f"arms.strong.collect={worse}": "strong (changed)",
+        f"arms.half.collect={worse}": "half (changed)",
+        "~arms.half": "half (removed)",
+        f"arms.slow={{role: frontier, collect: {worse}}}": "slow (added)",
+        "bounds.effect_share=0.5": "the bounds",
+        "criteria.general.suite=general_domain_cue": "the criteria",
+    }.items():
+        assert run_compare([*last_look, change]) == 1
+        [line] = capsys.readouterr().err.splitlines()
+        assert f"looks.at: the first look's verdicts, of {found['first_look']['taken']}" in line
+        assert f"these are other now: {named}; put them back" in line
+    assert (tmp_path / "out/looks.json").read_bytes() == record
+    # One more defense takes nothing from the verdicts that stand.
+    new = f"arms.new={{collect: {worse}}}"
+    assert decisions(compared(last, *last_look[2:], new))["strong"] == "better"
+
+
+def test_a_first_look_is_taken_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, last = at_both_looks(tmp_path, monkeypatch)
+    better = other_runs(tmp_path, -0.2)
+    looks = "looks.first=[max_rows=20]"
+    # The weak arm's second seed is not there at first: what was lacking may come to the look.
+    summary = tmp_path / "look1/weak/1/summary.json"
+    whole = summary.read_text()
+    summary.unlink()
+    assert run_compare(["--config", str(first), looks]) == 1
+    record = json.loads((tmp_path / "out/looks.json").read_text())
+    assert record["runs"]["weak"] == {"0": "", "1": ""}
+    assert record["runs"]["strong"] == {"0": "strong 0", "1": "strong 1"}
+    assert record["curve"] == ["undefended", "half"] and record["last"] == ""
+    summary.write_text(whole)
+    compared(first, looks)
+    page = (tmp_path / "out/report.md").read_bytes()
+    kept = (tmp_path / "out/looks.json").read_bytes()
+    assert json.loads(kept)["runs"]["weak"] == {"0": "weak 0", "1": "weak 1"}
+    assert json.loads(kept)["taken"] == record["taken"]
+    compared(first, looks)
+    assert (tmp_path / "out/report.md").read_bytes() == page
+
+    def refused(*changes: str) -> str:
+        capsys.readouterr()
+        assert run_compare(["--config", str(first), looks, *changes]) == 1
+        [line] = capsys.readouterr().err.splitlines()
+        return line
+
+    for change, named in {
+        f"arms.weak.collect={better}": "weak (changed)",
+        f"arms.new={{collect: {better}}}": "new (added)",
+        "~arms.weak": "weak (removed)",
+        "looks.first=[max_rows=30]": "looks.first",
+        "bounds.effect_share=0.5": "the bounds",
+    }.items():
+        line = refused(change)
+        assert f"these are other now: {named}; it is taken once" in line
+    collected = [f"arms.{name}.collect={json.dumps(3 * [str(tmp_path / f'look1/{name}/0')])}"
+                 for name in ARMS]  # fmt: skip
+    assert "the seeds ([0, 1] then, [0, 1, 2] now)" in refused("seeds=[0,1,2]", *collected)
+    assert (tmp_path / "out/looks.json").read_bytes() == kept
+
+    compared(last, looks, "looks.at=2")
+    compared(last, looks, "looks.at=2")
+    assert "looks.at: the last look was taken on " in refused()
+
+
+def test_a_look_of_an_older_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, last = at_both_looks(tmp_path, monkeypatch)
+    looks, path = "looks.first=[max_rows=20]", tmp_path / "out/looks.json"
+    compared(first, looks)
+    whole = json.loads(path.read_text())
+    old = {key: whole[key] for key in ("taken", "questions", "verdicts")}
+    path.write_text(json.dumps(old))
+    compared(first, looks)  # The same verdicts: it is known now at which runs it looked.
+    assert json.loads(path.read_text()) == whole
+    path.write_text(json.dumps(old))
+    capsys.readouterr()
+    changed = f"arms.weak.collect={other_runs(tmp_path, -0.2)}"
+    assert run_compare(["--config", str(first), looks, changed]) == 1
+    assert "had other verdicts than those of now" in capsys.readouterr().err
+    assert json.loads(path.read_text()) == old
+    found = compared(last, looks, "looks.at=2")
+    assert any("looks.json is of an earlier version" in line for line in found["missing"])
+    assert decisions(found)["strong"] == "better"
 
 
 @pytest.mark.parametrize(
