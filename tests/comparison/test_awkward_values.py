@@ -47,7 +47,7 @@ def test_every_run_goes_into_its_own_folder(
 
     def note(_: Runner, step: Step, command: list[str], slot: Slot) -> bool:
         commands[step.name] = command
-        step.mark.parent.mkdir(parents=True, exist_ok=True)
+        (step.made or step.mark.parent).mkdir(parents=True, exist_ok=True)
         return True
 
     monkeypatch.setattr(Runner, "run_step", note)
