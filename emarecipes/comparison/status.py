@@ -177,7 +177,7 @@ def _mean(pieces: Sequence[Piece]) -> float | None:
 def _expected(piece: Piece, pieces: Sequence[Piece]) -> float | None:
     """Seconds: by its own rate, else by pieces like it, else by any, with a guess between kinds.
 
-    At least what its recipe tells; where none of its kind has ended, what any of them tells.
+    At least what its recipe tells. That says nothing of others: the first has the base's rows too.
     """
     own = _measured(piece)
     like = [p for p in pieces if p.kind == piece.kind]
@@ -189,8 +189,7 @@ def _expected(piece: Piece, pieces: Sequence[Piece]) -> float | None:
     trained = _mean([p for p in pieces if p.kind == "training"])
     if trained is None:
         return None
-    guessed = trained * _GUESS.get(piece.kind, 1.0) * piece.size
-    return max([guessed, *filter(None, map(_told, like))])
+    return max(trained * _GUESS.get(piece.kind, 1.0) * piece.size, told)
 
 
 def pieces_of(jobs: Sequence[Job], arms: Sequence[Arm]) -> list[Piece]:
