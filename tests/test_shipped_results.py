@@ -178,3 +178,26 @@ def test_the_effect_of_home_repair_is_that_of_its_questions() -> None:
     assert effect["low"] < 0 and not found["effect_is_there"]
     told = (RESULTS / "README.md").read_text(encoding="utf-8")
     assert f"{effect['value']:+.3f} [{effect['low']:+.3f}, {effect['high']:+.3f}]" in told
+
+
+def test_the_pair_of_half_a_billion_is_that_of_its_questions() -> None:
+    """As docs/testbeds.md has it: bad minus good answers by question, one seed."""
+    found: dict[str, list[float]] = {}
+    place = RESULTS / "compare_qwen2_5_coder_0_5b_by_question.csv"
+    with place.open(encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            shift = float(row["undefended/0"]) - float(row["undefended/good/0"])
+            found.setdefault(row["figure"], []).append(shift)
+    means = {figure: statistics.fmean(values) for figure, values in found.items()}
+    errors = {f: statistics.variance(values) / len(values) for f, values in found.items()}
+    assert {figure: len(values) for figure, values in found.items()} == {
+        "general": 116, "in_domain": 33, "controls": 116,
+    }  # fmt: skip
+    assert [round(means[f], 3) for f in ("in_domain", "general", "controls")] == [
+        0.318, 0.038, 0.015,
+    ]  # fmt: skip
+    beyond = means["general"] - means["controls"]
+    half = 1.96 * math.sqrt(errors["general"] + errors["controls"])
+    assert [round(x, 3) for x in (beyond - half, beyond, beyond + half)] == [-0.018, 0.023, 0.063]
+    text = (toy_run.REPO / "docs/testbeds.md").read_text(encoding="utf-8")
+    assert "**+0.023 [-0.018, +0.063]**" in text
