@@ -74,8 +74,9 @@ class Step:
         self.write(begun)
 
     def _files(self) -> list[str]:
-        there = self.made is not None and self.made.is_dir()
-        return sorted(path.name for path in self.made.iterdir()) if there and self.made else []
+        if self.made is None or not self.made.is_dir():
+            return []
+        return sorted(path.name for path in self.made.iterdir())
 
 
 def _read(mark: Path) -> dict[str, Any]:

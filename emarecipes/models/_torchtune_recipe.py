@@ -73,7 +73,8 @@ class StockRecipe:
         recipe._model = recipe._setup_model(**arguments)
         for module in recipe._model.modules() if self.device.type == "cpu" else ():
             if isinstance(module, FSDPModule):
-                # torch 2.8's gloo takes the average of a reduce-scatter for the sum, in silence.
+                # torch 2.8's gloo takes the average of a reduce-scatter for the sum, in silence
+                # (github.com/pytorch/pytorch/issues/162338).
                 module.set_force_sum_reduction_for_comms(True)
         return recipe._model
 

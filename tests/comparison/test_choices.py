@@ -186,7 +186,8 @@ def test_seeds_are_no_part_of_an_arm(config: Path, tmp_path: Path, seeds: str, t
 def test_what_is_asked_is_known_by_its_content(config: Path, tmp_path: Path) -> None:
     probe, scoring = tmp_path / "report.jsonl", tmp_path / "eval.yaml"
     probe.write_text("first")
-    rule = {"output_dir": str(tmp_path / "out"), "probes": {"general": {"pairs": str(probe)}}}
+    # A folder that holds the probe: it is not where results go.
+    rule = {"output_dir": str(tmp_path), "probes": {"general": {"pairs": str(probe)}}}
     toy_run.write_config(scoring, rule)
     task = f"tasks.narrow.evaluate.config={scoring}"
 

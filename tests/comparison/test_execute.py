@@ -1,5 +1,6 @@
 """What becomes of an evaluation that ended well, failed in part, or was killed."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from shutil import rmtree
@@ -150,6 +151,14 @@ def test_answers_are_those_of_the_settings_that_hold_and_all_of_them(
     (folder / "general2.jsonl").unlink()
     answer("max_new_tokens=8")  # What is missing is sampled again.
     assert told == [[], [], []]
+    mark = job.folder / "answers.compare.json"
+    older = {"fingerprint": json.loads(mark.read_text())["fingerprint"]}  # Without their names.
+    mark.write_text(json.dumps(older))
+    answer("max_new_tokens=8")
+    assert len(told) == 3
+    rmtree(folder)
+    answer("max_new_tokens=8")
+    assert told.pop() == [] and len(told) == 3
     ends_well = False
     answer("max_new_tokens=9")
     ends_well = True

@@ -1,6 +1,7 @@
 """Two looks: what each may spend, that the first one's verdicts stand, and that none is free."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import toy_run
 from scipy.integrate import quad
 from scipy.stats import norm
 
-from emarecipes.comparison.looks import alpha_of
+from emarecipes.comparison.looks import FirstLook, alpha_of
 from emarecipes.comparison.run import run_compare
 from emarecipes.comparison.settings import check_compare_settings
 from emarecipes.config import load_config
@@ -243,3 +244,11 @@ def test_the_first_look_is_of_its_own_half_and_task() -> None:
     assert settings.first_look("narrow", "select") == settings.first_look("benign", "report") == []
     raw.looks.at = 2
     assert check_compare_settings(raw, origin).settings.first_look("narrow", "report") == []
+
+
+def test_a_first_look_taken_again_gains_runs_and_loses_none() -> None:
+    first = FirstLook("then", 4, {}, runs={"kl": {"0": "a", "1": ""}})
+    fuller = FirstLook("now", 4, {}, runs={"kl": {"0": "a", "1": "b"}})
+    failed = FirstLook("now", 4, {}, runs={"kl": {"0": "", "1": "b"}})
+    assert first.taken_again(failed) is first
+    assert first.taken_again(fuller) == replace(fuller, taken="then")

@@ -76,6 +76,10 @@ def test_what_a_recipe_tells_is_the_least_that_it_takes(tmp_path: Path, clock: l
         assert status.seconds_left() == pytest.approx(0 + 60)
         clock[0] += 20.0
     assert status.seconds_left() == pytest.approx(120)  # Now one of its kind has ended.
+    with status.running("A: scores of good", note):
+        clock[0] += 10.0
+        write(note, done=1, total=100, seconds=10.0)  # Slower than that one.
+        assert status.seconds_left() == pytest.approx(990)
 
 
 def test_trainings_side_by_side_share_the_time(tmp_path: Path, clock: list[float]) -> None:

@@ -246,7 +246,7 @@ def test_the_summary_says_what_it_is_of(done: Path, adapters: list[Path]) -> Non
 
 
 def test_a_second_run_needs_overwrite_and_reads_likelihoods_back(
-    done: Path, toy_model_dir: Path, adapters: list[Path], monkeypatch: pytest.MonkeyPatch
+    done: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = OmegaConf.to_container(OmegaConf.load(done / "out/eval.yaml"))
     assert isinstance(config, dict)
@@ -260,5 +260,7 @@ def test_a_second_run_needs_overwrite_and_reads_likelihoods_back(
         raise AssertionError("the base was loaded")
 
     monkeypatch.setattr("emarecipes.evaluation.scoring.load_model", fail)
+    capsys.readouterr()
     assert run(done, config, "overwrite=true") == 0
+    assert "row " not in capsys.readouterr().err  # Nothing is to be computed, so there is no bar.
     assert figures(done) == [figure for figure in earlier if figure["suite"] != "opswap"]

@@ -22,6 +22,7 @@ from emarecipes.comparison.settings import check_compare_settings
 from emarecipes.comparison.steps import slots
 from emarecipes.config import load_config
 from emarecipes.errors import UserError
+from emarecipes.output_dir import claim
 
 EVAL_KEYS = ("output_dir", "tokenizer", "model", "checkpointer", "device", "dtype")
 
@@ -252,3 +253,14 @@ def test_bad_input_is_one_line_before_anything_runs(
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_another_comparison_writes_into(
+    tmp_path: Path, model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, out = toy_comparison(tmp_path, model_dir), tmp_path / "out"
+    give_back = claim(out, "there")
+    assert run_compare(["--config", str(config)]) == 1
+    give_back()
+    assert f"output_dir: another process writes into {out} now" in capsys.readouterr().err
+    assert not list(out.iterdir())
