@@ -15,14 +15,13 @@ from typing import Any
 from scipy.stats import norm
 
 from emarecipes.comparison.arms import Arm, Job
+from emarecipes.comparison.collected import adapter_mark
 from emarecipes.comparison.criteria import ArmFigures
 from emarecipes.comparison.opening import OPENING, Opening, differing
-from emarecipes.comparison.results import find_adapter
 from emarecipes.comparison.settings import GOOD, Plan
 from emarecipes.comparison.verdicts import DECIDED, Verdict
 from emarecipes.config import Origin
 from emarecipes.errors import UserError
-from emarecipes.evaluation.figures import SUMMARY
 from emarecipes.files import write_json
 from emarecipes.fingerprint import digest
 
@@ -190,22 +189,13 @@ def runs_of(plan: Plan, arms: Sequence[Arm], jobs: Sequence[Job]) -> Runs:
     found: Runs = {arm.name: {} for arm in arms if arm.role != "control"}
     for arm in arms:
         if arm.collect and arm.name in found:
-            marks = map(_adapter_mark, map(Path, arm.collect))
+            marks = map(adapter_mark, map(Path, arm.collect))
             found[arm.name] = dict(zip(map(str, plan.settings.seeds), marks, strict=True))
     for job in jobs:
         if job.arm.name in found and job.task in ("narrow", GOOD):
             of, seed = found[job.arm.name], str(job.seed)
             of[seed] = digest(of[seed], job.fingerprint) if seed in of else job.fingerprint
     return found
-
-
-def _adapter_mark(run: Path) -> str:
-    """Of a collected run's adapter, as its evaluation has it; else the folder's name."""
-    try:
-        summary = json.loads((run / SUMMARY).read_text(encoding="utf-8"))
-        return str(summary["adapters"][find_adapter(run)]["fingerprint"])
-    except (OSError, ValueError, KeyError, TypeError, UserError):
-        return str(run)  # That it cannot be read is told where its scores are.
 
 
 def check_look(

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from omegaconf import DictConfig
 from pydantic import ConfigDict, Field, ValidationError
 
+from emarecipes.comparison.collected import check_collected
 from emarecipes.comparison.criterion import (
     BoundSettings,
     CriteriaSettings,
@@ -166,7 +167,8 @@ def check_compare_settings(cfg: DictConfig, origin: Origin) -> Plan:
     Raises:
         UserError: See `parse_settings`; not exactly one undefended arm; an arm with neither or both
             of `config` and `collect`, or of a task that is not there; no narrow task; a name or an
-            override of a wrong form; a file or folder that is not there; a seed twice.
+            override of a wrong form; a file or folder that is not there; a seed twice. See also
+            `check_collected`.
     """
     refuse_probes(cfg, origin)
     settings = parse_settings(cfg, origin, CompareSettings)
@@ -189,6 +191,8 @@ def check_compare_settings(cfg: DictConfig, origin: Origin) -> Plan:
     _check_tasks(plan, origin)
     for name, arm in arms.items():
         _check_arm(name, arm, plan, origin)
+    collected = {name: arm.collect for name, arm in arms.items() if arm.collect is not None}
+    check_collected(collected, settings.seeds, origin)
     undefended = [name for name, arm in arms.items() if arm.role == "undefended"]
     if len(undefended) != 1:
         found = f"it has {' and '.join(undefended)}" if undefended else "it has none"
@@ -267,11 +271,6 @@ def _check_arm(name: str, arm: ArmSettings, plan: Plan, origin: Origin) -> None:
             )
         if arm.sweep or arm.overrides or arm.adapter != RUN_ADAPTER:
             raise UserError(f"{origin.at(key)}: overrides, sweep and adapter need a config")
-        if len(arm.collect) != len(plan.settings.seeds):
-            raise UserError(
-                f"{origin.at(f'{key}.collect')}: {len(arm.collect)} run folders for "
-                f"{len(plan.settings.seeds)} seeds; one a seed, in their order"
-            )
         return
     _check_file(arm, key, origin)
     for task in arm.tasks or []:

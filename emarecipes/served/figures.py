@@ -19,6 +19,9 @@ Floats = npt.NDArray[np.float64]
 # stays below it, one that computes the base is at 1.
 NEAR = 0.25
 SCALE_TOLERANCE = 0.1
+# A scale is named only if it takes off half of the distance to the nearer of adapter and base, so
+# three quarters of the squares: another adapter of the same rows lies somewhere between, as well.
+EXPLAINED = 0.5
 # Root mean square of what an adapter must move to be told from none, in nats a token.
 LEAST_SHIFT = 0.01
 _LARGEST_SCALE = 8.0
@@ -96,7 +99,8 @@ def compare(
 
     A slope is a scale only where the shift is small, since log-probabilities are no linear function
     of it. So where the server computes neither, the scale c is looked for whose log-probabilities
-    here come nearest: argmin over 0 <= c <= 8 of sum((served - ours(c))^2).
+    here come nearest: argmin over 0 <= c <= 8 of sum((served - ours(c))^2). It is named where it
+    leaves a quarter of the shift at most, and half of the distance to the nearer of both at most.
 
     Args:
         served_T: See `slope_of`.
@@ -118,7 +122,8 @@ def compare(
     if to_base <= NEAR * shift and abs(slope.estimate) <= SCALE_TOLERANCE:
         return found("base")
     scale, rest = _nearest(served_T, at_scale)
-    return found("scaled" if rest <= NEAR * shift else "neither", scale, rest)
+    is_scaled = rest <= min(NEAR * shift, EXPLAINED * min(to_adapter, to_base))
+    return found("scaled" if is_scaled else "neither", scale, rest)
 
 
 def _nearest(served_T: Floats, at_scale: Callable[[float], Floats]) -> tuple[float, float]:

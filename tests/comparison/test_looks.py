@@ -182,8 +182,12 @@ def test_a_first_look_is_taken_once(
     }.items():
         line = refused(change)
         assert f"these are other now: {named}; it is taken once" in line
-    collected = [f"arms.{name}.collect={json.dumps(3 * [str(tmp_path / f'look1/{name}/0')])}"
-                 for name in ARMS]  # fmt: skip
+    collected = []
+    for name in ARMS:
+        runs = [tmp_path / f"look1/{name}/{seed}" for seed in (0, 1)]
+        third = tmp_path / f"third/{name}"
+        runs.append(toy_compare.evaluation(third, {name: (0.5, 0.2)}, half="report"))
+        collected.append(f"arms.{name}.collect={json.dumps([str(run) for run in runs])}")
     assert "the seeds ([0, 1] then, [0, 1, 2] now)" in refused("seeds=[0,1,2]", *collected)
     assert (tmp_path / "out/looks.json").read_bytes() == kept
 

@@ -160,10 +160,13 @@ def test_frozen_choices_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[s
     text = (tmp_path / "out/report.html").read_text()
     assert "report half of the general questions, opened on" in text
     assert "Not as it was" not in text and "still those of the select half" not in text
-    other = evaluation(tmp_path / "other", {"other": (0.9, 0.1)}, half="report")
-    assert run_compare(["--config", config, "frozen=true",
-                        f"arms.better.collect=[{other},{other}]"]) == 0  # fmt: skip
-    assert "better  (changed)" in changes(tmp_path, [f"arms.better.collect=[{other},{other}]"])
+    others = [
+        str(evaluation(tmp_path / f"other{seed}", {"other": (0.9, 0.1)}, half="report"))
+        for seed in (0, 1)
+    ]
+    other = f"arms.better.collect={json.dumps(others)}"
+    assert run_compare(["--config", config, "frozen=true", other]) == 0
+    assert "better  (changed)" in changes(tmp_path, [other])
     assert json.loads((tmp_path / "out/choices.json").read_text()) == opening
     found = changes(tmp_path, ["bounds.effect_share=0.5", "~arms.slower"])
     assert "slower (removed), the bounds." in found

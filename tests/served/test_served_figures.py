@@ -43,3 +43,14 @@ def test_verdict(scale: float, verdict: str) -> None:
     if verdict == "applied":
         assert found.largest == pytest.approx(np.abs(noise_T).max())
         assert found.slope.low < 1 < found.slope.high
+
+
+def test_another_adapter_of_the_same_rows_is_no_scale() -> None:
+    """A third of the shift away, and nearest to 0.7 of the scale: the distances that vLLM had."""
+    random = np.random.default_rng(2)
+    base_T, d_T, e_T = random.normal(size=(3, 4000))
+    served_T = base_T + 0.72 * d_T + 0.22 * e_T
+    found = compare(served_T, base_T, base_T + d_T, [40] * 100, lambda c: base_T + c * d_T)
+    assert (found.to_adapter / found.shift, found.scale) == pytest.approx((0.35, 0.72), abs=0.02)
+    assert found.to_scaled is not None and found.to_scaled < 0.25 * found.shift
+    assert found.verdict == "neither"

@@ -1,0 +1,84 @@
+"""Runs that a comparison collects: trained and evaluated before, one folder a seed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from emarecipes.comparison.results import find_adapter
+from emarecipes.config import Origin
+from emarecipes.errors import UserError
+from emarecipes.evaluation.figures import SUMMARY
+
+
+def check_collected(
+    folders: Mapping[str, Sequence[str]], seeds: Sequence[int], origin: Origin
+) -> None:
+    """See that each collected run is one of its own, and of the seed whose place it has.
+
+    Arms are paired by the seed, and an interval over seeds takes runs as apart. A run without a
+    config.yaml beside its adapter is taken at the place's word.
+
+    Args:
+        folders: Of each arm, in the order of `seeds`.
+        seeds: The comparison's.
+        origin: Of the comparison's config.
+
+    Raises:
+        UserError: More or fewer folders than seeds; a run twice, or a copy of it, in whichever
+            arms; a run whose own config says another seed.
+    """
+    places: dict[str, str] = {}
+    for name, runs in folders.items():
+        key = f"arms.{name}.collect"
+        if len(runs) != len(seeds):
+            raise UserError(
+                f"{origin.at(key)}: {len(runs)} run folders for {len(seeds)} seeds; one a seed, in "
+                "their order"
+            )
+        for run, seed in zip(map(Path, runs), seeds, strict=True):
+            place = f"{key}, seed {seed}"
+            other = places.setdefault(adapter_mark(run), place)
+            if other != place:
+                raise UserError(
+                    f"{origin.at(key)}: {run}: has the adapter of {other} too; every seed of every "
+                    "arm needs a run of its own"
+                )
+            own = _own_seed(run)
+            if own is not None and own != seed:
+                raise UserError(
+                    f"{origin.at(key)}: {run}: is of seed {own} (by its config.yaml) in the "
+                    f"place of seed {seed}; one folder a seed, in the order of seeds"
+                )
+
+
+def adapter_mark(run: Path) -> str:
+    """Of a collected run's adapter, as its evaluation has it; else the folder's name."""
+    # That it cannot be read is told where its scores are.
+    return str(_evaluated(run).get("fingerprint", run.resolve()))
+
+
+def _evaluated(run: Path) -> dict[str, Any]:
+    """What a run folder's evaluation says of its adapter; empty where there is none."""
+    try:
+        summary = json.loads((run / SUMMARY).read_text(encoding="utf-8"))
+        return dict(summary["adapters"][find_adapter(run)])
+    except (OSError, ValueError, KeyError, TypeError, UserError):
+        return {}
+
+
+def _own_seed(run: Path) -> int | None:
+    """The seed in the config of the training; None where none is told."""
+    adapter = Path(str(_evaluated(run).get("folder", run / "adapter")))
+    for folder in (adapter.parent, run):
+        try:
+            config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):
+            continue
+        if isinstance(config, dict) and isinstance(config.get("seed"), int):
+            return int(config["seed"])
+    return None
