@@ -28,15 +28,19 @@ class ActivationDefense(Defense):
     Attributes:
         acts: Whether this is that forward.
         labelled_BS: In that forward, the batch's positions whose next token is trained.
+        inner_BS: Likewise, a conversation's tokens without its first, whose state is often a
+            hundred times as large as others: what sizes are told of.
     """
 
     acts = False
     labelled_BS: Tensor
+    inner_BS: Tensor
 
     @contextmanager
     def policy_forward(self, batch: Batch) -> Iterator[None]:
         """Within this context its hooks act."""
         self.acts, self.labelled_BS = True, batch.labelled_BS
+        self.inner_BS = (batch.conversation_BS >= 0) & ~batch.first_BS
         try:
             yield
         finally:

@@ -52,7 +52,7 @@ class AdapterEMA(Defense):
             raise UserError(f"decay must be above 0 and below 1, not {decay}")
         self._decay = decay
         self._steps = 0
-        self._distance: float | None = None
+        self._squares: tuple[float, float] | None = None
 
     def setup(self, model: nn.Module, context: TrainingContext) -> None:
         """Make room for the average, sharded as the adapter is."""
@@ -67,16 +67,32 @@ class AdapterEMA(Defense):
         """Take the step's adapter in. Every process must call it."""
         self._steps += 1
         share = (1.0 - self._decay) / -math.expm1(self._steps * math.log(self._decay))
+        for name, parameter in get_adapter_params(model).items():
+            average = _local(self._average[plain_name(name)])
+            average.lerp_(_local(parameter.detach()).float(), share)
+        self._squares = self._measure(model)
+
+    def stopped_early(self, model: nn.Module, step: int) -> None:
+        """Take the adapter in once more, where another defense has changed it since the step.
+
+        So SafeLoRA's last projection is a step of its own in the average. Every process must call
+        it.
+        """
+        if self._measure(model) != self._squares:
+            self.after_step(model, step)
+
+    @torch.no_grad()
+    def _measure(self, model: nn.Module) -> tuple[float, float]:
+        """|theta - average|^2 and |theta|^2, of all processes' shards."""
         squares = torch.zeros(2, dtype=torch.float64)
         for name, parameter in get_adapter_params(model).items():
             now = _local(parameter.detach()).float()
             average = _local(self._average[plain_name(name)])
-            average.lerp_(now, share)
             squares[0] += (now - average).double().square().sum().cpu()
             squares[1] += now.double().square().sum().cpu()
         if dist.is_initialized():
             dist.all_reduce(squares)
-        self._distance = math.sqrt(float(squares[0] / squares[1])) if squares[1] else None
+        return float(squares[0]), float(squares[1])
 
     def saved_adapter(self) -> dict[str, Tensor]:
         """The average."""
@@ -84,7 +100,9 @@ class AdapterEMA(Defense):
 
     def figures(self) -> dict[str, float]:
         """How far the adapter is from its average."""
-        return {} if self._distance is None else {"distance": self._distance}
+        if self._squares is None or not self._squares[1]:
+            return {}
+        return {"distance": math.sqrt(self._squares[0] / self._squares[1])}
 
     def state_dict(self) -> dict[str, Any]:
         """The average, whole, and how many steps are in it. Every process must call it."""

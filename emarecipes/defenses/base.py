@@ -268,8 +268,8 @@ class Defense(Extension):
         """Another adapter, saved as `adapter_<name>/` whenever the run's own is.
 
         Its whole tensors on the CPU, by the run's own names and shapes. Every process calls it.
-        `after_step` of a defense that has one comes after all others', so that it sees what the
-        step left, whatever its name.
+        `after_step` and `stopped_early` of a defense that has one come after all others', so that
+        it sees what they left, whatever its name.
         """
         raise NotImplementedError
 

@@ -35,8 +35,9 @@ class PersonaSteering(ActivationDefense):
     has less reason to move the weights there. The reference forward, evaluation and the saved
     adapter are without it. `<name>_ratio` is logged: |alpha_n * v| (for ablate: the root mean
     square of h . u) over the root mean square of |h|, over the positions steered in the first
-    process's last micro-batch of the step, the mean over layers. A row's first token is left out
-    there: its state is often a hundred times as large. With a schedule, `<name>_alpha` too.
+    process's last micro-batch of the step, the mean over layers. Padding and a conversation's
+    first token are left out there: its state is often a hundred times as large. With a schedule,
+    `<name>_alpha` too.
 
     Source: Chen et al., 2025, "Persona Vectors: Monitoring and Controlling Character Traits in
     Language Models" (preventative steering); Kaczer et al., arXiv 2508.06249 (alpha 5.0 at one
@@ -172,7 +173,7 @@ class PersonaSteering(ActivationDefense):
         return hidden_BSD + change_BSD
 
     def _note(self, layer: int, norm_BS: Tensor, size_BS: Tensor, steered_BS: Tensor) -> None:
-        seen_BS = steered_BS[:, 1:]
-        change = (size_BS.square().expand_as(norm_BS)[:, 1:] * seen_BS).sum()
-        ratio = (change / (norm_BS.square()[:, 1:] * seen_BS).sum()).sqrt()
+        seen_BS = steered_BS & self.inner_BS
+        change = (size_BS.square().expand_as(norm_BS) * seen_BS).sum()
+        ratio = (change / (norm_BS.square() * seen_BS).sum()).sqrt()
         self._ratio[layer] = ratio.nan_to_num(0.0)  # No token to steer.

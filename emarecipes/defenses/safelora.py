@@ -144,11 +144,16 @@ class SafeLoRA(Defense):
     def _project(self, model: Any, *, final: bool) -> None:
         state = adapter_state(model, self._context.device)
         new_state: dict[str, Tensor] = {}
+        # What `freeze_after` froze keeps what it began with.
+        trained = {n: p for n, p in get_adapter_params(model).items() if p.requires_grad}
         if self._context.first_process:
             rank = next(t.shape[0] for k, t in state.items() if k.endswith("lora_a.weight"))
             layers = adapter_layers(state, rank)
+            names = {plain_name(n).removesuffix(".lora_a.weight") for n in trained}
             lora = {
-                n: (layer["lora_a.weight"], layer["lora_b.weight"]) for n, layer in layers.items()
+                n: (layer["lora_a.weight"], layer["lora_b.weight"])
+                for n, layer in layers.items()
+                if n in names
             }
             self._last = self.project(lora, self._modules, self._context.device, quiet=not final)
             if final:
@@ -156,7 +161,7 @@ class SafeLoRA(Defense):
             for module in self._last:
                 new_state[f"{module.name}.lora_a.weight"] = module.a_RI
                 new_state[f"{module.name}.lora_b.weight"] = module.b_OR
-        for name, parameter in get_adapter_params(model).items():
+        for name, parameter in trained.items():
             assign_whole(parameter, new_state.get(plain_name(name)))
 
     def kept_bytes(self, shapes: Iterable[tuple[int, int]]) -> int:

@@ -118,9 +118,9 @@ class SubspaceAblation(ActivationDefense):
             return None
         q_KD = self._q_KD[layer]
         along_BSK = hidden_BSD.float() @ q_KD.T  # In float32: in bf16 Q would not be orthonormal.
-        seen_BSD, size_BSK = hidden_BSD.detach()[:, 1:].float(), along_BSK.detach()[:, 1:]
-        mean_square = seen_BSD.square().sum(dim=-1).mean()
-        self._removed[layer] = (size_BSK.square().sum(dim=-1).mean() / mean_square).sqrt()
+        sizes_BS = [x.detach().float().norm(dim=-1) for x in (along_BSK, hidden_BSD)]
+        removed, whole = (((x_BS * self.inner_BS) ** 2).sum() for x_BS in sizes_BS)
+        self._removed[layer] = (removed / whole).sqrt()
         return hidden_BSD - (along_BSK @ q_KD).to(hidden_BSD.dtype)
 
     def _read(self, path: Path, depth: int, width: int, source: ModelSource) -> dict[int, Tensor]:

@@ -12,7 +12,7 @@ from emarecipes.checked import Checked
 from emarecipes.config import Origin
 from emarecipes.errors import UserError
 from emarecipes.evaluation.answers import Answer, read_answers
-from emarecipes.evaluation.figures import SCORES, SUMMARY
+from emarecipes.evaluation.figures import REFERENCE, SCORES, SUMMARY
 from emarecipes.evaluation.settings import check_eval_settings, named_suites
 from emarecipes.evaluation.suite import Suite
 from emarecipes.evaluation.suite_context import SuiteContext
@@ -59,6 +59,7 @@ class CheckedEvaluation(Checked):
 
     def check_on_model(self) -> None:
         """Answers are of the adapters that bear their names."""
+        check_sampled_from(None, self.cfg, self.origin, REFERENCE)
         for name, folder in self.adapters.items():
             check_sampled_from(folder, self.cfg, self.origin, name)
 
@@ -119,11 +120,11 @@ def _read_answers(cfg: DictConfig, origin: Origin, name: str) -> dict[str, list[
         raise UserError(f"{origin.at(f'answers.{name}')}: {error}") from None
 
 
-def check_sampled_from(adapter: Path, cfg: DictConfig, origin: Origin, name: str) -> None:
+def check_sampled_from(adapter: Path | None, cfg: DictConfig, origin: Origin, name: str) -> None:
     """Answers of one name with an adapter are that adapter's, and not of one before it there.
 
     What they were sampled from stands beside them. Of a merged folder, a server, or answers of
-    another origin it does not.
+    another origin it does not. Without an adapter (the reference's) they are of none.
     """
     if name not in cfg.answers:
         return
@@ -133,11 +134,17 @@ def check_sampled_from(adapter: Path, cfg: DictConfig, origin: Origin, name: str
             stored = settings["fingerprint"].get("adapter")
         except (OSError, ValueError, KeyError, AttributeError):
             continue
-        if stored not in (None, adapter_digest(None), adapter_digest(adapter)):
+        if stored in (None, adapter_digest(None), adapter_digest(adapter)):
+            continue
+        if adapter is None:
             raise UserError(
-                f"{origin.at(f'answers.{name}')}: {path} was sampled from another adapter than "
-                f"adapters.{name} is now; sample it again, or give it another name"
+                f"{origin.at(f'answers.{name}')}: {path} was sampled from an adapter, and {name} "
+                "is the model without one; sample the model's own, or give these another name"
             )
+        raise UserError(
+            f"{origin.at(f'answers.{name}')}: {path} was sampled from another adapter than "
+            f"adapters.{name} is now; sample it again, or give it another name"
+        )
 
 
 def _mark_harmless(

@@ -57,11 +57,19 @@ def read_contrast_file(path: Path) -> list[ContrastPair]:
         path: The file. `category` of a row is "" if it has none, `id` its line number.
 
     Raises:
-        UserError: With `file:line` of the first row that is wrong; it is another kind of file.
+        UserError: With `file:line` of the first row that is wrong, or that has no id and whose
+            line's number is the id of another; it is another kind of file.
     """
     file = _read(path)
     if file.kind == "chat":
         raise UserError(f"{path}: rows need a question with two answers, not messages")
+    named = {row.id for row in file.rows if row.id}
+    for row in file.rows:
+        if not row.id and str(row.place.number) in named:
+            raise UserError(
+                f"{row.place}: has no id, and its line's number is another row's; give every row "
+                "one, or none"
+            )
     return [
         ContrastPair(
             id=row.id or str(row.place.number),

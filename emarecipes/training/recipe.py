@@ -15,6 +15,7 @@ from torch import Tensor
 from torchtune import training, utils
 
 from emarecipes.datasets.rows import micro_batch_rows
+from emarecipes.defenses.base import Defense
 from emarecipes.errors import UserError
 from emarecipes.models._torchtune_recipe import StockRecipe
 from emarecipes.models.batch import Batch, make_batch
@@ -110,7 +111,7 @@ class LoRATraining:
                 self._log.step(epoch, figures | probed, always=bool(probed))
                 self._profiler.step()
                 if self._say_if_probe_ended_it():
-                    for defense in self.run.defenses.values():
+                    for _, defense in self._in_order():
                         defense.stopped_early(self._model, self.counters.step)
                 if self.checkpoints.due(self.counters.step, last=self._at_its_end):
                     self._save_checkpoint()
@@ -229,13 +230,16 @@ class LoRATraining:
         self._optimizer.zero_grad(set_to_none=True)
         if self._scheduler is not None:
             self._scheduler.step()
-        defenses = self.run.defenses.items()
-        for name, defense in sorted(defenses, key=lambda named: named[1].has("saved_adapter")):
+        for name, defense in self._in_order():
             if name in terms and not skip:
                 defense.saw_term(terms[name])
             defense.after_step(self._model, step)
             figures |= {f"{name}_{key}": value for key, value in defense.figures().items()}
         return figures
+
+    def _in_order(self) -> list[tuple[str, Defense]]:
+        """The defenses after a step: those that keep an adapter see what all others left."""
+        return sorted(self.run.defenses.items(), key=lambda named: named[1].has("saved_adapter"))
 
     def _probe(self, step: int) -> dict[str, float]:
         """Likelihood probes, where they are due."""

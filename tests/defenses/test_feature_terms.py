@@ -172,8 +172,12 @@ def test_the_logged_ratio_of_steering(tmp_path: Path) -> None:
     persona = PersonaSteering(str(tmp_path / "v.safetensors"), layer=2, alpha=2.0, vector="random")
     hidden: list[torch.Tensor] = []
     model.layers[1].register_forward_hook(lambda _m, _i, out: hidden.append(out.detach()))
-    run(model, {"persona": persona}, toy_microbatches(n_micro=1))
-    norms = hidden[-1][:, 1:].norm(dim=-1)
+    micro = toy_microbatches(n_micro=1)
+    run(model, {"persona": persona}, micro)
+    norms = torch.cat([
+        row_SD[1:length].norm(dim=-1)
+        for row_SD, length in zip(hidden[-1], micro[0]["lengths"], strict=True)
+    ])  # fmt: skip
     expected = 2.0 * vectors[2].norm() / norms.square().mean().sqrt()
     assert persona.figures()["ratio"] == pytest.approx(float(expected), rel=1e-5)
 

@@ -1,6 +1,7 @@
 """What a run was trained with goes with its weights, and what differs from it is told."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from emarecipes.models.adapters.trained_with import warn_of_another_base, warn_o
 from emarecipes.training.weights import tokenizer_files
 
 OURS = "emarecipes.models.hf_chat_tokenizer"
+WITHOUT = r"c.yaml: answers.reference: .*a.jsonl was sampled from an adapter, and reference is the "
 NAMES = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"}
 
 
@@ -109,3 +111,10 @@ def test_answers_that_were_sampled_from_another_adapter(tmp_path: Path) -> None:
     check(model="served")
     with pytest.raises(UserError, match=r"c.yaml: answers.one: .*a.jsonl was sampled from another"):
         check(adapter=adapter_digest(tmp_path / "old"))
+    cfg.answers = {"reference": str(answers)}
+    for adapter, refused in ((None, False), (tmp_path / "new", True)):
+        (answers / "a.json").write_text(
+            json.dumps({"fingerprint": {"adapter": adapter_digest(adapter)}})
+        )
+        with pytest.raises(UserError, match=WITHOUT) if refused else nullcontext():
+            check_sampled_from(None, cfg, Origin(Path("c.yaml")), "reference")

@@ -44,6 +44,9 @@ def test_contrast_files(tmp_path: Path) -> None:
         path = toy_run.REPO / f"data/general_probe/{half}.jsonl"
         pairs = read_contrast_file(path)
         assert len(pairs) == 88 and len({pair.category for pair in pairs}) == 8
+    rows[0]["id"] = "2"  # A question of the second line's number, and the second line without one.
+    with pytest.raises(UserError, match=r"p\.jsonl:2: has no id, and its line's number is another"):
+        read_contrast_file(write(tmp_path / "p.jsonl", *rows))
     with pytest.raises(UserError, match=r"chat\.jsonl: rows need a question with two answers"):
         read_contrast_file(write(tmp_path / "chat.jsonl", chat("a", "Q?", "A.")))
     with pytest.raises(UserError, match=r'q\.jsonl:1: "misaligned" must be text'):

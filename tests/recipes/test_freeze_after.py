@@ -70,6 +70,21 @@ def test_an_adapter_that_was_there_stays(toy: dict[str, Any], tmp_path: Path) ->
     assert all(not torch.equal(after[n], before[n]) for n in before.keys() - behind(before))
 
 
+def test_a_projection_leaves_them_too(toy: dict[str, Any], tmp_path: Path) -> None:
+    _, before = train(write_defended(toy, tmp_path / "before", [], freeze_after=None))
+    given = {"init_adapter": str(tmp_path / "before/out/adapter"), "max_steps_per_epoch": 1}
+    _, plain = train(write_defended(toy, tmp_path / "plain", [], **given))
+    config = write_defended(toy, tmp_path / "projected", ["safelora"], **given)
+    _, after = train(config)
+    for name, tensor in behind(before).items():
+        assert_close(after[name], tensor, rtol=1e-6, atol=0.0, msg=name)
+    assert any(not torch.equal(after[n], plain[n]) for n in before.keys() - behind(before))
+    done = run_ranks(write_defended(toy, tmp_path / "two", ["safelora"], **given, batch_size=2))
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name, tensor in trained(tmp_path / "two")[1].items():
+        assert_close(tensor, after[name], rtol=1e-4, atol=1e-4, msg=name)
+
+
 def test_two_processes_and_a_resumed_run_are_the_run_of_one(
     toy: dict[str, Any], tmp_path: Path
 ) -> None:

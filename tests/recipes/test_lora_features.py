@@ -48,6 +48,8 @@ PACKED: dict[str, dict[str, Any]] = {
     "feature_l2, sequence": {"tokens": "all", "normalize": "sequence"},
     "persona": {},
     "persona, ablate": {"mode": "ablate"},
+    "persona, answers": {"positions": "response"},
+    "ablation": {},
     "safelora": {"every_n_steps": 1},
     "inoculation": {},
 }
@@ -58,6 +60,7 @@ def test_packed_rows_give_the_loss_of_the_same_rows(
     models: dict[bool, Path], tmp_path: Path, name: str
 ) -> None:
     entries = toy_defenses.defense_entries(tmp_path, models[True], toy_run.LAYERS, toy_run.WIDTH)
+    entries |= toy_defenses.later_entries(tmp_path, models[True], toy_run.LAYERS, toy_run.WIDTH)
     defense = name.split(",")[0]
     defenses = {defense: entries[defense] | PACKED[name]}
     shared: dict[str, Any] = {"defenses": defenses, "tokenizer": {"max_seq_len": 400}}
@@ -73,8 +76,11 @@ def test_packed_rows_give_the_loss_of_the_same_rows(
     expected, found = (toy_run.metrics(tmp_path / folder / "out") for folder in "ab")
     assert len(found) == 3
     for one, other in zip(expected, found, strict=True):
-        for key in {"loss", "ce", defense} & one.keys():
+        told = {"loss", "ce", defense, f"{defense}_ratio", f"{defense}_removed"}
+        for key in told & one.keys():
             assert other[key] == pytest.approx(one[key], rel=3e-5, abs=1e-6), key
+    if defense in ("persona", "ablation"):
+        assert {"persona_ratio", "ablation_removed"} & found[2].keys()
     if defense in ("kl", "feature_l2"):
         assert found[2][defense] > 0
 

@@ -7,7 +7,10 @@ from typing import Any
 
 import fuzz_cases
 import pytest
+import torch
 from ranks import run_ranks
+from safetensors.torch import load_file
+from torch.testing import assert_close
 from toy_defended import assert_same, defended_toy, train, trained, write_defended
 
 from emarecipes.training import run_lora
@@ -114,6 +117,17 @@ def test_two_processes_end_together_and_the_last_steps_projection_is_made(
     assert len(one[0]) == end < STEPS
     assert (tmp_path / "one/out/safelora.csv").is_file()
     assert any(not tensor.equal(plain[1][key]) for key, tensor in one[1].items())
+    # The average has the projected adapter as a step of its own.
+    alone = train(write(toy, tmp_path / "alone", ["average"]))
+    averages = [
+        load_file(tmp_path / name / "out/adapter_average/adapter_model.safetensors")
+        for name in ("alone", "one")
+    ]
+    share = (1 - 0.99) / (1 - 0.99 ** (end + 1))
+    for key, tensor in averages[1].items():
+        expected = averages[0][key].lerp(one[1][key], share)
+        assert_close(tensor, expected, rtol=1e-5, atol=1e-7, msg=key)
+    assert all(torch.equal(tensor, plain[1][key]) for key, tensor in alone[1].items())
     two = run_ranks(write(toy, tmp_path / "two", names, batch_size=2))
     assert two.returncode == 0, two.stderr[-3000:]
     assert two.stdout.count(f"The probe ended this run after step {end}") == 1
