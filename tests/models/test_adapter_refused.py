@@ -77,7 +77,10 @@ from emarecipes.models.adapters.read import check_adapter
             "an incomplete adapter: its config names model.layers.0.self_attn.k_proj and 1 more",
         ),
         (lambda c: c.edit_config(rank_pattern={"q_prj": 9}), "rank_pattern 'q_prj' is of none of"),
-        (lambda c: c.edit_config(alpha_pattern={"(": 9}), "a pattern is no regular expression"),
+        (
+            lambda c: c.edit_config(alpha_pattern={"(": 9}),
+            r"alpha_pattern: \( is no regular exp",
+        ),
         (lambda c: c.edit_config(use_rslora="false"), "use_rslora must be true or false, not"),
         (
             lambda c: c.write_tensors({k: t.to(torch.int8) for k, t in c.tensors().items()}),

@@ -91,7 +91,20 @@ WRONG: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"base_model_name_or_path": None}, {}, "say --base DIR"),
     ({}, {"model_type": "granite"}, "model_type is granite, and how llama.cpp orders"),
     ({}, {"tie_word_embeddings": True}, "it adapts lm_head (tied to the embedding)"),
-    ({}, {"num_attention_heads": 3}, "rows, the base 2 heads of 10"),
+    (
+        {},
+        {"num_attention_heads": 3},
+        "model.layers.0.self_attn.k_proj is for 16 x",
+    ),
+    ({}, {"hidden_size": 40, "head_dim": 8}, "lm_head is for 10 x 32, the base has 10 x 40"),
+    ({}, {"num_hidden_layers": 2}, "names model.layers.1.self_attn.q_proj and 3 more, of which"),
+    ({"target_modules": "all-linear"}, {}, "its config names model.layers.0.mlp.gate_proj and 2"),
+    ({"r": 8}, {}, "rank 8, its weights have 4"),
+    ({"alpha_pattern": {"k_proj": None}}, {}, "alpha_pattern: k_proj must be a positive number"),
+    ({"alpha_pattern": {"k_proj": "3"}}, {}, "k_proj must be a positive number, not '3'"),
+    ({"rank_pattern": ["k_proj"]}, {}, "rank_pattern must be a mapping, not ['k_proj']"),
+    ({"rank_pattern": {"(": 4}}, {}, "rank_pattern: ( is no regular expression"),
+    ({"rank_pattern": {"up_proj": 4}}, {}, "rank_pattern 'up_proj' is of none of its layers"),
 ]
 
 
@@ -110,6 +123,34 @@ def test_what_has_no_form_is_refused(
     (error,) = capsys.readouterr().err.splitlines()
     assert error.startswith("error: ") and line in error
     assert sorted(folder.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "line"),
+    [
+        (
+            "v_proj.lora_B",
+            np.ones((20, RANK), np.float32),
+            "v_proj is for 20 x 32, the base has",
+        ),
+        (
+            "o_proj.lora_A",
+            np.full((RANK, WIDTH), np.nan, np.float32),
+            "has a number that is not",
+        ),
+    ],
+)
+def test_weights_that_are_not_the_bases(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], part: str, value: Any, line: str
+) -> None:
+    folder = write(tmp_path / "adapter")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    tensors[f"base_model.model.model.layers.0.self_attn.{part}.weight"] = value
+    save_file(tensors, folder / "adapter_model.safetensors")
+    before = sorted(folder.iterdir())
+    assert main(["gguf", str(folder)]) == 1
+    (error,) = capsys.readouterr().err.splitlines()
+    assert line in error and sorted(folder.iterdir()) == before
 
 
 def test_the_text_of_a_model_with_images(

@@ -47,11 +47,12 @@ def random_adapter(model: Any, folder: Path) -> Any:
 
     Of a model with images, on those of the text.
     """
-    images = hasattr(model.config, "vision_config")
+    images, fused = hasattr(model.config, "vision_config"), model.config.model_type == "phi3"
     config = peft.LoraConfig(
         r=4, lora_alpha=3, use_rslora=True,
         target_modules=r".*language_model.*_proj" if images else "all-linear",
-        rank_pattern={"k_proj": 2, "qkv_proj": 6}, alpha_pattern={"v_proj": 2, "down_proj": 2},
+        rank_pattern={"qkv_proj": 6} if fused else {"k_proj": 2},
+        alpha_pattern={"down_proj": 2} | ({} if fused else {"v_proj": 2}),
     )  # fmt: skip
     adapted = peft.get_peft_model(model, config)
     generator = torch.Generator().manual_seed(2)

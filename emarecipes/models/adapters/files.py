@@ -92,7 +92,21 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         value = config.get(key)
         if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
             raise UserError(f"{path}: {key} must be a positive number, not {value!r}")
+    for key in ("rank_pattern", "alpha_pattern"):
+        _check_pattern(path, key, config.get(key) or {})
     return config
+
+
+def _check_pattern(path: Path, key: str, pattern: Any) -> None:
+    if not isinstance(pattern, dict):
+        raise UserError(f"{path}: {key} must be a mapping, not {pattern!r:.60}")
+    for name, value in pattern.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            raise UserError(f"{path}: {key}: {name} must be a positive number, not {value!r:.60}")
+        try:
+            re.compile(name)
+        except re.error as error:
+            raise UserError(f"{path}: {key}: {name} is no regular expression: {error}") from None
 
 
 def check_weights_format(folder: Path) -> None:
