@@ -95,15 +95,20 @@ def named_files(node: Any, without: Path | None = None) -> list[Path]:
         without: A folder that is left out, with what is in it.
     """
     files: list[Path] = []
-    for value in _strings(node):
-        path = Path(value)
-        if len(value) > 255 or (without is not None and without in (path, *path.parents)):
+    for path in named_paths(node):
+        if without is not None and without in (path, *path.parents):
             continue
         if path.is_file():
             files.append(path)
         elif path.is_dir():
             files += sorted(file for file in path.iterdir() if file.suffix in _READ_OF_FOLDERS)
     return files
+
+
+def named_paths(node: Any) -> list[Path]:
+    """The files and folders that the texts of a config name, as plain mappings and lists."""
+    paths = (Path(value) for value in _strings(node) if value and len(value) <= 255)
+    return [path for path in paths if path.exists()]
 
 
 def _strings(node: Any) -> list[str]:

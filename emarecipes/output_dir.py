@@ -123,6 +123,22 @@ def check_output_dir(cfg: DictConfig, origin: Origin) -> None:
         )
 
 
+def check_further(cfg: DictConfig, origin: Origin, names: Iterable[str]) -> None:
+    """Check that what defenses of these names save replaces nothing but an older run's own.
+
+    Raises:
+        UserError: There is something else under such a name.
+    """
+    folder, where = Path(cfg.output_dir), origin.at("output_dir")
+    known = run_files(folder)
+    for name in map(further_adapter, names):
+        if (folder / name).exists() and name not in known:
+            raise UserError(
+                f"{where}: {folder / name} is of no run there, and a defense of that name would "
+                "replace it; move it, or choose another output_dir"
+            )
+
+
 def _holds_a_run(folder: Path) -> bool:
     config = folder / "config.yaml"
     return config.is_file() and "\nprovenance:" in config.read_text(encoding="utf-8")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 
 from emarecipes.config import Origin
 from emarecipes.datasets.rows import Rows
@@ -44,4 +44,22 @@ def check_rows_fit(cfg: DictConfig, origin: Origin, rows: Rows, model: Any) -> N
         raise UserError(
             f"{origin.at('tokenizer')}: gives token {rows.largest_token}, the model's vocabulary "
             f"has {vocabulary}: tokenizer and model do not belong together"
+        )
+
+
+def check_packing(cfg: DictConfig, origin: Origin, model: Any) -> None:
+    """Check that packs are no longer than the model takes.
+
+    They are padded to `max_seq_len` when they are made: too large a number takes all memory.
+
+    Raises:
+        UserError: They are.
+    """
+    longest = cfg.tokenizer.get("max_seq_len")
+    entries = cfg.dataset if isinstance(cfg.dataset, ListConfig) else [cfg.dataset]
+    packed = any(entry.get("packed") for entry in entries)
+    if packed and isinstance(longest, int) and longest > model.max_seq_len:
+        raise UserError(
+            f"{origin.at('tokenizer.max_seq_len')}: packs of {longest} tokens are more than the "
+            f"{model.max_seq_len} that the model takes"
         )

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torchtune import utils
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX, padded_collate_packed
@@ -17,15 +17,16 @@ from emarecipes.components import locate
 from emarecipes.config import Origin
 from emarecipes.datasets.chat_files import check_data_files
 from emarecipes.datasets.rows import Rows, load_rows
-from emarecipes.datasets.rows_fit import check_rows_fit
+from emarecipes.datasets.rows_fit import check_packing, check_rows_fit
 from emarecipes.defenses import Defense
 from emarecipes.errors import UserError, reason
+from emarecipes.fingerprint import named_paths
 from emarecipes.models._torchtune import NF4_BLOCK, is_nf4
 from emarecipes.models.adapters.read import LoadedLayer
 from emarecipes.models.batch import Collate, make_batch
 from emarecipes.models.chat.dates import adapter_date, cache_date
 from emarecipes.models.model_checks import check_compiler, check_offloading
-from emarecipes.output_dir import check_output_dir, check_outside_output
+from emarecipes.output_dir import check_further, check_output_dir, check_outside_output
 from emarecipes.training.checkpoint import Checkpoint
 from emarecipes.training.checkpoint_resume import (
     check_same_base,
@@ -134,13 +135,15 @@ class CheckedRun(Checked):
         self.initial_adapter = read_initial_adapter(cfg, origin, self.source) if begun else {}
         if is_muon(cfg):
             check_muon(cfg, origin, model, self.world_size)
-        _check_packing(cfg, origin, model)
+        check_packing(cfg, origin, model)
         _check_sharding(cfg, origin, model, self.world_size)
         try:
             check_freeze(model, cfg.freeze_after)
         except UserError as error:
             raise UserError(f"{origin.at('freeze_after')}: {error}") from None
         self.defenses = build_defenses(cfg, origin, self.source)
+        saving = [name for name, one in self.defenses.items() if one.has("saved_adapter")]
+        check_further(cfg, origin, saving)
 
     def check_rows(self) -> None:
         """The rows, and the probes."""
@@ -175,10 +178,10 @@ def _check_inputs_outlive_outputs(
     cfg: DictConfig, origin: Origin, data_files: Sequence[Path]
 ) -> None:
     """`overwrite` must not delete what the run reads."""
-    inputs = [origin.path, Path(str(cfg.checkpointer.checkpoint_dir)), *data_files]
-    if cfg.tokenizer.get("path") is not None:
-        inputs.append(Path(str(cfg.tokenizer.path)))
-    check_outside_output(cfg, origin, inputs)
+    tree = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
+    named = named_paths([tree.get(key) for key in ("tokenizer", "defenses", "probe")])
+    base = Path(str(cfg.checkpointer.checkpoint_dir))
+    check_outside_output(cfg, origin, [origin.path, base, *data_files, *named])
 
 
 def _check_logger(cfg: DictConfig, origin: Origin) -> None:
@@ -252,18 +255,6 @@ def _acts_on_safe(defense: Defense) -> bool:
     return (
         has_term and defense.weight > 0 and defense.samples != "task" and not defense.is_objective
     )
-
-
-def _check_packing(cfg: DictConfig, origin: Origin, model: Any) -> None:
-    """Packs are padded to `max_seq_len` when they are made: too large a number takes all memory."""
-    longest = cfg.tokenizer.get("max_seq_len")
-    entries = cfg.dataset if isinstance(cfg.dataset, ListConfig) else [cfg.dataset]
-    packed = any(entry.get("packed") for entry in entries)
-    if packed and isinstance(longest, int) and longest > model.max_seq_len:
-        raise UserError(
-            f"{origin.at('tokenizer.max_seq_len')}: packs of {longest} tokens are more than the "
-            f"{model.max_seq_len} that the model takes"
-        )
 
 
 def _check_warmup(cfg: DictConfig, origin: Origin, steps_per_epoch: int, *, quiet: bool) -> None:

@@ -31,9 +31,8 @@ def check_muon(cfg: DictConfig, origin: Origin, model: Any, world_size: int) -> 
         world_size: Number of processes.
 
     Raises:
-        UserError: A trained parameter is no matrix; its momentum would be lost (torch normalises
-            it in place where it is held in bf16 and `nesterov` is off); its shards are in the
-            host's memory.
+        UserError: A trained parameter is no matrix; its momentum would be lost (see
+            `loses_momentum`); its shards are in the host's memory.
     """
     where = origin.at("optimizer")
     for name, parameter in model.named_parameters():
@@ -45,15 +44,24 @@ def check_muon(cfg: DictConfig, origin: Origin, model: Any, world_size: int) -> 
                 "torch.optim.AdamW"
             )
     held_in = cfg.adapter_dtype or cfg.dtype
-    if held_in == "bf16" and cfg.optimizer.get("nesterov") is False:
+    if held_in == "bf16" and cfg.optimizer.get("nesterov") is False and loses_momentum():
         raise UserError(
-            f"{where}: with nesterov: false torch's Muon overwrites the momentum of an adapter "
-            "that is held in bf16; set adapter_dtype: fp32, or leave nesterov out"
+            f"{where}: with nesterov: false the Muon of torch {torch.__version__} overwrites the "
+            "momentum of an adapter that is held in bf16; set adapter_dtype: fp32, leave nesterov "
+            "out, or install torch 2.15"
         )
     if world_size > 1 and cfg.fsdp_cpu_offload:
         raise UserError(
             f"{where}: Muon needs whole matrices on the device; leave fsdp_cpu_offload out"
         )
+
+
+def loses_momentum() -> bool:
+    """Whether torch's Muon normalises its momentum in place where that is bf16 without nesterov.
+
+    torch 2.9 to 2.14 do, 2.15 does not.
+    """
+    return torch.__version__ < "2.15"  # Compared as versions: it is a TorchVersion.
 
 
 def build_muon(cfg: DictConfig, model: Any) -> torch.optim.Optimizer:

@@ -1,12 +1,17 @@
 """Output folders that must not be written, and files that are no config."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import toy_run
 from toy_mistakes import Case
 
 from emarecipes.output_dir import claim
 from emarecipes.training import run_lora
+from emarecipes.training.checked import CheckedRun
+
+STEERING = "emarecipes.defenses.PersonaSteering"
 
 
 def test_an_output_folder_that_holds_a_run(case: Case) -> None:
@@ -39,6 +44,50 @@ def test_overwriting_spares_what_the_run_reads(case: Case, name: str) -> None:
     rows.write_text(case.rows.read_text())
     case.config["dataset"]["data_files"] = str(rows)
     assert "lies in its own output folder" in case.error("overwrite=true")
+
+
+@pytest.mark.parametrize(
+    ("name", "entry"),
+    [
+        ("adapter", {"_component_": "emarecipes.defenses.InoculationAdapter", "adapter": ""}),
+        (
+            "merged",
+            {"_component_": "emarecipes.defenses.SafeLoRA", "base_dir": "x", "aligned_dir": ""},
+        ),
+        ("checkpoints/v.safetensors", {"_component_": STEERING, "vectors": "", "layer": 1}),
+    ],
+)
+def test_overwriting_spares_what_a_defense_reads(
+    case: Case, name: str, entry: dict[str, Any]
+) -> None:
+    path = case.output / name
+    path.mkdir(parents=True)
+    (case.output / "config.yaml").write_text("seed: 0\nprovenance: {}\n")
+    given = {key: value or str(path) for key, value in entry.items()}
+    case.config["defenses"] = {"one": given}
+    assert f"the run reads {path}, which lies in its own output folder" in case.error(
+        "overwrite=true"
+    )
+    assert path.exists()
+
+
+@pytest.mark.parametrize("old", [None, "defenses: {other: {}}\n", "defenses: {mean: {}}\n"])
+def test_an_average_replaces_no_folder_of_the_users(case: Case, old: str | None) -> None:
+    """But that of a run with a defense of this name."""
+    (case.output / "adapter_mean").mkdir(parents=True)
+    (case.output / "adapter_mean/notes.txt").write_text("precious")
+    if old is not None:
+        (case.output / "config.yaml").write_text(f"seed: 0\n{old}provenance: {{}}\n")
+    case.config["defenses"] = {"mean": {"_component_": "emarecipes.defenses.AdapterEMA"}}
+    overrides = [] if old is None else ["overwrite=true"]
+    if old is not None and "mean" in old:
+        config = toy_run.write_config(case.folder / "config.yaml", case.config)
+        CheckedRun(["--config", str(config), *overrides], 1, 0)  # Nothing is said against it.
+        return
+    assert "adapter_mean is of no run there, and a defense of that name would" in case.error(
+        *overrides
+    )
+    assert (case.output / "adapter_mean/notes.txt").read_text() == "precious"
 
 
 def test_an_output_folder_that_another_process_writes_into(case: Case) -> None:
