@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +11,15 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from emarecipes.comparison.in_common import settle_dates, settle_dtypes
+from emarecipes.comparison.pairs import check_pairs
 from emarecipes.comparison.settings import GOOD, RUN_ADAPTER, ArmSettings, Plan, Role
 from emarecipes.components import check_components
 from emarecipes.config import Origin, load_config
+from emarecipes.datasets.chat_files import check_data_files
 from emarecipes.errors import UserError
 from emarecipes.fingerprint import digest, named_files, sampled_digest
 from emarecipes.overrides import as_override
 from emarecipes.training.settings import check_settings
-
-# Of a folder that a config names: a model, an adapter, answers.
 
 
 @dataclass(frozen=True)
@@ -160,7 +159,9 @@ def make_jobs(plan: Plan, arms: list[Arm], origin: Origin) -> list[Job]:
         for task in arm.tasks
     ]
     loaded = [_config(plan, *run, origin) for run in runs]
-    _check_pairs(runs, loaded, origin)
+    named = [(arm.name, task, seed, folder) for arm, task, seed, folder in runs]
+    labels = {arm.name: arm.label for arm in arms}
+    check_pairs(named, loaded, labels, origin.at(f"tasks.{GOOD}"))
     trained = [(arm.group, cfg) for (arm, *_), cfg in zip(runs, loaded, strict=True)]
     settle_dtypes(plan, trained, origin)
     settle_dates(plan, trained, origin)
@@ -169,36 +170,18 @@ def make_jobs(plan: Plan, arms: list[Arm], origin: Origin) -> list[Job]:
     ]
 
 
-def _check_pairs(
-    runs: Sequence[tuple[Arm, str, int, Path]], configs: Sequence[DictConfig], origin: Origin
-) -> None:
-    """See that a run on good answers differs from its sibling in its data, and in nothing else."""
-    written = {
-        (arm.name, seed, task): (cfg, folder)
-        for (arm, task, seed, folder), cfg in zip(runs, configs, strict=True)
-    }
-    for arm, task, seed, _ in runs:
-        if task != GOOD:
-            continue
-        good, narrow = (_without(*written[arm.name, seed, name]) for name in (GOOD, "narrow"))
-        other = sorted(k for k in good.keys() | narrow.keys() if good.get(k) != narrow.get(k))
-        if other != ["dataset"]:
-            where = f"{origin.at(f'tasks.{GOOD}')}: under {arm.label}"
-            kept = [key for key in other if key != "dataset"]
-            raise UserError(
-                f"{where} it has another {kept[0]} than narrow; only the data may differ"
-                if kept
-                else f"{where} its data are those of narrow; give the ones with good answers"
-            )
+def check_data(jobs: Sequence[Job], origin: Origin) -> None:
+    """Check that the data files of all trainings are there, before the first one runs.
 
-
-def _without(cfg: DictConfig, folder: Path) -> dict[str, str]:
-    """The config's entries as JSON, without the run's folder, which JSON writes alike anywhere."""
-    own = json.dumps(str(folder))[1:-1]
-    return {
-        str(key): json.dumps(entry, default=repr).replace(own, "")
-        for key, entry in OmegaConf.to_container(cfg).items()  # type: ignore[union-attr]
-    }
+    Raises:
+        UserError: One is not, or is empty.
+    """
+    for job in jobs:
+        try:
+            check_data_files(job.cfg, Origin(Path(str(job.arm.config))))
+        except UserError as error:
+            where = origin.at(f"arms.{job.arm.group}")
+            raise UserError(f"{where}: under {job.arm.label}, task {job.task}: {error}") from None
 
 
 def run_folder(plan: Plan, arm: Arm, task: str, seed: int) -> Path:

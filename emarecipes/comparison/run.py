@@ -15,7 +15,7 @@ from rich.text import Text
 
 from emarecipes.command import run_alone
 from emarecipes.comparison import page_content as content
-from emarecipes.comparison.arms import Arm, Job, expand_arms, make_jobs
+from emarecipes.comparison.arms import Arm, Job, check_data, expand_arms, make_jobs
 from emarecipes.comparison.execute import Runner
 from emarecipes.comparison.in_common import keep_common
 from emarecipes.comparison.looks import check_look
@@ -50,6 +50,7 @@ def _compare(argv: Sequence[str]) -> None:
     check_tasks(plan, origin)
     arms = expand_arms(plan, origin)
     jobs = make_jobs(plan, arms, origin)
+    check_data(jobs, origin)
     check_choices(plan, arms, jobs, origin)
     check_look(plan, arms, jobs, rules_of(plan) if plan.settings.frozen else {}, origin)
     runner = Runner(plan, slots(plan, origin))

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import toy_run
 import yaml
 
-from emarecipes.comparison.arms import Job, expand_arms, make_jobs
+from emarecipes.comparison.arms import Job, check_data, expand_arms, make_jobs
 from emarecipes.comparison.execute import Runner
 from emarecipes.comparison.figure_values import Values
 from emarecipes.comparison.frontier import Bound, Shifts, excess
@@ -173,6 +174,17 @@ def test_a_comparison_with_good_answers(
     [
         ("tasks.good.overrides=[]", "under undefended its data are those of narrow; give the ones"),
         ("tasks.good.overrides=[optimizer.lr=1.0e-3]", "it has another optimizer than narrow"),
+        ("tasks.good.overrides=[{good},dataset.packed=true]", "it has another dataset.packed than"),
+        (
+            "tasks.good.overrides=[{good},dataset.new_system_prompt=Hi]",
+            "another dataset.new_sys",
+        ),
+        ("tasks.good.overrides=[dataset.data_files={same}]", "its data are those of narrow; give"),
+        ("tasks.good.overrides=[dataset.data_files={copy}]", "its data are those of narrow; give"),
+        (
+            "tasks.good.overrides=[dataset.data_files=gone.jsonl]",
+            "under undefended, task good: ",
+        ),
         ("tasks.good.evaluate.config=x.yaml", "tasks.good.evaluate: a good task is scored as narr"),
         ("arms.kl.tasks=[narrow]", "arms.kl.tasks: figures are narrow minus good; name both"),
         ("~tasks.narrow", "tasks.good: is the other half of a task narrow"),
@@ -186,10 +198,15 @@ def test_a_comparison_with_good_answers(
 def test_what_makes_no_pairs_is_refused(
     change: str, reason: str, tmp_path: Path, model_dir: Path
 ) -> None:
-    raw, origin = load_config(["--config", str(comparison(tmp_path, model_dir)), change])
+    config = comparison(tmp_path, model_dir)
+    shutil.copy(tmp_path / "bad.jsonl", tmp_path / "copy.jsonl")
+    change = change.replace("{good}", f"dataset.data_files={tmp_path}/good.jsonl")
+    change = change.replace("{same}", f"{tmp_path}/model/../bad.jsonl")
+    change = change.replace("{copy}", f"{tmp_path}/copy.jsonl")
+    raw, origin = load_config(["--config", str(config), change])
     with pytest.raises(UserError) as error:
         plan = check_compare_settings(raw, origin)
-        make_jobs(plan, expand_arms(plan, origin), origin)
+        check_data(make_jobs(plan, expand_arms(plan, origin), origin), origin)
     assert reason in str(error.value)
 
 
