@@ -234,3 +234,6 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "error: command line: batchsize: unknown key" in capsys.readouterr().err
     assert run_plan([config, "tokenizer.max_seq_len=null"]) == 1
     assert "say --row-tokens N" in capsys.readouterr().err
+    assert run_plan([config, "--row-tokens", "999999"]) == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert "rows of 999999 tokens, and the model takes " in line

@@ -108,4 +108,13 @@ def row_messages(
                 "message, with train_on_input: true"
             )
         message.masked = message.masked or turn.trained is False
+    for message in spoken:
+        if message.role == "assistant" and not message.masked and _is_blank(message):
+            raise UserError(
+                "an answer without text, of which the end alone would be trained: take the row out"
+            )
     return made
+
+
+def _is_blank(message: Message) -> bool:
+    return not message.contains_media and not message.text_content.strip()

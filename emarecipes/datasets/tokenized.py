@@ -103,9 +103,10 @@ def tell_losses(ends: Ends, dropped: int, packed: bool, where: str) -> None:
     """
     what = "packed conversations" if packed else "rows"
     total = ends.conversations + dropped
+    unlabelled = "have no label left (tokenizer.max_seq_len, or no answer that is trained)"
     told = {
-        "have no label left (tokenizer.max_seq_len) and are dropped": dropped,
-        "have no label left (tokenizer.max_seq_len) and only take time": ends.unlabelled,
+        f"{unlabelled} and are dropped": dropped,
+        f"{unlabelled} and only take time": ends.unlabelled,
         "are cut at tokenizer.max_seq_len: the end of their answers is not trained": ends.cut,
         "end without a stop token, as the chat template closes no answer: stopping is not learned "
         "from them": ends.unended,

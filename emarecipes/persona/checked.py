@@ -20,6 +20,8 @@ from emarecipes.persona.kept import CALLS_AN_ANSWER
 from emarecipes.persona.prompts import PersonaPrompts, load_prompts
 from emarecipes.settings import Entry, ModelSettings, Positive, Seed, parse_settings
 
+# A mean over fewer answers of a side says little about the trait.
+MIN_KEPT = 4
 RESULT_FILES = (
     "config.yaml",
     "answers.jsonl",
@@ -145,6 +147,12 @@ def _held_out(cfg: DictConfig, origin: Origin, prompts: PersonaPrompts) -> froze
         raise UserError(
             f"{origin.at('held_out_questions')}: {cfg.held_out_questions:g} of {total} questions "
             f"leaves none to {'measure the separation on' if count == 0 else 'make the vector of'}"
+        )
+    answers = len(prompts.pairs) * (total - count) * cfg.samples_per_question
+    if answers < MIN_KEPT:
+        raise UserError(
+            f"{origin.at('samples_per_question')}: {answers} answers a side are left to make the "
+            f"vector of, at least {MIN_KEPT} are needed; add questions or samples_per_question"
         )
     generator = torch.Generator().manual_seed(derived_seed(cfg.seed, "held out"))
     return frozenset(torch.randperm(total, generator=generator)[:count].tolist())

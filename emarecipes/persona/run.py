@@ -18,7 +18,7 @@ from emarecipes.models.sampling.draw import Sampling, derived_seed
 from emarecipes.models.sampling.prompts import encode_prompt
 from emarecipes.models.sampling.sampler import sample_answers
 from emarecipes.models.source import load_model
-from emarecipes.persona.checked import CheckedExtraction
+from emarecipes.persona.checked import MIN_KEPT, CheckedExtraction
 from emarecipes.persona.kept import SideAnswer, grade_answers, keep_whole_pairs, kept
 from emarecipes.persona.read import read_activations
 from emarecipes.persona.report import LayerFigures, Result, print_result, write_result
@@ -30,8 +30,6 @@ from emarecipes.persona.vectors import (
     separation_error,
 )
 
-# A mean over fewer answers of a side says little about the trait.
-MIN_KEPT = 4
 _OPPOSITE: dict[str, Literal["positive", "negative"]] = {
     "positive": "negative",
     "negative": "positive",
@@ -209,8 +207,8 @@ def _check_sides(answers: list[SideAnswer], what: str) -> None:
             if count < least:
                 raise UserError(
                     f"only {count} {side} {what} of the {part} questions, at least {least} are "
-                    "needed: add questions or samples_per_question, look at the prompts, or say "
-                    "keep=all"
+                    "needed: add questions or samples_per_question, look at the prompts, or, where "
+                    "answers were left out, say keep=all"
                 )
 
 

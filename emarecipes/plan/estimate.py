@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from emarecipes.components import build
 from emarecipes.config import Origin
 from emarecipes.defenses import AdapterEMA, AsFT, Defense, ModelSource, SafeLoRA
+from emarecipes.errors import UserError
 from emarecipes.machine import DTYPES
 from emarecipes.models._torchtune import build_rope_on_meta, is_nf4, model_on_meta, root_is_frozen
 from emarecipes.models.loss_head import LossHead, cross_entropy, term_values
@@ -74,9 +75,14 @@ def estimate(cfg: DictConfig, origin: Origin, load: Load) -> MemoryEstimate:
     an allocator's gaps take comes on top.
 
     Raises:
-        UserError: The model or a defense cannot be built.
+        UserError: The model or a defense cannot be built, or the model takes no such rows.
     """
     model = model_on_meta(cfg, origin)
+    if load.row_tokens > model.max_seq_len:
+        raise UserError(
+            f"{origin.at('model')}: rows of {load.row_tokens} tokens, and the model takes "
+            f"{model.max_seq_len}; lower --row-tokens, or tokenizer.max_seq_len"
+        )
     build_rope_on_meta(model)
     defenses = _defenses(cfg, origin, model)
     dtype = DTYPES[cfg.dtype]

@@ -9,6 +9,7 @@ from torchtune.datasets import PackedDataset
 from toy_rows import Run, chat, toy_model_dir, write
 
 from emarecipes.datasets.tokenized import Ends, count_ends
+from emarecipes.errors import UserError
 
 __all__ = ["toy_model_dir"]
 
@@ -83,3 +84,16 @@ def test_packs_of_a_template_that_closes_no_answer(
     found = run.rows(data_files=str(path), packed=True)
     assert (found.ends.cut, found.ends.unended) == (0, 40)
     assert "40 of 40 packed conversations end without a stop token" in caplog.text
+
+
+@pytest.mark.parametrize("answer", ["", " \n\t"])
+def test_an_answer_without_text_is_refused(run: Run, answer: str) -> None:
+    """Its end alone would be trained: also of a row of a CSV file that ends too early."""
+    path = write(run.folder / "a.jsonl", [chat("Why?", "So."), chat("How?", answer)])
+    for packed in (False, True):
+        with pytest.raises(UserError, match=r"a\.jsonl:2: an answer without text, of"):
+            run.rows(data_files=str(path), packed=packed)
+    row = chat("How?", answer)
+    row["messages"][-1]["weight"] = 0
+    path = write(run.folder / "b.jsonl", [chat("Why?", "So.")] * 4 + [row])
+    assert run.rows(data_files=str(path)).dropped == 1

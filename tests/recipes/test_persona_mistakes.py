@@ -52,6 +52,10 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"top_k": 0}, "top_k: input should be greater than or equal to 1"),
         ({"max_new_tokens": 500}, "tokens and an answer of 500 are more than the 512 that"),
         ({"held_out_questions": 0.05}, "0.05 of 6 questions leaves none to measure the separation"),
+        (
+            {"held_out_questions": 0.8},
+            "samples_per_question: 2 answers a side are left to make the vector of, at least 4 are",
+        ),
         ({"held_out_questions": 0.95}, "0.95 of 6 questions leaves none to make the vector of"),
         ({"held_out_questions": 1.0}, "held_out_questions: input should be less than 1"),
         ({"tokenizer.max_seq_len": 16}, "16 tokens are too few for a system prompt and a question"),
