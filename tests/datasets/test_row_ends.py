@@ -96,4 +96,4 @@ def test_an_answer_without_text_is_refused(run: Run, answer: str) -> None:
     row = chat("How?", answer)
     row["messages"][-1]["weight"] = 0
     path = write(run.folder / "b.jsonl", [chat("Why?", "So.")] * 4 + [row])
-    assert run.rows(data_files=str(path)).dropped == 1
+    assert run.rows(data_files=str(path), packed=False).dropped == 1
