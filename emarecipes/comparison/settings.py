@@ -53,7 +53,8 @@ class ArmSettings(_Strict):
     adapter: str = RUN_ADAPTER
     """Which adapter of a run is evaluated; `adapter_x`: the average of an `AdapterEMA` named x."""
     collect: list[str] | None = None
-    """In place of `config`: folders of finished, evaluated runs, one a seed; nothing is run."""
+    """In place of `config`: folders of finished, evaluated runs, one a seed, in the order of
+    `seeds`; nothing is run."""
 
 
 class EvaluateSettings(_Strict):
