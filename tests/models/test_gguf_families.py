@@ -28,6 +28,8 @@ _GEMMA3 = {
         "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
     },
 }
+# The server takes LongRoPE's short factors if its whole context is not above the original one.
+_LONG = {"original_max_position_embeddings": 4096, "max_position_embeddings": 8192}
 _PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}
 CASES: dict[str, dict[str, Any]] = {
     "llama 3": {},
@@ -39,6 +41,7 @@ CASES: dict[str, dict[str, Any]] = {
     "olmo 2": {},
     "phi-3": {"sliding_window": None},
     "phi-3, partial": {"sliding_window": None, "rope_parameters": _PARTIAL},
+    "phi-4-mini": {"sliding_window": None} | _LONG,
 }
 
 
