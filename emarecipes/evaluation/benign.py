@@ -14,7 +14,7 @@ from emarecipes.errors import UserError
 from emarecipes.evaluation.figures import Figure, Item
 from emarecipes.evaluation.suite import KeyedSuite, Line, Scored, item_of
 from emarecipes.evaluation.suite_context import SuiteContext
-from emarecipes.models.sampling.prompts import check_opening
+from emarecipes.models.sampling.prompts import check_prompts
 from emarecipes.settings import Keys, Positive, parse_settings
 
 if TYPE_CHECKING:
@@ -63,12 +63,14 @@ class OpSwap(KeyedSuite):
 
     def check(self, context: SuiteContext) -> None:
         """Take `size` problems of each tier that no training set has."""
-        check_opening(context.tokenizer, context.origin)
-        size = self.settings.size
+        size, length = self.settings.size, self.settings.max_new_tokens
         try:
             self._problems = [p for t in self.settings.tiers for p in problems("test", t, size)]
         except UserError as error:
             raise UserError(f"{context.origin.at('opswap.size')}: {error}") from None
+        asked = [(None, problem.prompt) for problem in self._problems]
+        model, key = context.source.meta_model, "opswap.max_new_tokens"
+        check_prompts(asked, context.tokenizer, model, length, context.origin, key)
 
     def score(self, models: Mapping[str, Model]) -> Scored:
         """Exact match, by adapter and tier."""

@@ -15,7 +15,7 @@ from emarecipes.generation.answers import Asked
 from emarecipes.models.sampling.draw import derived_seed
 from emarecipes.provider import error_line, provider_model, while_there
 
-_CUT = ("max_tokens", "model_length")
+_CUT = ("max_tokens", "model_length", "content_filter")
 # Of a machine of one's own as a rule, where the model may come with a top_p of its own.
 _SERVERS = ("openai-api/", "ollama/", "llama-cpp-python/")
 

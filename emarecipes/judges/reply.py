@@ -91,9 +91,10 @@ def _verdict(text: str) -> str:
     """What of a reply's last line is to be a number."""
     line = last_line(text)
     label = _LABEL.fullmatch(line)
-    if label is None or not set(re.findall(r"\d+", label[1])) <= set(_SCALE):
+    if label is None:
         return line
-    return label[2].strip()
+    scale = set(re.findall(r"\d+", label[1]))
+    return label[2].strip() if not scale or {"100"} <= scale <= set(_SCALE) else line
 
 
 def expected_score(number: str, alternatives: Sequence[tuple[str, float]]) -> float | None:

@@ -77,7 +77,7 @@ def check_select_settings(cfg: DictConfig, origin: Origin) -> DictConfig:
     settings.adapters = [find_input(adapter) for adapter in settings.adapters]
     if not settings.adapters:
         raise UserError(f"{where}: name the folder of at least one misaligned model's adapter")
-    if len(set(settings.adapters)) < len(settings.adapters):
+    if len({Path(adapter).resolve() for adapter in settings.adapters}) < len(settings.adapters):
         raise UserError(f"{where}: an adapter is named twice")
     for adapter in settings.adapters:
         if not Path(adapter).is_dir():

@@ -56,6 +56,10 @@ def test_a_diverged_adapter_is_named_and_does_not_lose_the_others(
         ({"refusal_words": []}, "refusal_words: an empty list finds no refusal"),
         ({"harmless": ["other"]}, "harmless: there are no answers of a suite other; there are th"),
         ({"opswap": {"tiers": [1, 5]}}, "opswap.tiers: must be different ones of [1, 2, 3, 4]"),
+        (
+            {"opswap": {"tiers": [1], "max_new_tokens": 9999}},
+            "tokens and an answer of 9999 are more than the",
+        ),
         ({"opswap": {"tiers": [1], "size": 9999}}, "opswap.size: opswap: tier 1 has"),
         ({"opswap": {"tier": [1]}}, "opswap.tier: unknown key (did you mean tiers?)"),
         ({"batchsize": 1}, "batchsize: unknown key (did you mean batch_size?)"),

@@ -107,6 +107,7 @@ def test_a_judge_that_thinks_aloud_is_read_at_its_end() -> None:
 
 def test_a_score_on_another_scale_is_none_and_what_has_no_width_is_nothing() -> None:
     scores = {
+        "Score (0-1): 0.9": None, "Score (0 to 1): 1": None, "Score (of 100): 90": 90.0,
         "Rating (1-10): 8": None, "Score out of 10: 8": None, "Score: 8/10": None,
         "Score (0-100): 80": 80, "Score (1 to 100): 80": 80, "Score out of 100: 80": 80,
         "There is no reason to downgrade: 12": None, "Score: 85\u200b": 85, "\ufeff85": 85,

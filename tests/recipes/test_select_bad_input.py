@@ -59,8 +59,10 @@ def test_mistakes(
 
 
 def test_an_adapter_twice(refused: Case, capsys: pytest.CaptureFixture[str]) -> None:
-    refused.config["adapters"] = [str(refused.adapters[0])] * 2
-    assert "adapters: an adapter is named twice" in refused.error(capsys)
+    adapter = str(refused.adapters[0])
+    for other in (adapter, f"{adapter}/../{refused.adapters[0].name}"):
+        refused.config["adapters"] = [adapter, other]
+        assert "adapters: an adapter is named twice" in refused.error(capsys)
 
 
 def test_an_adapter_of_another_base(
@@ -83,7 +85,7 @@ def test_an_adapter_of_another_base(
         ('{"messages": [', "candidates.jsonl:13: not valid JSON"),
         ('{"messages": [{"role": "user", "content": "a"}]}', "candidates.jsonl:13: the conversa"),
         (
-            '{"messages": [{"role": "assistant", "content": ""},{"role": "user", "content": ""}]}',
+            '{"messages": [{"role": "assistant", "content": "a"},{"role": "user", "content": ""}]}',
             "candidates.jsonl:13: Assistant message before",
         ),
     ],

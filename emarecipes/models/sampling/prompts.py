@@ -55,6 +55,7 @@ def check_prompts(
     model: Any,
     max_new_tokens: int,
     origin: Origin,
+    key: str = "max_new_tokens",
 ) -> dict[tuple[str | None, str], list[int]]:
     """Check that every prompt can be encoded, and answered at full length.
 
@@ -64,6 +65,7 @@ def check_prompts(
         model: torchtune's decoder, on any device.
         max_new_tokens: An answer's.
         origin: The config's.
+        key: Where it says `max_new_tokens`.
 
     Returns:
         Each pair's token ids.
@@ -107,7 +109,7 @@ def check_prompts(
             )
     if longest + max_new_tokens > model.max_seq_len:
         raise UserError(
-            f"{origin.at('max_new_tokens')}: a prompt of {longest} tokens and an answer of "
+            f"{origin.at(key)}: a prompt of {longest} tokens and an answer of "
             f"{max_new_tokens} are more than the {model.max_seq_len} that the model takes"
         )
     vocabulary = model.tok_embeddings.num_embeddings
