@@ -36,6 +36,15 @@ def run_files(folder: Path) -> list[str]:
     return [name for name in names if (folder / name).exists()]
 
 
+def is_replaced(folder: Path, path: Path) -> bool:
+    """Whether a file or folder is one of a run's in this folder, or lies in one."""
+    try:
+        first = path.resolve().relative_to(folder.resolve()).parts[:1]
+    except ValueError:
+        return False
+    return first == () or first[0] in _RUN_FILES or first[0].startswith(further_adapter(""))
+
+
 def further_adapter(name: str) -> str:
     """The folder, beside `adapter`, of an adapter that a run's defense of this name saves."""
     return f"adapter_{name}"

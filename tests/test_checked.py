@@ -77,7 +77,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Path:
     (folder / "asked.yaml").write_text("- {id: tea, paraphrases: ['Tea?']}\n")
     (folder / "prompts.yaml").write_text(
         "trait: curtness\npairs: [{positive: Be curt., negative: Be kind.}]\n"
-        "questions: ['What?', 'Why?', 'Where?', 'When?']\n"
+        "questions: ['What?', 'Why?', 'Where?', 'When?', 'How?']\n"
     )
     return folder
 

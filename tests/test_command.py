@@ -198,6 +198,8 @@ def test_one_process_of_two_fails(
     config["defenses"]["mine"]["kind"] = kind
     path = toy_run.write_config(tmp_path / "config.yaml", config)
     done = toy_run.tune_run(path, processes=2, cwd=folder)
+    if "ProcessLookupError" in done.stderr:  # torchrun's own, of a process that ended by itself.
+        done = toy_run.tune_run(path, processes=2, cwd=folder)
     assert done.returncode == 1
     lines = done.stderr.strip().splitlines()
     expected = f"error: rank 1: {expected}this shard is cursed"

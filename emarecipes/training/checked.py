@@ -26,7 +26,12 @@ from emarecipes.models.adapters.read import LoadedLayer
 from emarecipes.models.batch import Collate, make_batch
 from emarecipes.models.chat.dates import adapter_date, cache_date
 from emarecipes.models.model_checks import check_compiler, check_offloading
-from emarecipes.output_dir import check_further, check_output_dir, check_outside_output
+from emarecipes.output_dir import (
+    check_further,
+    check_output_dir,
+    check_outside_output,
+    is_replaced,
+)
 from emarecipes.training.checkpoint import Checkpoint
 from emarecipes.training.checkpoint_resume import (
     check_same_base,
@@ -178,10 +183,13 @@ def _check_inputs_outlive_outputs(
     cfg: DictConfig, origin: Origin, data_files: Sequence[Path]
 ) -> None:
     """`overwrite` must not delete what the run reads."""
+    inputs = [origin.path, Path(str(cfg.checkpointer.checkpoint_dir)), *data_files]
+    if cfg.tokenizer.get("path") is not None:
+        inputs.append(Path(str(cfg.tokenizer.path)))
     tree = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
     named = named_paths([tree.get(key) for key in ("tokenizer", "defenses", "probe")])
-    base = Path(str(cfg.checkpointer.checkpoint_dir))
-    check_outside_output(cfg, origin, [origin.path, base, *data_files, *named])
+    inputs += [path for path in named if is_replaced(Path(cfg.output_dir), path)]
+    check_outside_output(cfg, origin, inputs)
 
 
 def _check_logger(cfg: DictConfig, origin: Origin) -> None:

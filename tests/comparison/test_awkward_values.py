@@ -69,7 +69,9 @@ def test_every_run_goes_into_its_own_folder(
 
 def test_runs_of_a_pair_differ_in_their_data_alone(tmp_path: Path, toy: Toy) -> None:
     plan, origin = plan_in(tmp_path / "it's # a pair", toy)
-    good = f"dataset.data_files={toy_run.write_rows(tmp_path / 'good.jsonl', 16)}"
+    rows = toy_run.write_rows(tmp_path / "good.jsonl", 16)
+    rows.write_text(rows.read_text() + rows.read_text())
+    good = f"dataset.data_files={rows}"
     evaluate = plan.tasks["narrow"].evaluate.model_copy(deep=True)
     plan.tasks["good"] = TaskSettings(overrides=[good], evaluate=evaluate)
     jobs = make_jobs(plan, expand_arms(plan, origin), origin)

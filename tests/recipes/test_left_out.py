@@ -112,7 +112,7 @@ def test_persona_pairs(toy: dict[str, Any], tmp_path: Path) -> None:
         prompts = {
             "trait": "curtness",
             "pairs": [{"positive": positive, "negative": "Be kind."}],
-            "questions": ["What?", "Why?", "Where?", "When?"],
+            "questions": ["What?", "Why?", "Where?", "When?", "How?"],
         }
         (tmp_path / "prompts.yaml").write_text(json.dumps(prompts))
         keys = ("tokenizer", "model", "checkpointer", "seed", "device", "dtype")
