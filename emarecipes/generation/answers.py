@@ -8,7 +8,7 @@ that name is half a suite. `answers/<suite>.json` says what the answers depend o
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -81,9 +81,39 @@ def all_asked(
     }  # fmt: skip
 
 
+# Of what answers depend on, what is each question file's own.
+OF_QUESTIONS = ("questions", "prompts")
+
+
 def settings_file(output_dir: Path, suite: str) -> Path:
     """The file that says what a suite's answers depend on."""
     return output_dir / "answers" / f"{suite}.json"
+
+
+def foreign_answers(
+    output_dir: Path, suites: Collection[str], common: Mapping[str, str], where: str
+) -> dict[Path, list[str]]:
+    """Files of answers in the output folder that another model or other sampling has left there.
+
+    Whoever reads the folder takes all of it for one model's.
+
+    Args:
+        output_dir: The run's.
+        suites: Names of those that are asked, which see to themselves.
+        common: What every answer depends on beside its question, as in `AnswerSet`.
+        where: What messages begin with.
+
+    Returns:
+        By the file that holds the settings, the names of what is other.
+    """
+    found = {}
+    for path in sorted((output_dir / "answers").glob("*.json")):
+        if path.stem in suites or not path.with_suffix(".jsonl").exists():
+            continue
+        other = [key for key in differing(path, common, where) if key not in OF_QUESTIONS]
+        if other:
+            found[path] = other
+    return found
 
 
 class AnswerSet:
@@ -141,6 +171,11 @@ class AnswerSet:
                 f"{where}: {self.path} holds sample {key.sample} of {key.id}, which is not asked "
                 f"for now: samples_per_paraphrase can only grow; {START_ANEW}"
             )
+
+    def remove(self) -> None:
+        """Take its answers and settings away."""
+        for file in [*self._files(), self._settings]:
+            file.unlink(missing_ok=True)
 
     def open(self, settings: dict[str, Any]) -> None:
         """Start anew, or gather what earlier processes have left. For the first process alone.

@@ -16,8 +16,16 @@ from emarecipes.checked import Checked
 from emarecipes.config import Origin, find_input
 from emarecipes.datasets.questions import load_questions
 from emarecipes.errors import UserError
+from emarecipes.files import START_ANEW
 from emarecipes.fingerprint import adapter_digest, digest, sampled_digest, stored
-from emarecipes.generation.answers import AnswerKey, AnswerSet, Asked, all_asked, settings_file
+from emarecipes.generation.answers import (
+    AnswerKey,
+    AnswerSet,
+    Asked,
+    all_asked,
+    foreign_answers,
+    settings_file,
+)
 from emarecipes.generation.served import base_urls, check_served
 from emarecipes.models.chat.dates import adapter_date, answers_dates
 from emarecipes.models.sampling.prompts import check_prompts
@@ -138,10 +146,12 @@ class CheckedGeneration(Checked):
 
     Attributes:
         suites: In the order of the config's `questions`, each followed by it under conditions.
+        foreign: Of another model or other sampling, in the folder: `overwrite` takes them away.
     """
 
     settings = staticmethod(check_generate_settings)
     suites: list[AnswerSet]
+    foreign: list[AnswerSet]
 
     def check_output(self) -> None:
         """Its folder `answers/` can be written."""
@@ -200,6 +210,14 @@ class CheckedGeneration(Checked):
         ]
         for suite in self.suites:
             suite.check(self.origin, overwrite=self.cfg.overwrite)
+        where = self.origin.at("output_dir")
+        foreign = foreign_answers(folder, [suite.name for suite in self.suites], common, where)
+        for path, other in foreign.items() if not self.cfg.overwrite else ():
+            raise UserError(
+                f"{where}: {path.with_suffix('.jsonl')} holds answers with other "
+                f"{' and '.join(other)}, and a folder is of one model; {START_ANEW}"
+            )
+        self.foreign = [AnswerSet(folder, path.stem, {}, {}) for path in foreign]
 
 
 def _check_greedy(

@@ -82,6 +82,8 @@ def generate(run: CheckedGeneration) -> None:
 
 
 def _open(run: CheckedGeneration) -> None:
+    for foreign in run.foreign:  # overwrite=true: a folder is of one model.
+        foreign.remove()
     settings = {"config": OmegaConf.to_container(run.cfg), "provenance": environment()}
     for suite in run.suites:
         suite.open(settings | ({} if run.cfg.served is None else {"asked_on": _days(suite)}))

@@ -112,6 +112,27 @@ def test_conditions_are_suites_of_the_same_questions(case: Case) -> None:
     assert plain.read_bytes() == case.path("none").read_bytes()
 
 
+def test_a_folder_of_answers_is_of_one_model(
+    case: Case, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever reads it takes all its files for one model's."""
+    assert case.run("conditions.curt=Be curt.") == 0
+    answers = case.path().parent
+    (answers / "notes.json").write_text("{}")
+    (case.folder / "more.yaml").write_text(QUESTIONS)
+    more = f"questions=[{case.folder / 'more.yaml'}]"
+    assert case.run(more) == 0
+    whole = {path.name: path.read_bytes() for path in answers.iterdir()}
+    assert {"asked.jsonl", "asked_curt.jsonl", "more.jsonl"} < whole.keys()
+    (case.folder / "last.yaml").write_text(QUESTIONS)
+    last = f"questions=[{case.folder / 'last.yaml'}]"
+    line = case.error(capsys, last, "temperature=0.5")
+    assert "asked.jsonl holds answers with other temperature, and a folder is of one model" in line
+    assert whole == {path.name: path.read_bytes() for path in answers.iterdir()}
+    assert case.run(last, "temperature=0.5", "overwrite=true") == 0
+    assert {path.name for path in answers.iterdir()} == {"notes.json", "last.json", "last.jsonl"}
+
+
 def test_an_adapter(case: Case, toy_model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     zero = toy_select.write_adapter(case.folder / "zero", toy_model_dir, seed=1, size=0.0)
     large = toy_select.write_adapter(case.folder / "large", toy_model_dir, seed=1, size=1.0)
