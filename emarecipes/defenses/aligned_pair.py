@@ -73,13 +73,21 @@ class AlignedPair:
             )
         modules = adapter_modules(source.meta_model, source.model_type, source.checkpoint_dir)
         self.open({m.hf_name: m.hf_shape for m in modules.values()})
-        trained = WeightsFolder(source.checkpoint_dir)
+        self.check_trained(source.checkpoint_dir)
+        return modules
+
+    def check_trained(self, folder: Path) -> None:
+        """Check that what is trained, or was, is not the unaligned base.
+
+        Raises:
+            UserError: It is, so the folders are swapped.
+        """
+        trained = WeightsFolder(folder)
         if self._same(trained, self._base) and not self._same(trained, self._aligned):
             raise UserError(
                 f"base_dir {self._base_dir} holds the model that is trained, and aligned_dir does "
                 "not: are they swapped? The trained model is the aligned one"
             )
-        return modules
 
     def difference(self) -> Difference:
         """V of one weight at a time, by its name in the folders."""

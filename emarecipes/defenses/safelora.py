@@ -108,9 +108,17 @@ class SafeLoRA(Defense):
         self._bases: dict[str, Basis] | None = None if every_n_steps is None else {}
         self._last: list[ModuleProjection] = []
 
-    def open_folders(self, hf_shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Open both folders and check them, see `AlignedPair.open`."""
+    def open_folders(
+        self, hf_shapes: Mapping[str, tuple[int, ...]], trained: Path | None = None
+    ) -> None:
+        """Open both folders and check them, see `AlignedPair.open`; and what was trained, if known.
+
+        Raises:
+            UserError: See there, and `AlignedPair.check_trained`.
+        """
         self._pair.open(hf_shapes)
+        if trained is not None:
+            self._pair.check_trained(trained)
 
     def check(self, source: ModelSource) -> None:
         """Open the folders and check them against the model.

@@ -29,11 +29,17 @@ from emarecipes.defenses.safelora import REPORT, write_projection_report
 from emarecipes.errors import UserError, disk_errors
 from emarecipes.files import write_text
 from emarecipes.models.adapters.export import replacing
-from emarecipes.models.adapters.files import check_weights_format, read_adapter_config
+from emarecipes.models.adapters.files import (
+    check_complete,
+    check_weights_format,
+    read_adapter_config,
+    read_shapes,
+)
 from emarecipes.models.adapters.layout import ModuleRows
 from emarecipes.models.model_checks import check_device
 from emarecipes.provenance import environment
 from emarecipes.settings import Entry, Keys, parse_settings
+from emarecipes.weights_folder import WeightsFolder
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -117,10 +123,18 @@ class CheckedProjection(Checked):
             name: ModuleRows(f"{name}.weight", (len(b), a.shape[1]), None)
             for name, (a, b) in self.lora.items()
         }
+        config = read_adapter_config(Path(cfg.adapter))
+        base = Path(str(config.get("base_model_name_or_path")))
+        shapes = {rows.hf_name: rows.hf_shape for rows in self.modules.values()}
         try:
-            defense.open_folders({rows.hf_name: rows.hf_shape for rows in self.modules.values()})
+            defense.open_folders(shapes, base if any(base.glob("*.safetensors")) else None)
         except UserError as error:
             raise UserError(f"{origin.at('safelora')}: {error}") from None
+        linear = {*self.lora, *_linear(Path(str(cfg.safelora.base_dir)))}
+        try:
+            check_complete(Path(cfg.adapter), config, self.lora, sorted(linear))
+        except UserError as error:
+            raise UserError(f"{origin.at('adapter')}: {error}") from None
 
 
 def _project(argv: Sequence[str]) -> None:
@@ -155,6 +169,7 @@ def _read_adapter(folder: Path, origin: Origin) -> dict[str, Tensor]:
             raise UserError(f"{where}: {folder} has no {name}; give the adapter/ of a finished run")
     try:
         config = read_adapter_config(folder)
+        read_shapes(folder)  # Refuses what belongs to no LoRA.
         tensors = load_file(folder / "adapter_model.safetensors")
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
@@ -162,7 +177,16 @@ def _read_adapter(folder: Path, origin: Origin) -> dict[str, Tensor]:
         raise UserError(f"{where}: {folder} cannot be read: {error}") from None
     if config.get("use_dora"):
         raise UserError(f"{where}: {folder} is DoRA; SafeLoRA projects LoRA's B A only")
+    for key, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{where}: {folder}: {key} has a number that is not finite")
     return tensors
+
+
+def _linear(base: Path) -> list[str]:
+    """The linear layers of a model's folder, by their names in all families that are known."""
+    end = "_proj.weight"
+    return [name.removesuffix(".weight") for name in WeightsFolder(base).names() if end in name]
 
 
 def _pairs(tensors: dict[str, Tensor], origin: Origin) -> dict[str, tuple[Tensor, Tensor]]:

@@ -12,7 +12,7 @@ from emarecipes.checked import Checked
 from emarecipes.config import Origin
 from emarecipes.errors import UserError
 from emarecipes.evaluation.answers import Answer, read_answers
-from emarecipes.evaluation.figures import REFERENCE, SCORES, SUMMARY
+from emarecipes.evaluation.figures import EVAL_CONFIG, REFERENCE, SCORES, SUMMARY
 from emarecipes.evaluation.settings import check_eval_settings, named_suites
 from emarecipes.evaluation.suite import Suite
 from emarecipes.evaluation.suite_context import SuiteContext
@@ -105,6 +105,14 @@ def _check_output(cfg: DictConfig, origin: Origin) -> None:
         raise UserError(
             f"{where}: {folder} already holds an evaluation ({SUMMARY}); choose another "
             "output_dir, or say overwrite=true to replace it"
+        )
+    config = folder / EVAL_CONFIG
+    own = config.is_file() and "\nprovenance:" in config.read_text(encoding="utf-8")
+    present = [name for name in (EVAL_CONFIG, SCORES) if (folder / name).exists()]
+    if present and not own and not (folder / SUMMARY).exists():
+        raise UserError(
+            f"{where}: {folder} has {' and '.join(present)} of no evaluation, which would be "
+            "replaced; choose another output_dir"
         )
     for name, answers in cfg.answers.items():
         if Path(answers).resolve() == (folder / SCORES).resolve():

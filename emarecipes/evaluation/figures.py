@@ -18,7 +18,7 @@ from rich.text import Text
 from emarecipes.evaluation.statistics import Interval, answer_bootstrap, share_bootstrap
 from emarecipes.files import json_lines, write_json, write_text
 
-SUMMARY, SCORES = "summary.json", "scores"
+SUMMARY, SCORES, EVAL_CONFIG = "summary.json", "scores", "eval.yaml"
 REFERENCE = "reference"
 NATS = "nats a token"
 

@@ -13,6 +13,7 @@ from emarecipes.config import find_input
 from emarecipes.errors import UserError
 from emarecipes.evaluation.checked import CheckedEvaluation
 from emarecipes.evaluation.figures import (
+    EVAL_CONFIG,
     REFERENCE,
     SUMMARY,
     Figure,
@@ -85,7 +86,7 @@ class _Evaluation:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / SUMMARY).unlink(missing_ok=True)
         resolved = OmegaConf.merge(self.cfg, {"provenance": environment()})
-        write_text(self.folder / "eval.yaml", OmegaConf.to_yaml(resolved))
+        write_text(self.folder / EVAL_CONFIG, OmegaConf.to_yaml(resolved))
 
     def models(self) -> dict[str, Model]:
         """The base and every adapter under which the rows of all suites have finite likelihoods.

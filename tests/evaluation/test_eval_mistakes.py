@@ -38,6 +38,27 @@ def test_a_diverged_adapter_is_named_and_does_not_lose_the_others(
     assert len(figures(tmp_path, suite="opswap", category=None)) == 3
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("name", ["eval.yaml", "scores/general.jsonl"])
+def test_files_of_the_users_are_not_replaced(
+    name: str,
+    overwrite: bool,
+    toy_model_dir: Path,
+    adapters: list[Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Such as the config itself, where it lies in its output folder."""
+    path = tmp_path / "out" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("# mine\n")
+    config = config_of(toy_model_dir, adapters, tmp_path) | {"overwrite": overwrite}
+    assert run(tmp_path, config) == 1
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "error: " in line)
+    assert f"has {name.partition('/')[0]} of no evaluation, which would be replaced" in line
+    assert path.read_text() == "# mine\n"
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,24 @@ def test_what_is_refused(
         (finished["adapter"] / "adapter_model.safetensors").read_bytes()
     )
     refused("is DoRA", f"adapter={dora}")
+    swapped = {"base_dir": "${model_dir}", "aligned_dir": str(finished["base"])}
+    refused("are they swapped? The trained model is the aligned one", **swapped)
+
+    def changed(name: str, **tensors: torch.Tensor | None) -> str:
+        folder = shutil.copytree(finished["adapter"], tmp_path / name)
+        found = load_file(folder / "adapter_model.safetensors") | tensors
+        kept = {key: tensor for key, tensor in found.items() if tensor is not None}
+        save_file(kept, folder / "adapter_model.safetensors")
+        return f"adapter={folder}"
+
+    first = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+    b = load_file(finished["adapter"] / "adapter_model.safetensors")[f"{first}B.weight"]
+    broken = changed("nan", **{f"{first}B.weight": b.fill_(torch.nan)})
+    refused("has a number that is not finite", broken)
+    lacking: dict[str, torch.Tensor | None] = {f"{first}{x}.weight": None for x in "AB"}
+    refused("an incomplete adapter: its config names model.layers.0", changed("less_", **lacking))
+    foreign = {"base_model.model.model.norm.weight": torch.ones(32)}
+    refused("belongs to neither LoRA nor DoRA", changed("foreign", **foreign))
 
 
 def test_a_result_is_not_overwritten_unasked(
