@@ -45,6 +45,13 @@ def whole(path: Path, *, synced: bool = True) -> Iterator[Path]:
         raise
 
 
+def open_to_others(path: Path) -> None:
+    """Give a file the mode of any new one: those of safetensors are their owner's alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file so that it is either whole or not there."""
     with whole(path) as partial:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from emarecipes.datasets.rows import file_fingerprints
 from emarecipes.errors import UserError, disk_errors
+from emarecipes.files import open_to_others
 from emarecipes.persona.checked import RESULT_FILES
 from emarecipes.provenance import environment
 
@@ -157,6 +158,7 @@ def write_result(result: Result, folder: Path) -> None:
             save_file(
                 result.vectors, staging / "vectors.safetensors", metadata=_vector_metadata(result)
             )
+        open_to_others(staging / "vectors.safetensors")
         for name in RESULT_FILES:
             if (staging / name).exists():
                 (staging / name).replace(folder / name)

@@ -24,7 +24,7 @@ from torch import Tensor
 from torchtune import utils
 
 from emarecipes.errors import UserError, reason
-from emarecipes.files import sync
+from emarecipes.files import open_to_others, sync
 from emarecipes.fingerprint import sha256
 
 log = utils.get_logger("INFO")
@@ -114,6 +114,7 @@ def write_checkpoint(
         _check_room(folder, _tensor_bytes(adapter) + _tensor_bytes(training) + _MARGIN_BYTES)
         temporary.mkdir()
         save_file(adapter, temporary / _ADAPTER)
+        open_to_others(temporary / _ADAPTER)
         torch.save(training, temporary / _TRAINING)
         # Reads no tensor: fails on what only a full unpickling, which is unsafe, would give back.
         torch.load(temporary / _TRAINING, map_location="meta", weights_only=True)

@@ -83,6 +83,9 @@ def test_the_published_algorithm_on_a_finished_adapter(
         assert report[name]["changed"] == str(int(wanted["projected"]))
         assert float(report[name]["norm_after"]) == pytest.approx(wanted["norm_after"], rel=1e-3)
     assert (tmp_path / "out/safelora.png").stat().st_size > 10_000
+    for folder in (finished["adapter"], tmp_path / "out/adapter"):  # A server is another user's.
+        modes = {path.stat().st_mode for path in folder.iterdir()}
+        assert modes == {(tmp_path / "out/safelora.csv").stat().st_mode}
     one, other = (
         p / "adapter_config.json" for p in (finished["adapter"], tmp_path / "out/adapter")
     )

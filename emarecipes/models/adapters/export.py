@@ -1,7 +1,6 @@
 """Write a trained adapter as PEFT loads it, or merged into its model as transformers loads it.
 
-torchtune's own export is right for Llama's layout only; see
-``emarecipes.models._torchtune_convert``.
+torchtune's own export is right for Llama's layout only; see `_torchtune_convert`.
 """
 
 import math
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from emarecipes.errors import UserError, disk_errors
-from emarecipes.files import sync, write_json
+from emarecipes.files import open_to_others, sync, write_json
 from emarecipes.models._torchtune_convert import read_base_config, to_hf
 from emarecipes.models.adapters.layout import (
     adapter_layers,
@@ -276,6 +275,8 @@ def replacing(target: Path, *, marker: str, keep: Path) -> Iterator[Path]:
     try:
         yield fresh
         for path in (*fresh.iterdir(), fresh):
+            if path.suffix == ".safetensors":
+                open_to_others(path)
             sync(path)
         if target.exists():
             target.rename(old)

@@ -7,7 +7,6 @@ interleaved order, and the tokenizer and the chat template as metadata. Nothing 
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from emarecipes.errors import UserError, disk_errors, first_line
-from emarecipes.files import write_json
+from emarecipes.files import open_to_others, write_json
 from emarecipes.models.prepare.gguf_config import model_config, token_ids
 from emarecipes.models.prepare.gguf_tokenizer import tokenizer_config, write_tokenizer
 
@@ -80,8 +79,8 @@ def convert(gguf_file: Path, folder: Path) -> None:
     # `transformers serve` heeds a request's temperature only where the folder says that it samples.
     sampling = token_ids(meta) | {"do_sample": True}
     write_json(folder / "generation_config.json", sampling, ensure_ascii=False)
-    for weights in folder.glob("*.safetensors"):  # safetensors makes them their owner's alone.
-        shutil.copymode(folder / "config.json", weights)
+    for weights in folder.glob("*.safetensors"):
+        open_to_others(weights)
 
 
 def _open(file: Path) -> GGUFReader:
