@@ -119,7 +119,7 @@ def check_output_dir(cfg: DictConfig, origin: Origin) -> None:
         raise UserError(f"{where}: {folder} lies in the base model's folder; choose another")
     present = run_files(folder)
     resumes = cfg.get("resume") is not None
-    if present and (cfg.overwrite or resumes) and not _holds_a_run(folder):
+    if present and (cfg.overwrite or resumes) and not is_written(folder / "config.yaml"):
         raise UserError(
             f"{where}: {folder} has {', '.join(present)} but no config.yaml of a run; not "
             "overwritten. Choose another output_dir"
@@ -148,8 +148,8 @@ def check_further(cfg: DictConfig, origin: Origin, names: Iterable[str]) -> None
             )
 
 
-def _holds_a_run(folder: Path) -> bool:
-    config = folder / "config.yaml"
+def is_written(config: Path) -> bool:
+    """Whether a config is one that a recipe wrote beside its results, and not a user's."""
     return config.is_file() and "\nprovenance:" in config.read_text(encoding="utf-8")
 
 

@@ -6,7 +6,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import matplotlib
 import torch
@@ -117,13 +117,12 @@ class CheckedProjection(Checked):
         if cfg.safelora.get("every_n_steps") is not None:
             raise UserError(f"{origin.at('safelora.every_n_steps')}: has no effect after training")
         self.defense = defense
-        self.tensors = _read_adapter(Path(cfg.adapter), origin)
+        config, self.tensors = _read_adapter(Path(cfg.adapter), origin)
         self.lora = _pairs(self.tensors, origin)
         self.modules = {
             name: ModuleRows(f"{name}.weight", (len(b), a.shape[1]), None)
             for name, (a, b) in self.lora.items()
         }
-        config = read_adapter_config(Path(cfg.adapter))
         base = Path(str(config.get("base_model_name_or_path")))
         shapes = {rows.hf_name: rows.hf_shape for rows in self.modules.values()}
         try:
@@ -158,7 +157,7 @@ def _project(argv: Sequence[str]) -> None:
     _print(found, output)
 
 
-def _read_adapter(folder: Path, origin: Origin) -> dict[str, Tensor]:
+def _read_adapter(folder: Path, origin: Origin) -> tuple[dict[str, Any], dict[str, Tensor]]:
     where = origin.at("adapter")
     try:
         check_weights_format(folder)
@@ -180,13 +179,13 @@ def _read_adapter(folder: Path, origin: Origin) -> dict[str, Tensor]:
     for key, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise UserError(f"{where}: {folder}: {key} has a number that is not finite")
-    return tensors
+    return config, tensors
 
 
 def _linear(base: Path) -> list[str]:
     """The linear layers of a model's folder, by their names in all families that are known."""
-    end = "_proj.weight"
-    return [name.removesuffix(".weight") for name in WeightsFolder(base).names() if end in name]
+    names = WeightsFolder(base).names()
+    return [name.removesuffix(".weight") for name in names if name.endswith("_proj.weight")]
 
 
 def _pairs(tensors: dict[str, Tensor], origin: Origin) -> dict[str, tuple[Tensor, Tensor]]:

@@ -18,6 +18,7 @@ from emarecipes.evaluation.suite import Suite
 from emarecipes.evaluation.suite_context import SuiteContext
 from emarecipes.fingerprint import adapter_digest
 from emarecipes.models.chat.dates import adapter_date, check_answers_dates
+from emarecipes.output_dir import is_written
 
 
 class CheckedEvaluation(Checked):
@@ -106,10 +107,8 @@ def _check_output(cfg: DictConfig, origin: Origin) -> None:
             f"{where}: {folder} already holds an evaluation ({SUMMARY}); choose another "
             "output_dir, or say overwrite=true to replace it"
         )
-    config = folder / EVAL_CONFIG
-    own = config.is_file() and "\nprovenance:" in config.read_text(encoding="utf-8")
     present = [name for name in (EVAL_CONFIG, SCORES) if (folder / name).exists()]
-    if present and not own and not (folder / SUMMARY).exists():
+    if present and not is_written(folder / EVAL_CONFIG) and not (folder / SUMMARY).exists():
         raise UserError(
             f"{where}: {folder} has {' and '.join(present)} of no evaluation, which would be "
             "replaced; choose another output_dir"

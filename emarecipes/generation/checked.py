@@ -212,7 +212,8 @@ class CheckedGeneration(Checked):
             suite.check(self.origin, overwrite=self.cfg.overwrite)
         where = self.origin.at("output_dir")
         foreign = foreign_answers(folder, [suite.name for suite in self.suites], common, where)
-        for path, other in foreign.items() if not self.cfg.overwrite else ():
+        if foreign and not self.cfg.overwrite:
+            path, other = next(iter(foreign.items()))
             raise UserError(
                 f"{where}: {path.with_suffix('.jsonl')} holds answers with other "
                 f"{' and '.join(other)}, and a folder is of one model; {START_ANEW}"

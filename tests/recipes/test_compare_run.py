@@ -229,6 +229,7 @@ def test_each_run_has_its_share_of_the_machine(
         ("arms.kl.adapter=adapter_avg", "arms.kl: adapter: a run leaves adapter, and no adapter_a"),
         ("arms.kl.overrides=[lr]", "an override is written key=value"),
         ("arms.kl.overrides=[optimizer.lr=fast]", "arms.kl: "),
+        ("arms.kl.overrides=[dataset.data_files=no.jsonl]", "data_files: no such file: no.jsonl"),
         ("arms.fewer.sweep.batch_size=[2,2]", "batch_size has a value twice"),
         ("seeds=[1,1]", "a seed is named twice"),
         ("seeds=[]", "seeds: "),

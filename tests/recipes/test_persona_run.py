@@ -50,6 +50,7 @@ def vectors_of(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
 def test_files(finished: Path) -> None:
     names = ["answers.jsonl", "config.yaml", "persona.json", "persona.png", "vectors.safetensors"]
     assert sorted(path.name for path in (finished / "out").iterdir()) == names
+    assert len({path.stat().st_mode for path in (finished / "out").iterdir()}) == 1
     figures = json.loads((finished / "out/persona.json").read_text())
     assert figures["trait"] == "curtness"
     assert figures["model"] == "toy-model"

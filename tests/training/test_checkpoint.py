@@ -52,6 +52,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     read = found.training()["optimizer"]["state"][0]
     assert read["exp_avg"].equal(moments["state"][0]["exp_avg"])
     assert sorted(p.name for p in path.iterdir()) == sorted(FILES)
+    assert len({p.stat().st_mode for p in path.iterdir()}) == 1
     done = subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=path)
     assert done.returncode == 0
 

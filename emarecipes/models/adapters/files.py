@@ -89,20 +89,22 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         if not isinstance(config.get(key, False), bool | None):
             raise UserError(f"{path}: {key} must be true or false, not {config[key]!r:.60}")
     for key in ("r", "lora_alpha"):
-        value = config.get(key)
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-            raise UserError(f"{path}: {key} must be a positive number, not {value!r}")
+        _check_positive(path, key, config.get(key))
     for key in ("rank_pattern", "alpha_pattern"):
         _check_pattern(path, key, config.get(key) or {})
     return config
+
+
+def _check_positive(path: Path, what: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        raise UserError(f"{path}: {what} must be a positive number, not {value!r:.60}")
 
 
 def _check_pattern(path: Path, key: str, pattern: Any) -> None:
     if not isinstance(pattern, dict):
         raise UserError(f"{path}: {key} must be a mapping, not {pattern!r:.60}")
     for name, value in pattern.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-            raise UserError(f"{path}: {key}: {name} must be a positive number, not {value!r:.60}")
+        _check_positive(path, f"{key}: {name}", value)
         try:
             re.compile(name)
         except re.error as error:
@@ -179,6 +181,17 @@ def adapter_scale(config: dict[str, Any], name: str, rank: int) -> float:
     """A module's alpha / r, or alpha / sqrt(r) where the adapter is rank-stabilised."""
     alpha = float(by_pattern(config.get("alpha_pattern"), name, config["lora_alpha"]))
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def check_rank(folder: Path, config: dict[str, Any], name: str, rank: int) -> None:
+    """Check that a module's weights have the rank that the adapter's config gives it.
+
+    Raises:
+        UserError: They have another.
+    """
+    stated = by_pattern(config.get("rank_pattern"), name, config["r"])
+    if stated != rank:
+        raise UserError(f"{folder / CONFIG}: gives {name} rank {stated}, its weights have {rank}")
 
 
 def check_complete(

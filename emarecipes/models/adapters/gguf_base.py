@@ -11,8 +11,8 @@ from emarecipes.models.adapters.files import (
     CONFIG,
     WEIGHTS,
     Shapes,
-    by_pattern,
     check_complete,
+    check_rank,
 )
 from emarecipes.models.families.config_json import read_json
 
@@ -107,11 +107,7 @@ def check_shapes(
     for name, parts in shapes.items():
         rank, columns = parts["a"]
         rows = parts["b"][0]
-        stated = by_pattern(config.get("rank_pattern"), name, config["r"])
-        if stated != rank:
-            raise UserError(
-                f"{folder / CONFIG}: gives {name} rank {stated}, its weights have {rank}"
-            )
+        check_rank(folder, config, name, rank)
         if name not in sizes:
             raise UserError(f"{folder}: an adapter of another base, which has no {name}")
         given = [one or own for one, own in zip(sizes[name], (rows, columns), strict=True)]

@@ -20,13 +20,12 @@ from torchtune.modules.peft import DoRALinear
 
 from emarecipes.errors import UserError
 from emarecipes.models.adapters.files import (
-    CONFIG,
     WEIGHTS,
     Shapes,
     Tensors,
     adapter_scale,
-    by_pattern,
     check_complete,
+    check_rank,
     read_adapter_config,
     read_shapes,
     read_tensors,
@@ -220,9 +219,7 @@ def _check_shapes(
                 f"{folder}: an adapter of another base: {leaf} of {name} is {_size(shape)}, the "
                 f"model needs {_size(expected[leaf])}"
             )
-    stated = by_pattern(config.get("rank_pattern"), name, config["r"])
-    if stated != rank:
-        raise UserError(f"{folder / CONFIG}: gives {name} rank {stated}, its weights have {rank}")
+    check_rank(folder, config, name, rank)
 
 
 def _check_covered(folder: Path, name: str, parts: dict[str, ModuleRows], b: Tensor) -> None:
