@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from torchtune import training
 
 from emarecipes.models._torchtune_convert import fix_loaded_state
+from emarecipes.models._undrawn import Undrawn
 
 
 class StockRecipe:
@@ -50,7 +51,7 @@ class StockRecipe:
     def build_model(self) -> Any:
         """The model on its device with the base's weights, sharded if there are several processes.
 
-        Adapters are trainable, and hold what torchtune drew for them.
+        Adapters are trainable and not drawn yet: see `initialize_adapter`.
         """
         cfg, recipe = self._cfg, self._recipe
         loaded = recipe.load_checkpoint(cfg.checkpointer)[training.MODEL_KEY]
@@ -70,7 +71,8 @@ class StockRecipe:
         else:
             torchtune.modules.common_utils._use_low_cpu_ram = cfg.low_cpu_ram
             arguments["compile_model"] = cfg.compile
-        recipe._model = recipe._setup_model(**arguments)
+        with Undrawn():
+            recipe._model = recipe._setup_model(**arguments)
         for module in recipe._model.modules() if self.device.type == "cpu" else ():
             if isinstance(module, FSDPModule):
                 # torch 2.8's gloo takes the average of a reduce-scatter for the sum, in silence

@@ -14,6 +14,7 @@ from torchtune.utils import get_device
 
 from emarecipes.machine import DTYPES
 from emarecipes.models._torchtune_convert import fix_dora_bias, fix_loaded_state
+from emarecipes.models._undrawn import Undrawn
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def load_model(cfg: DictConfig) -> Any:
         checkpointer = instantiate(cfg.checkpointer, output_dir=scratch)
         state = checkpointer.load_checkpoint()[training.MODEL_KEY]
     dtype = DTYPES[cfg.dtype]
-    with training.set_default_dtype(dtype), device:
+    with training.set_default_dtype(dtype), device, Undrawn():
         model: Any = instantiate(cfg.model)
     model.load_state_dict(fix_loaded_state(state, str(cfg.checkpointer.model_type)), strict=False)
     fix_dora_bias(model)
