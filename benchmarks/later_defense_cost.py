@@ -5,6 +5,10 @@ The setting of step_cost.py: SmolLM2-135M, 4 rows of 256 tokens, 40 % of them pr
 work on the machine moves less than the clock on the wall; the ratio is the median over rounds of a
 step's time over that of the same round's undefended step. Memory is the peak over what was held
 before the step, each arm in a process of its own.
+
+Steps of one arm differ by a tenth and more. `--within` measures what is a pass of its own (a term
+of the whole step or of the weights) inside the defended steps: a step's time over the same step's
+without that pass. One arm after the other, no other model in the process; without memory.
 """
 
 from __future__ import annotations
@@ -16,8 +20,10 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from defense_cost import DEPTH, WIDTH, write_pair
@@ -50,6 +56,8 @@ from emarecipes.defenses import (
     TokenConstraint,
 )
 from emarecipes.models.adapters.export import save_adapter
+from emarecipes.training.step_terms import StepTerms
+from emarecipes.training.weight_terms import WeightTerms
 
 NONE = "no defense"
 
@@ -120,13 +128,65 @@ def trainer(name: str, scratch: Path, dtype: str) -> tuple[Trainer, Setting]:
     return Trainer(*model), setting
 
 
+@contextmanager
+def timed_passes() -> Iterator[list[float]]:
+    """CPU seconds of each call that computes such a term and adds its gradient."""
+    spent: list[float] = []
+    kinds: tuple[Any, ...] = (StepTerms, WeightTerms)
+    stock = [kind.backward for kind in kinds]
+
+    def timed(backward: Callable[..., Any]) -> Callable[..., Any]:
+        def measured(self: Any, factors: Any) -> Any:
+            started = time.process_time()
+            found = backward(self, factors)
+            spent.append(time.process_time() - started)
+            return found
+
+        return measured
+
+    for kind, backward in zip(kinds, stock, strict=True):
+        kind.backward = timed(backward)
+    try:
+        yield spent
+    finally:
+        for kind, backward in zip(kinds, stock, strict=True):
+            kind.backward = backward
+
+
+def print_within(scratch: Path, dtype: str, rows: int, repetitions: int) -> None:
+    table = Table("", "CPU seconds of the pass", "time ratio", "lowest, highest", "wanted")
+    machine = describe_machine()
+    for name in tqdm(("SpectralPenalty", "AsFT", "PrefixAnchor"), "time", unit="arm"):
+        one, setting = trainer(name, scratch, dtype)
+        batch = setting.batch(rows)
+        one.step(batch)
+        found: list[tuple[float, float]] = []
+        for _ in range(repetitions):
+            with timed_passes() as spent:
+                started = time.process_time()
+                one.step(batch)
+                whole = time.process_time() - started
+            found.append((sum(spent), whole / (whole - sum(spent))))
+        ratios = [ratio for _, ratio in found]
+        ratio, limit = statistics.median(ratios), ARMS[name][2]
+        assert limit is not None
+        cells = (f"{statistics.median(own for own, _ in found):.2f}", f"{ratio:.3f}")
+        table.add_row(name, *cells, f"{min(ratios):.3f}, {max(ratios):.3f}", verdict(ratio, limit))
+    print(f"{batch.inputs['tokens'].numel()} tokens a step, {dtype}, {machine}")
+    Console(width=120).print(table)
+
+
 def main() -> None:
     parser = step_options("What each later defense costs.", ARMS)
+    parser.add_argument("--within", action="store_true", help="see above")
     options = parser.parse_args()
     logging.disable(logging.INFO)
     warnings.simplefilter("ignore")
     rows = 2 if options.quick else 4
+    repetitions = 3 if options.quick else options.repetitions
     with tempfile.TemporaryDirectory() as scratch:
+        if options.within:
+            return print_within(Path(scratch), options.dtype, rows, repetitions)
         if options.memory:
             one, setting = trainer(options.arm, Path(scratch), options.dtype)
             batch = setting.batch(rows)
@@ -136,7 +196,7 @@ def main() -> None:
         made = {name: trainer(name, Path(scratch), options.dtype) for name in ARMS}
         batch = made[NONE][1].batch(rows)
         times: dict[str, list[float]] = {name: [] for name in ARMS}
-        rounds = 1 + (3 if options.quick else options.repetitions)
+        rounds = 1 + repetitions
         for repetition in tqdm(range(rounds), "time", unit="round"):
             for name, (one, _) in made.items():
                 gc.collect()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from emarecipes.defenses.base import AdaptedModule, Defense
 
@@ -54,22 +56,22 @@ class SpectralPenalty(Defense):
             q, s = torch.linalg.qr(b_OR)
             p, t = torch.linalg.qr(a_RI.T)
             m = s @ t.T
-            u, values, vh = torch.linalg.svd(m, full_matrices=False)
-            if not values.any():
+            u, singular, vh = torch.linalg.svd(m, full_matrices=False)
+            values: list[float] = singular.tolist()
+            if not any(values):
                 return None
-            kept = values > values[0] * max(m.shape) * torch.finfo(m.dtype).eps
-            frobenius, nuclear = values.norm(), values.sum()
-            term = frobenius / nuclear
-            inner = m / (frobenius * nuclear)
-            inner -= (frobenius / nuclear.square()) * (u[:, kept] @ vh[kept])
-            share = values[kept] / nuclear
-            self._measured.append(
-                (float((frobenius / values[0]) ** 2), float(-(share * share.log()).sum()))
-            )
-        # <G, B A> with G held constant has the term's gradient.
-        carrier = (inner * ((q.T @ b_OR) @ (a_RI @ p))).sum()
-        value: Tensor = term + (carrier - carrier.detach())
-        return value
+            least = values[0] * max(m.shape) * torch.finfo(m.dtype).eps
+            kept = sum(value > least for value in values)
+            frobenius, nuclear = math.sqrt(sum(value**2 for value in values)), sum(values)
+            # Grouped so that it is 0 at rank 1, where the term is 1 whatever B A is.
+            inner = (m / frobenius - (frobenius / nuclear) * (u[:, :kept] @ vh[:kept])) / nuclear
+            # The gradient by B A, times A^T and B^T.
+            gradients = (s.T @ inner) @ p.T, q @ (inner @ t)
+        shares = [value / nuclear for value in values[:kept]]
+        entropy = -sum(share * math.log(share) for share in shares)
+        self._measured.append(((frobenius / values[0]) ** 2, entropy))
+        term: Tensor = _Known.apply(a_RI, b_OR, m.new_tensor(frobenius / nuclear), *gradients)
+        return term
 
     def figures(self) -> dict[str, float]:
         """Stable rank and entropy of the singular values before the step's update."""
@@ -78,3 +80,20 @@ class SpectralPenalty(Defense):
             return {}
         ranks, entropies = zip(*measured, strict=True)
         return {"stable_rank": fmean(ranks), "entropy": fmean(entropies)}
+
+
+class _Known(torch.autograd.Function):
+    """A value that was computed with its gradients by A and B."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, a: Tensor, b: Tensor, value: Tensor, by_a: Tensor, by_b: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(by_a, by_b)
+        return value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        by_a, by_b = ctx.saved_tensors
+        return gradients[0] * by_a, gradients[0] * by_b, None, None, None
