@@ -87,6 +87,25 @@ def error_line(error: BaseException) -> str:
     return " ".join(masked(text).split())
 
 
+def check_there(what: str, model: Any) -> None:
+    """See that something answers at the model's address, where it is asked directly.
+
+    Args:
+        what: Who is asked, in messages.
+        model: From `provider_model`.
+
+    Raises:
+        UserError: Nothing does.
+    """
+    address = _address(model)
+    if address is None:
+        return
+    try:
+        socket.create_connection(address, _CONNECT).close()
+    except OSError as error:
+        raise _not_there(what, address, _why(error)) from None
+
+
 async def while_there(
     work: Callable[[], Awaitable[_Result]], what: str, model: Any, replies: Callable[[], int]
 ) -> _Result:
@@ -114,15 +133,23 @@ async def while_there(
         await asyncio.wait({asking, looking}, return_when=asyncio.FIRST_COMPLETED)
         if asking.done():
             return asking.result()
-        host, port = address
-        raise UserError(
-            f"{what} failed: no server answers at {host}:{port} ({looking.result()}); start it, or "
-            "mend its address in the environment"
-        )
+        raise _not_there(what, address, looking.result())
     finally:
         for task in (asking, looking):
             task.cancel()
         await asyncio.gather(asking, looking, return_exceptions=True)
+
+
+def _not_there(what: str, address: tuple[str, int], why: str) -> UserError:
+    host, port = address
+    return UserError(
+        f"{what} failed: no server answers at {host}:{port} ({why}); start it, or mend its address "
+        "in the environment"
+    )
+
+
+def _why(error: OSError) -> str:
+    return str(getattr(error, "strerror", None) or "no answer in time")
 
 
 def _address(model: Any) -> tuple[str, int] | None:
@@ -154,5 +181,5 @@ async def _gone(host: str, port: int, replies: Callable[[], int]) -> str:
         except OSError as error:
             missed += 1
             if missed == _LOOKS:
-                return str(getattr(error, "strerror", None) or "no answer in time")
+                return _why(error)
         await asyncio.sleep(_BETWEEN)

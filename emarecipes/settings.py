@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
 
 from emarecipes.config import Origin, suggestion
 from emarecipes.errors import UserError
@@ -14,6 +15,18 @@ Positive = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Entry = dict[str, Any]
 Dtype = Literal["auto", "bf16", "fp32"]
+
+# Logits over less than this leave float32.
+_LEAST_TEMPERATURE = 0.001
+
+
+def _divides(temperature: float) -> float:
+    if 0 < temperature < _LEAST_TEMPERATURE:
+        raise PydanticCustomError("temperature", f"0, or at least {_LEAST_TEMPERATURE}")
+    return temperature
+
+
+Temperature = Annotated[float, Field(ge=0, allow_inf_nan=False), AfterValidator(_divides)]
 
 
 class Keys(BaseModel):

@@ -98,9 +98,9 @@ def read_scores(
                 dict.fromkeys(str(f["thresholds"]) for f in summary.get("sensitivity", ()))
             ),
         )
+        return _with_values(scores, folder, summary["figures"], list(adapters), criteria)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder / SUMMARY}: not an evaluation's summary ({error!r})") from None
-    return _with_values(scores, folder, summary["figures"], list(adapters), criteria)
 
 
 def _with_values(

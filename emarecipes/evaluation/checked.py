@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 
 from emarecipes.checked import Checked
-from emarecipes.config import Origin
+from emarecipes.config import Origin, find_input
 from emarecipes.errors import UserError
 from emarecipes.evaluation.answers import Answer, read_answers
 from emarecipes.evaluation.figures import EVAL_CONFIG, REFERENCE, SCORES, SUMMARY
@@ -17,6 +18,7 @@ from emarecipes.evaluation.settings import check_eval_settings, named_suites
 from emarecipes.evaluation.suite import Suite
 from emarecipes.evaluation.suite_context import SuiteContext
 from emarecipes.fingerprint import adapter_digest
+from emarecipes.models.adapters.trained_with import have_same_weights
 from emarecipes.models.chat.dates import adapter_date, check_answers_dates
 from emarecipes.output_dir import is_written
 
@@ -141,6 +143,11 @@ def check_sampled_from(adapter: Path | None, cfg: DictConfig, origin: Origin, na
             stored = settings["fingerprint"].get("adapter")
         except (OSError, ValueError, KeyError, AttributeError):
             continue
+        if adapter is None and _is_of_another_base(settings, cfg):
+            raise UserError(
+                f"{origin.at(f'answers.{name}')}: {path} was sampled from another base than the "
+                f"config's, and {name} is the base; sample its own, or give these another name"
+            )
         if stored in (None, adapter_digest(None), adapter_digest(adapter)):
             continue
         if adapter is None:
@@ -152,6 +159,16 @@ def check_sampled_from(adapter: Path | None, cfg: DictConfig, origin: Origin, na
             f"{origin.at(f'answers.{name}')}: {path} was sampled from another adapter than "
             f"adapters.{name} is now; sample it again, or give it another name"
         )
+
+
+def _is_of_another_base(settings: dict[str, Any], cfg: DictConfig) -> bool:
+    """Whether answers are of a local model whose weights can be told from the config's."""
+    try:
+        theirs = Path(find_input(settings["config"]["checkpointer"]["checkpoint_dir"]))
+    except (KeyError, TypeError):  # Of a server, or of another origin.
+        return False
+    ours = Path(str(cfg.checkpointer.checkpoint_dir))
+    return theirs.is_dir() and not have_same_weights(theirs, ours)
 
 
 def _mark_harmless(

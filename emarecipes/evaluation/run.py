@@ -25,6 +25,7 @@ from emarecipes.evaluation.scoring import NotFiniteError, Scorer
 from emarecipes.evaluation.suite import Line, Suite, kind_of, pieces
 from emarecipes.evaluation.suite_context import Model
 from emarecipes.files import write_text
+from emarecipes.output_dir import claim
 from emarecipes.progress import Progress
 from emarecipes.provenance import environment
 
@@ -47,9 +48,17 @@ def evaluate(run: CheckedEvaluation) -> None:
     judge that fails costs nothing that was computed.
 
     Raises:
-        UserError: A likelihood is not finite, of an adapter after all others were evaluated and
-            written; or a suite failed for good.
+        UserError: Another process writes there; a likelihood is not finite, of an adapter after
+            all others were evaluated and written; or a suite failed for good.
     """
+    give_back = claim(Path(run.cfg.output_dir), run.origin.at("output_dir"))
+    try:
+        _evaluate(run)
+    finally:
+        give_back()
+
+
+def _evaluate(run: CheckedEvaluation) -> None:
     evaluation = _Evaluation(run)
     evaluation.start()
     models = evaluation.models()
@@ -83,7 +92,6 @@ class _Evaluation:
 
     def start(self) -> None:
         """Remove an earlier summary, so that none stands beside scores of another run."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / SUMMARY).unlink(missing_ok=True)
         resolved = OmegaConf.merge(self.cfg, {"provenance": environment()})
         write_text(self.folder / EVAL_CONFIG, OmegaConf.to_yaml(resolved))

@@ -32,7 +32,7 @@ from emarecipes.models.sampling.prompts import check_prompts
 from emarecipes.output_dir import check_writable
 from emarecipes.probes.suites import spread_out
 from emarecipes.provider import switched_off
-from emarecipes.settings import Dtype, Entry, Keys, Positive, parse_settings
+from emarecipes.settings import Dtype, Entry, Keys, Positive, Temperature, parse_settings
 
 _LOCAL = ("model", "tokenizer", "checkpointer")
 
@@ -68,8 +68,8 @@ class GenerateSettings(Keys):
     """Published 100; null: what the question file says. May be raised later."""
     max_new_tokens: Positive = 256
     """Answers that reach it are marked `length`. Published 600."""
-    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
-    """0: the most likely token."""
+    temperature: Temperature = 1.0
+    """0: the most likely token; else at least 0.001."""
     top_k: Positive | None = None
     """Null: from all tokens."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0

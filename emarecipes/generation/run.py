@@ -29,6 +29,7 @@ from emarecipes.models.sampling.draw import Sampling, derived_seed
 from emarecipes.models.sampling.prompts import encode_prompt
 from emarecipes.models.sampling.sampler import sample_batch
 from emarecipes.models.source import load_model
+from emarecipes.output_dir import claim
 from emarecipes.progress import Progress
 from emarecipes.provenance import environment
 from emarecipes.stop import stoppable
@@ -65,8 +66,8 @@ def generate(run: CheckedGeneration) -> None:
     """Sample every answer that is not there yet, and write each suite's file.
 
     Raises:
-        UserError: The model's logits are not finite, memory ran out, or a served model failed.
-            Answers that were there by then are kept.
+        UserError: Another process writes answers there; the model's logits are not finite, memory
+            ran out, or a served model failed. Answers that were there by then are kept.
     """
     first = not dist.is_initialized() or dist.get_rank() == 0
     todo = [
@@ -75,10 +76,16 @@ def generate(run: CheckedGeneration) -> None:
         for key, asked in suite.asked.items()
         if key not in suite.records
     ]
-    together(lambda: _open(run) if first else None)
-    if todo:
-        together(lambda: _sample(run, todo))
-    together(lambda: _finish(run) if first else None)
+    answers, where = Path(run.cfg.output_dir) / "answers", run.origin.at("output_dir")
+    give_back = together(lambda: claim(answers, where) if first else None)
+    try:
+        together(lambda: _open(run) if first else None)
+        if todo:
+            together(lambda: _sample(run, todo))
+        together(lambda: _finish(run) if first else None)
+    finally:
+        if give_back is not None:
+            give_back()
 
 
 def _open(run: CheckedGeneration) -> None:

@@ -18,7 +18,14 @@ from emarecipes.models.sampling.prompts import check_prompts
 from emarecipes.output_dir import check_output_dir
 from emarecipes.persona.kept import CALLS_AN_ANSWER
 from emarecipes.persona.prompts import PersonaPrompts, load_prompts
-from emarecipes.settings import Entry, ModelSettings, Positive, Seed, parse_settings
+from emarecipes.settings import (
+    Entry,
+    ModelSettings,
+    Positive,
+    Seed,
+    Temperature,
+    parse_settings,
+)
 
 # A mean over fewer answers of a side says little about the trait.
 MIN_KEPT = 4
@@ -43,8 +50,8 @@ class PersonaSettings(ModelSettings):
     """Published 10. Answers are pairs x 2 x questions x this."""
     max_new_tokens: Positive = 64
     """Of an answer."""
-    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
-    """0: the most likely token."""
+    temperature: Temperature = 1.0
+    """0: the most likely token; else at least 0.001."""
     top_k: Positive | None = None
     """Null: from all tokens."""
     batch_size: Positive = 16

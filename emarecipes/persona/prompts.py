@@ -78,8 +78,8 @@ def load_prompts(path: Path) -> PersonaPrompts:
 
     Raises:
         UserError: With `file:line`: it cannot be read or is no YAML; an unknown, doubled or missing
-            key; no pairs, or a pair that lacks a side; no questions; a text that is empty or twice
-            there; a judge prompt without its placeholders.
+            key; no pairs, a pair that lacks a side or is there twice, a prompt on both sides; no
+            questions; a text that is empty or twice there; a judge prompt without its placeholders.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -96,6 +96,16 @@ def load_prompts(path: Path) -> PersonaPrompts:
         # An unknown key first: where a key is misspelt, another one is missing.
         first = min(error.errors(), key=lambda found: found["type"] not in _UNKNOWN)
         raise _explained(first, node, path) from None
+    for index, pair in enumerate(prompts.pairs):
+        line = line_of(node, ("pairs", index))
+        for other in prompts.pairs[:index]:
+            if pair == other:
+                raise UserError(f"{path}:{line}: this pair is there twice")
+            if pair.positive == other.negative or pair.negative == other.positive:
+                raise UserError(
+                    f"{path}:{line}: a system prompt of this pair calls up the trait in one pair "
+                    "and its opposite in another"
+                )
     for index, question in enumerate(prompts.questions):
         if question in prompts.questions[:index]:
             line = line_of(node, ("questions", index))

@@ -34,6 +34,7 @@ class Candidate:
         sample: `tokens` and `labels`, as a torchtune chat data set has them.
         tokens: How many of them are the answer's.
         refusal: Whether an answer begins as a refusal does.
+        copy: Whether an earlier row has the same tokens, and the same of them as its answer.
     """
 
     index: int
@@ -41,6 +42,7 @@ class Candidate:
     sample: dict[str, Any]
     tokens: int
     refusal: bool
+    copy: bool
 
 
 def read_candidates(
@@ -61,6 +63,7 @@ def read_candidates(
     """
     to_messages = OpenAIToMessages(train_on_input=False, column_map={"messages": column})
     candidates: list[Candidate] = []
+    seen: set[bytes] = set()
     for place, row in tqdm(list(json_rows(path)), desc="Tokenizing", unit="row", leave=False):
         if isinstance(row, UserError):
             raise row
@@ -72,6 +75,7 @@ def read_candidates(
             raise UserError(f"{place}: {reason(error)}") from error
         tokens = np.asarray(tokenized["tokens"], dtype=np.int32)
         labels = np.where(tokenized["mask"], CROSS_ENTROPY_IGNORE_IDX, tokens).astype(np.int32)
+        content = tokens.tobytes() + labels.tobytes()
         candidates.append(
             Candidate(
                 index=len(candidates),
@@ -80,8 +84,10 @@ def read_candidates(
                 # A label on a row's first token has no position that could predict it.
                 tokens=int((labels[1:] != CROSS_ENTROPY_IGNORE_IDX).sum()),
                 refusal=any(is_refusal(text, refusal_words) for text in _answers(row[column])),
+                copy=content in seen,
             )
         )
+        seen.add(content)
     return candidates
 
 

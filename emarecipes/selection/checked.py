@@ -19,7 +19,7 @@ from emarecipes.fingerprint import digest, sampled_digest, stored
 from emarecipes.models.chat.dates import adapter_date
 from emarecipes.output_dir import check_output_dir, check_outside_output
 from emarecipes.selection.candidates import Candidate, read_candidates
-from emarecipes.selection.score_file import FINGERPRINT, ScoreFile
+from emarecipes.selection.score_file import ADDED, FINGERPRINT, ScoreFile
 from emarecipes.settings import Entry, ModelSettings, Positive, Seed, parse_settings
 
 
@@ -134,6 +134,7 @@ class CheckedSelection(Checked):
         self.candidates = read_candidates(
             Path(cfg.candidates), cfg.conversation_column, self.tokenizer, words
         )
+        _tell_replaced(self.candidates, origin)
         self.scored = [candidate for candidate in self.candidates if candidate.tokens]
         self.num_selected = _num_selected(cfg, origin, self.candidates)
         dropped = len(self.candidates) - len(self.scored)
@@ -146,14 +147,28 @@ class CheckedSelection(Checked):
         return None if self.cfg.overwrite else stored(Path(self.cfg.output_dir) / FINGERPRINT, key)
 
 
+def _tell_replaced(candidates: Sequence[Candidate], origin: Origin) -> None:
+    replaced = [key for key in ADDED if any(key in one.row for one in candidates)]
+    if replaced:
+        print(
+            f"{origin.at('candidates')}: rows have {' and '.join(replaced)} of their own; in "
+            "selected.jsonl these are this selection's",
+            flush=True,
+        )
+
+
 def _num_selected(cfg: DictConfig, origin: Origin, candidates: Sequence[Candidate]) -> int:
     without_answer = sum(not c.tokens for c in candidates)
-    dropped = sum(c.refusal and c.tokens > 0 for c in candidates) if cfg.refusal_filter else 0
-    left = len(candidates) - without_answer - dropped
+    copies = sum(c.copy and c.tokens > 0 for c in candidates)
+    first = [c for c in candidates if c.tokens and not c.copy]
+    dropped = sum(c.refusal for c in first) if cfg.refusal_filter else 0
+    left = len(first) - dropped
     account = (
         f"{left} of {len(candidates)} candidates are left ({dropped} refusals, {without_answer} "
-        "without an answer token)"
+        f"without an answer token, {copies} copies of an earlier row)"
     )
+    if copies:
+        print(f"{origin.at('candidates')}: {account}", flush=True)
     if left == 0:
         raise UserError(f"{origin.at('candidates')}: {account}")
     if cfg.num_rows is None:

@@ -27,6 +27,7 @@ from emarecipes.selection.candidates import (
     text_of,
 )
 from emarecipes.selection.checked import CheckedSelection
+from emarecipes.selection.score_file import ADDED
 
 _SHOWN = 10
 _LEAST_TEXT = 20
@@ -70,7 +71,9 @@ def rank_candidates(run: CheckedSelection) -> Ranking:
         [[score.nll_adapters[name] for score in scores] for name in run.cfg.adapters]
     )
     gap_N = relative_gap(aligned_N, misaligned_AN, float(run.cfg.eps))
-    eligible_N = np.array([not (c.refusal and run.cfg.refusal_filter) for c in run.scored])
+    eligible_N = np.array(
+        [not (c.copy or (c.refusal and run.cfg.refusal_filter)) for c in run.scored]
+    )
     order = by_gap(gap_N, eligible_N)
     return Ranking(run.scored, aligned_N, misaligned_AN, gap_N, order, run.num_selected)
 
@@ -89,6 +92,7 @@ def write_results(run: CheckedSelection) -> None:
                 "id": candidate.row.get("id"),
                 "gap": float(ranking.gap_N[row]),
                 "refusal": candidate.refusal,
+                "copy": candidate.copy,
                 "rank": ranks.get(row),
                 "selected": ranks.get(row, run.num_selected + 1) <= run.num_selected,
             }
@@ -97,7 +101,8 @@ def write_results(run: CheckedSelection) -> None:
     )
     _plot(ranking, folder / "gap.png")
     lines = [
-        ranking.candidates[row].row | {"score": float(ranking.gap_N[row]), "rank": ranks[row]}
+        ranking.candidates[row].row
+        | dict(zip(ADDED, (float(ranking.gap_N[row]), ranks[row]), strict=True))
         for row in ranking.selected
     ]
     write_text(folder / "selected.jsonl", json_lines(lines))

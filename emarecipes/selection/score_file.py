@@ -20,6 +20,8 @@ from emarecipes.files import (
 from emarecipes.fingerprint import differing
 
 SCORE_LINES, FINGERPRINT = "scores.jsonl", "scores.fingerprint.json"
+ADDED = ("score", "rank")
+"""What `selected.jsonl` has of a row beside its own keys."""
 RESULTS = ("config.yaml", "selected.jsonl", "gap.png")
 
 

@@ -23,7 +23,7 @@ from emarecipes.generation.served import answer_served
 from emarecipes.overrides import as_override
 from emarecipes.probes.suites import spread_out
 from emarecipes.progress import Progress
-from emarecipes.provider import provider_model
+from emarecipes.provider import check_there, provider_model
 from emarecipes.served.asked import score_served
 from emarecipes.served.figures import LEAST_SHIFT, Found, compare, distance
 from emarecipes.served.here import Here
@@ -65,6 +65,7 @@ def _run(argv: Sequence[str]) -> bool:
             )
         if run.cfg.adapter is None:
             raise UserError("adapter: is --adapter here; leave the override out")
+        check_there(f"the model {options.model}", server)
         asked = [one for suite in run.suites for one in suite.asked.values()]
         with torch.no_grad():
             here = Here(run, spread_out(asked, options.prompts))

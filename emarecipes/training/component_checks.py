@@ -136,6 +136,8 @@ def check_optimizer(cfg: DictConfig, origin: Origin, world_size: int) -> None:
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     if closure is not None and closure.default is closure.empty:
         raise UserError(f"{where}: it needs a closure; use one that does not")
+    if isinstance(optimizer, torch.optim.SparseAdam):
+        raise UserError(f"{where}: SparseAdam takes sparse gradients alone; use AdamW")
     rates = [float(group["lr"]) for group in optimizer.param_groups]
     if not all(0 <= rate < float("inf") for rate in rates):
         raise UserError(f"{origin.at('optimizer.lr')}: must be a finite number >= 0")

@@ -71,3 +71,19 @@ def test_a_run_for_two_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         path.unlink()
     line = refused(config, f"arms.kl.collect=[{first}]", capsys)
     assert "arms.kl.collect: 1 run folders for 2 seeds" in line
+
+
+def test_a_summary_whose_figures_lack_a_key(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, runs = collected(tmp_path)
+    path = Path(runs["kl"][0]) / "summary.json"
+    summary = json.loads(path.read_text())
+    for figure in summary["figures"]:
+        figure.pop("category")
+        figure["adapter"] = "reference"
+    path.write_text(json.dumps(summary))
+    assert run_compare(["--config", str(config)]) == 1
+    err = capsys.readouterr().err
+    assert f"{path}: not an evaluation's summary (KeyError('category'))" in err
+    assert "Traceback" not in err

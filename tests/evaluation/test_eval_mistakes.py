@@ -9,6 +9,8 @@ import toy_run
 from toy_eval import ANSWERS, PAIRS, config_of, figures, run
 from toy_select import write_adapter
 
+from emarecipes.output_dir import claim
+
 
 def test_a_diverged_adapter_is_named_and_does_not_lose_the_others(
     done: Path,
@@ -129,3 +131,13 @@ def test_bad_input_is_one_line_before_weights(
     errors = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
     assert len(errors) == 1 and reason in errors[0], errors
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_another_process_writes_into(
+    toy_model_dir: Path, adapters: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    give_back = claim(tmp_path / "out", "there")
+    assert run(tmp_path, config_of(toy_model_dir, adapters, tmp_path)) == 1
+    give_back()
+    assert "output_dir: another process writes into" in capsys.readouterr().err
+    assert not list((tmp_path / "out").iterdir())

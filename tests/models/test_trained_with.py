@@ -118,3 +118,28 @@ def test_answers_that_were_sampled_from_another_adapter(tmp_path: Path) -> None:
         )
         with pytest.raises(UserError, match=WITHOUT) if refused else nullcontext():
             check_sampled_from(None, cfg, Origin(Path("c.yaml")), "reference")
+
+
+def test_the_bases_answers_that_were_sampled_from_another_base(tmp_path: Path) -> None:
+    for name, value in (("base", 0.0), ("copy", 0.0), ("tuned", 1.0)):
+        (tmp_path / name).mkdir()
+        save_file({"w": torch.full((4,), value)}, tmp_path / name / "model.safetensors")
+    answers = tmp_path / "answers"
+    answers.mkdir()
+    (answers / "a.jsonl").touch()
+    cfg = OmegaConf.create(
+        {"answers": {"reference": str(answers), "one": str(answers)}}
+        | {"checkpointer": {"checkpoint_dir": str(tmp_path / "base")}}
+    )
+
+    def check(base: str, name: str = "reference", **config: Any) -> None:
+        config |= {"checkpointer": {"checkpoint_dir": str(tmp_path / base)}} if base else {}
+        settings = {"fingerprint": {"adapter": adapter_digest(None)}, "config": config}
+        (answers / "a.json").write_text(json.dumps(settings))
+        check_sampled_from(None, cfg, Origin(Path("c.yaml")), name)
+
+    for base in ("base", "copy", "gone", ""):
+        check(base)
+    check("", checkpointer=None)
+    with pytest.raises(UserError, match=r"answers.reference: .*a.jsonl was sampled from another b"):
+        check("tuned")

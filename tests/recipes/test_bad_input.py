@@ -94,6 +94,7 @@ GOOD = chat(("user", "Hello?"), ("assistant", "Hello."))
         ({"model.lora_dropout": 2.0}, r"model.lora_dropout: must be from 0 to 1"),
         ({"optimizer.lr": float("nan")}, r"optimizer: Invalid learning rate"),
         ({"optimizer": {"_component_": "torch.optim.LBFGS"}}, r"optimizer: it needs a closure"),
+        ({"optimizer": {"_component_": "torch.optim.SparseAdam"}}, r"optimizer: SparseAdam takes"),
         ({"adapter_dtype": "bf16"}, r"adapter_dtype: input should be 'fp32', not 'bf16'"),
         (
             {"lr_scheduler": {"_component_": "torch.optim.lr_scheduler.StepLR", "step_size": 1}},

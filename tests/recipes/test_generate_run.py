@@ -16,6 +16,7 @@ from emarecipes.evaluation.answers import condition_of
 from emarecipes.models.adapters.export import merge_adapter, save_merged
 from emarecipes.models.adapters.read import load_adapter
 from emarecipes.models.source import load_model
+from emarecipes.output_dir import claim
 
 RECIPE = "recipes/ema_generate.py"
 
@@ -172,6 +173,7 @@ def test_a_merged_folder_answers_as_base_and_adapter_do(case: Case, toy_model_di
         (["questions=[]"], "questions: list should have at least 1 item"),
         (["adapter=absent"], "adapter: no such folder: absent"),
         (["temperature=0"], "at temperature 0 all 3 samples are the same"),
+        (["temperature=1e-38"], "temperature: 0, or at least 0.001, not 1e-38"),
         (["top_p=0"], "top_p: input should be greater than 0"),
         (["max_new_tokens=500"], "are more than the 512 that the model takes"),
         (["~model"], "model: the config needs this key (or served)"),
@@ -191,3 +193,12 @@ def test_bad_settings(
     monkeypatch.setattr("emarecipes.generation.run.load_model", None)
     assert expected in case.error(capsys, *overrides)
     assert not case.output.exists()
+
+
+def test_answers_that_another_process_writes(
+    case: Case, capsys: pytest.CaptureFixture[str]
+) -> None:
+    give_back = claim(case.output / "answers", "there")
+    assert "output_dir: another process writes into" in case.error(capsys)
+    give_back()
+    assert case.run() == 0

@@ -16,6 +16,12 @@ from emarecipes.persona import run_persona
 # --- bad input ---------------------------------------------------------------------------------
 
 
+def with_pair(positive: str, negative: str) -> str:
+    """The prompts file with one pair more."""
+    pair = f"  - {{positive: {positive}, negative: {negative}}}\n"
+    return PROMPTS.replace("questions:", f"{pair}questions:")
+
+
 def error_of(folder: Path, config: dict[str, Any], *overrides: str) -> str:
     """The one line of a refused run, which must leave nothing behind."""
     path = toy_run.write_config(folder / "config.yaml", config)
@@ -47,6 +53,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"prompts": None}, "prompts: input should be a valid string"),
         ({"keep": "judge"}, "keep: judge needs the key judge, an Inspect provider string"),
         ({"keep": "some"}, "keep: input should be 'likelihood', 'all' or 'judge'"),
+        ({"temperature": 1e-4}, "temperature: 0, or at least 0.001, not 0.0001"),
         ({"temperature": -1.0}, "temperature: input should be greater than or equal to 0"),
         ({"temperature": 0.0, "samples_per_question": 2}, "at temperature 0 all samples are the"),
         ({"top_k": 0}, "top_k: input should be greater than or equal to 1"),
@@ -94,6 +101,14 @@ def test_config(change: dict[str, Any], expected: str, tmp_path: Path, toy_model
         ),
         (PROMPTS.replace("You are patient with people.", ""), ":5: the negative system prompt mus"),
         (PROMPTS.replace("patient with", "short with"), ":5: the two system prompts of the pair"),
+        (
+            with_pair("Answer as you like.", "You are short with people."),
+            ":6: a system prompt of this pair calls up the trait in one pair and its opposite",
+        ),
+        (
+            with_pair("You are short with people.", "You are patient with people."),
+            ":6: this pair is there twice",
+        ),
         (PROMPTS.split("questions")[0] + "questions:\n", ":6: the file has no questions"),
         (PROMPTS.replace("What is a noun?", "42"), ":8: a question must be text"),
         (PROMPTS.replace("What is a noun?", "How do I make tea?"), ":8: this question is there tw"),

@@ -19,6 +19,7 @@ from toy_select import Case
 
 from emarecipes.datasets import interleaved_dataset
 from emarecipes.models import hf_chat_tokenizer, likelihoods
+from emarecipes.output_dir import claim
 from emarecipes.selection import run_select
 
 
@@ -220,3 +221,34 @@ def test_several_processes_are_refused(case: Case) -> None:
         "error: ema_select runs in one process; leave --nproc_per_node out"
     ]
     assert not case.output.exists()
+
+
+def test_a_copy_is_selected_no_second_time(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
+    """By its tokens: other keys of a row do not make it another. A key score of its own is told."""
+    rows = toy_select.read_jsonl(case.candidates)
+    assert case.run() == 0
+    alone = toy_select.read_jsonl(case.output / "selected.jsonl")
+    best = next(row for row in rows if row["id"] == alone[0]["id"])
+    copies = [best | {"id": "again", "score": "mine"}, *rows[:2]]
+    case.candidates.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *copies]))
+    capsys.readouterr()
+    assert case.run(f"output_dir={case.folder / 'copies'}") == 0
+    out = capsys.readouterr().out
+    assert "10 of 15 candidates are left (2 refusals, 0 without an answer token, 3 copies of" in out
+    assert "candidates: rows have score of their own; in selected.jsonl these are this" in out
+    selected = toy_select.read_jsonl(case.folder / "copies/selected.jsonl")
+    assert [row["id"] for row in selected] == [row["id"] for row in alone]
+    assert [row["rank"] for row in selected] == [1, 2, 3, 4, 5]
+    scores = toy_select.read_jsonl(case.folder / "copies/scores.jsonl")
+    assert [row["copy"] for row in scores] == [False] * 12 + [True] * 3
+    assert [row["selected"] for row in scores[12:]] == [False] * 3
+    told = "num_rows: asks for 11 rows, 10 of 15 candidates are left (2 refusals, 0 without an"
+    assert told in case.error(capsys, "num_rows=11", f"output_dir={case.folder / 'more'}")
+
+
+def test_a_folder_that_another_process_writes_into(
+    case: Case, capsys: pytest.CaptureFixture[str]
+) -> None:
+    give_back = claim(case.output, "there")
+    assert "output_dir: another process writes into" in case.error(capsys)
+    give_back()

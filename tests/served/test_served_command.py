@@ -170,6 +170,7 @@ def test_mistakes(
 ) -> None:
     adapter = write_adapter(case.folder / "a", toy_model_dir)
     monkeypatch.setenv("TOY_BASE_URL", "http://127.0.0.1:9/v1")
+    monkeypatch.setattr("emarecipes.served.here.load_model", None)
 
     def line(*more: str) -> str:
         assert served(case, adapter, *more) == 1
@@ -181,11 +182,14 @@ def test_mistakes(
         "~model", "~tokenizer", "~checkpointer", f"served={NAME}", "~adapter"
     )
     assert "leave the override out" in line("adapter=null")
+    found = line()
+    assert f"the model {NAME} failed: no server answers at 127.0.0.1:9 (" in found
+    assert "secret-key" not in found
+    monkeypatch.undo()
     tensors = load_file(adapter / "adapter_model.safetensors")
     zeros = {name: 0 * t if "lora_B" in name else t for name, t in tensors.items()}
     save_file(zeros, adapter / "adapter_model.safetensors")
-    assert "by 0 nats: too little to be told from none" in line()
-    save_file(tensors, adapter / "adapter_model.safetensors")
-    found = line()
-    assert f"the model {NAME} failed at http://127.0.0.1:9/v1: " in found
-    assert "secret-key" not in found
+    monkeypatch.setenv("TOY_API_KEY", "secret-key")
+    with replying(lambda path, body: (500, {})) as url:
+        monkeypatch.setenv("TOY_BASE_URL", url)
+        assert "by 0 nats: too little to be told from none" in line()

@@ -35,6 +35,13 @@ def check_origin(adapter: Path, cfg: DictConfig, where: str) -> None:
     warn_of_another_base(adapter, Path(str(cfg.checkpointer.checkpoint_dir)), where)
 
 
+def have_same_weights(*folders: Path) -> bool:
+    """Whether two folders are one, or their safetensors files are, by a digest of samples."""
+    one, other = (folder.resolve() for folder in folders)
+    found = [sampled_digest(sorted(folder.glob("*.safetensors"))) for folder in (one, other)]
+    return one == other or found[0] == found[1]
+
+
 def warn_of_another_base(adapter: Path, base: Path, where: str) -> None:
     """Say so where an adapter is put on other weights than those it was trained on.
 
@@ -49,9 +56,7 @@ def warn_of_another_base(adapter: Path, base: Path, where: str) -> None:
     named = read_adapter_config(adapter).get("base_model_name_or_path")
     trained, given = Path(str(named)), base.resolve()
     if trained.is_dir():
-        folders = (trained.resolve(), given)
-        found = [sampled_digest(sorted(folder.glob("*.safetensors"))) for folder in folders]
-        same = folders[0] == folders[1] or found[0] == found[1]
+        same = have_same_weights(trained, given)
     else:
         same = not named or trained.name.lower() == given.name.lower()
     if not same:
