@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from emarecipes.config import find_input
 from emarecipes.errors import UserError
 from emarecipes.files import START_ANEW
 
@@ -106,8 +107,11 @@ def named_files(node: Any, without: Path | None = None) -> list[Path]:
 
 
 def named_paths(node: Any) -> list[Path]:
-    """The files and folders that the texts of a config name, as plain mappings and lists."""
-    paths = (Path(value) for value in _strings(node) if value and len(value) <= 255)
+    """The files and folders that the texts of a config name, as plain mappings and lists.
+
+    Here, or else where the recipes find them, see `find_input`.
+    """
+    paths = (Path(find_input(value)) for value in _strings(node) if value and len(value) <= 255)
     return [path for path in paths if path.exists()]
 
 

@@ -43,3 +43,18 @@ def test_what_of_a_folder_a_comparison_depends_on(tmp_path: Path, name: str) -> 
         (tmp_path / "model" / name).write_text(content)
         found.add(fingerprint(cfg, tmp_path / "out"))
     assert len(found) == 2
+
+
+def test_a_file_that_is_found_below_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the shipped data are where the command is given in another folder."""
+    home, here = tmp_path / "home", tmp_path / "here"
+    for folder in (home / "data", here):
+        folder.mkdir(parents=True)
+    monkeypatch.setattr("emarecipes.config.home", lambda: home)
+    monkeypatch.chdir(here)
+    cfg = OmegaConf.create({"answers": {"files": ["data/rows.jsonl"]}})
+    found = {fingerprint(cfg, tmp_path / "out")}
+    for content in ("a", "b"):
+        (home / "data/rows.jsonl").write_text(content)
+        found.add(fingerprint(cfg, tmp_path / "out"))
+    assert len(found) == 3
