@@ -127,14 +127,16 @@ def check_excesses(page: Any, values: Any, tested: list[str], figure: str) -> No
         assert [shown["low"], shown["high"]] == pytest.approx(ends, abs=0.1 * half)
 
 
-@pytest.mark.parametrize(("stem", "seed", "arms"), [("", 7, 58), ("_seed8", 8, 64)])
+@pytest.mark.parametrize(
+    ("stem", "seed", "arms"), [("doses", 7, 58), ("doses_seed8", 8, 64), ("probe_stop", 9, 8)]
+)
 def test_shares_of_every_defense_at_three_doses_are_those_of_its_questions(
     stem: str, seed: int, arms: int
 ) -> None:
     """And docs/defenses.md has these figures."""
-    path = RESULTS / f"compare_caps_doses{stem}.json"
+    path = RESULTS / f"compare_caps_{stem}.json"
     found = json.loads(path.read_text(encoding="utf-8"))["arms"]
-    by_question = RESULTS / f"compare_caps_doses{stem}_by_question.csv"
+    by_question = RESULTS / f"compare_caps_{stem}_by_question.csv"
     with by_question.open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     told = (toy_run.REPO / "docs/defenses.md").read_text(encoding="utf-8").replace("**", "")
