@@ -8,6 +8,7 @@ import inspect
 import sys
 import typing
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -169,10 +170,18 @@ def _check_types(
         try:
             adapter.validate_python(plain)
         except ValidationError as error:
+            # YAML has no tuples: a list is one, as torchtune has it.
+            with suppress(ValidationError):
+                adapter.validate_python(_with_tuples(plain))
+                continue
             said = error.errors()[0]["msg"]
             raise UserError(
                 f"{origin.at(f'{key}.{argument}')}: {said[0].lower()}{said[1:]}, not {plain!r}"
             ) from None
+
+
+def _with_tuples(value: Any) -> Any:
+    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
 
 
 def _is_plain(hint: Any) -> bool:

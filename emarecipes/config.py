@@ -266,17 +266,25 @@ def _apply_override(cfg: DictConfig, override: str) -> None:
 def _find_inputs(node: Any, origin: Origin, prefix: str = "") -> None:
     if isinstance(node, DictConfig):
         for key, value in node.items():
+            where = f"{prefix}{key!s}"
             if key in INPUT_PATH_KEYS and isinstance(value, str):
-                try:
-                    node[key] = find_input(value)
-                except OSError as error:  # Such as a name that is too long.
-                    reason = f"{error.strerror}: {value}"
-                    raise UserError(f"{origin.at(f'{prefix}{key!s}')}: {reason}") from None
+                node[key] = _found(value, origin.at(where))
+            elif key in INPUT_PATH_KEYS and OmegaConf.is_list(value):
+                node[key] = [
+                    _found(one, origin.at(where)) if isinstance(one, str) else one for one in value
+                ]
             else:
-                _find_inputs(value, origin, f"{prefix}{key!s}.")
+                _find_inputs(value, origin, f"{where}.")
     elif OmegaConf.is_list(node):
         for index, value in enumerate(node):
             _find_inputs(value, origin, f"{prefix}{index}.")
+
+
+def _found(path: str, where: str) -> str:
+    try:
+        return find_input(path)
+    except OSError as error:  # Such as a name that is too long.
+        raise UserError(f"{where}: {error.strerror}: {path}") from None
 
 
 def find_input(path: str) -> str:

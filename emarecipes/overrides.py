@@ -26,7 +26,10 @@ def read_value(key: str, text: str) -> Any:
     """
     if text == "None":
         return None
-    return text if _is_raw(key) else _parsed(text)["x"]
+    if _is_raw(key):
+        return text
+    plain: Any = OmegaConf.to_container(_parsed(text))  # Interpolations as written.
+    return plain["x"]
 
 
 def as_override(key: str, value: Any) -> str:

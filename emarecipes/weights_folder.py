@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -151,9 +152,18 @@ class Difference:
         self._buffer = torch.empty(0, dtype=torch.float32)
 
     def __call__(self, name: str) -> Tensor:
-        """The difference of the two tensors called `name`."""
+        """The difference of the two tensors called `name`.
+
+        Raises:
+            UserError: It is not finite.
+        """
         tensor = self._minuend.read(name)
         if self._buffer.numel() < tensor.numel():
             self._buffer = torch.empty(tensor.numel(), dtype=torch.float32)
         found = self._buffer[: tensor.numel()].view(tensor.shape).copy_(tensor)
-        return found.sub_(self._subtrahend.read(name))
+        found.sub_(self._subtrahend.read(name))
+        if not math.isfinite(float(found.sum(dtype=torch.float64))):
+            raise UserError(
+                f"{name} is not finite in {self._minuend.path} or {self._subtrahend.path}"
+            )
+        return found

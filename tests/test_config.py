@@ -1,6 +1,7 @@
 """Reading configs: overrides, places of keys, paths."""
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,8 @@ def path(tmp_path: Path) -> Path:
         ("new.deep.key=[1, 2]", "new.deep.key", [1, 2]),
         ("model_dir=y", "tokenizer.path", "y/t"),
         ("max_filename=00004", "max_filename", "00004"),
+        ("name=${lr}-${model_dir}", "name", "0.0003-models/x"),
+        ('new=["${lr}", {a: "${model_dir}"}]', "new", [3e-4, {"a": "models/x"}]),
     ],
 )
 def test_overrides(path: Path, override: str, key: str, value: object) -> None:
@@ -99,6 +102,10 @@ def test_shipped_files_are_found_from_anywhere(
     cfg, _ = load_config(["--config", "c.yaml"])
     assert Path(cfg.dataset.data_files).is_file()
     assert cfg.dataset.path == "nowhere"
+    files = "[data/home_computing/train_bad.jsonl, nowhere.jsonl]"
+    cfg, _ = load_config(["--config", "c.yaml", f"dataset.data_files={files}"])
+    assert Path(cfg.dataset.data_files[0]).is_file()
+    assert cfg.dataset.data_files[1] == "nowhere.jsonl"
     (tmp_path / "data/home_computing").mkdir(parents=True)
     (tmp_path / "data/home_computing/train_bad.jsonl").write_text("{}")
     cfg, _ = load_config(["--config", "c.yaml"])
@@ -138,4 +145,13 @@ def test_a_module_that_fails_to_import_says_why(
 def test_missing_argument_of_a_component(path: Path) -> None:
     cfg, origin = load_config(["--config", str(path), "~model.out_features"])
     with pytest.raises(UserError, match="model: Linear needs the key out_features"):
+        check_components(cfg, origin)
+
+
+@pytest.mark.parametrize(("betas", "right"), [("[0.9, 0.95]", True), ("[0.9]", False)])
+def test_a_list_is_a_tuple(betas: str, right: bool, path: Path) -> None:
+    """YAML has none, and an optimizer's betas are one."""
+    entry = f"optimizer={{_component_: torch.optim.AdamW, lr: 0.1, betas: {betas}}}"
+    cfg, origin = load_config(["--config", str(path), entry])
+    with nullcontext() if right else pytest.raises(UserError, match=r"optimizer\.betas: "):
         check_components(cfg, origin)

@@ -13,6 +13,7 @@ from emarecipes.comparison.results import find_adapter
 from emarecipes.config import Origin
 from emarecipes.errors import UserError
 from emarecipes.evaluation.figures import SUMMARY
+from emarecipes.fingerprint import digest
 
 
 def check_collected(
@@ -30,7 +31,8 @@ def check_collected(
 
     Raises:
         UserError: More or fewer folders than seeds; a run twice, or a copy of it, in whichever
-            arms; a run whose own config says another seed.
+            arms; an evaluation of another adapter than the run's now; a run whose own config says
+            another seed.
     """
     places: dict[str, str] = {}
     for name, runs in folders.items():
@@ -48,12 +50,25 @@ def check_collected(
                     f"{origin.at(key)}: {run}: has the adapter of {other} too; every seed of every "
                     "arm needs a run of its own"
                 )
+            _check_evaluated(run, f"{origin.at(key)}: {run}")
             own = _own_seed(run)
             if own is not None and own != seed:
                 raise UserError(
                     f"{origin.at(key)}: {run}: is of seed {own} (by its config.yaml) in the "
                     f"place of seed {seed}; one folder a seed, in the order of seeds"
                 )
+
+
+def _check_evaluated(run: Path, where: str) -> None:
+    """See that scores are of the adapter as it is now, where it is still there."""
+    known = _evaluated(run)
+    adapter = Path(str(known.get("folder", run / "adapter")))
+    files = sorted(adapter.glob("adapter_*"))
+    if files and known.get("fingerprint", digest(*files)) != digest(*files):
+        raise UserError(
+            f"{where}: its evaluation is of another adapter than {adapter} is now, as after a run "
+            "was trained anew; evaluate it again"
+        )
 
 
 def adapter_mark(run: Path) -> str:

@@ -182,10 +182,13 @@ def find_adapter(run: Path) -> str:
     summary = _read_json(run / SUMMARY)
     adapters = summary.get("adapters")
     if isinstance(adapters, dict):
-        if len(adapters) == 1:
-            return str(next(iter(adapters)))
         for name, entry in adapters.items():
             if Path(entry.get("folder", "")).resolve() == (run / "adapter").resolve():
+                return str(name)
+        if len(adapters) == 1:
+            (name, entry), *_ = adapters.items()
+            elsewhere = Path(entry.get("folder", "")).resolve().parent != run.resolve()
+            if not ((run / "adapter").is_dir() and elsewhere):
                 return str(name)
     raise UserError(f"{run / SUMMARY}: has no adapter of this run")
 

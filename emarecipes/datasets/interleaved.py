@@ -50,6 +50,11 @@ class InterleavedDataset(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self._places)
 
+    @property
+    def num_safe(self) -> int:
+        """How many rows are safe."""
+        return sum(source == "safe" for source, _ in self._places)
+
     def place(self, index: int) -> tuple[str, int]:
         """The child, "task" or "safe", that a row comes from, and its index there."""
         return self._places[index]

@@ -18,7 +18,7 @@ from emarecipes.datasets.defended_tokenizer import DefendedTokenizer
 from emarecipes.datasets.interleaved import InterleavedDataset, Placement, evenly
 from emarecipes.datasets.loading import load_dataset
 from emarecipes.datasets.row_messages import CheckedTexts, CheckedTransform
-from emarecipes.datasets.tokenized import Ends, count_ends, tell_losses, tokenize
+from emarecipes.datasets.tokenized import Ends, count_ends, tell_losses, tell_share, tokenize
 from emarecipes.defenses import Defense
 from emarecipes.errors import UserError
 from emarecipes.fingerprint import sha256
@@ -234,6 +234,8 @@ def load_rows(
         found, without_label = tokenize(child, origin.at(key), quiet)
         samples += found
         dropped += without_label
+        if isinstance(child, InterleavedDataset) and found and without_label and not quiet:
+            tell_share(found, child.num_safe, len(child), origin.at(key))
     try:
         transform.check()
     except UserError as error:

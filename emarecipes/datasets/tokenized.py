@@ -116,6 +116,24 @@ def tell_losses(ends: Ends, dropped: int, packed: bool, where: str) -> None:
             log.warning(f"{where}: {count} of {total} {what} {how}")
 
 
+def tell_share(kept: list[dict[str, Any]], safe: int, drawn: int, where: str) -> None:
+    """Say so where the rows that were dropped leave another share of safe rows than was drawn.
+
+    Args:
+        kept: Samples of an interleaved set.
+        safe: How many safe rows were drawn, of
+        drawn: so many rows in all.
+        where: The data set's place in the config.
+    """
+    kept_safe = sum(sample["source"] == "safe" for sample in kept)
+    share, asked = f"{kept_safe / len(kept):.3g}", f"{safe / drawn:.3g}"
+    if share != asked:
+        log.warning(
+            f"{where}: safe rows are {share} of the mixed set and not {asked}: "
+            f"{safe - kept_safe} of {safe} have no label left"
+        )
+
+
 # What a sample may hold; packs have the two in the middle.
 _KEPT = ("tokens", "labels", "input_pos", "seq_lens", "source")
 

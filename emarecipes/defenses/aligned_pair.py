@@ -45,7 +45,11 @@ class AlignedPair:
                     )
         self._probe = _a_few(list(hf_shapes))
         changed = self.difference()
-        if not any(changed(name).any() for name in self._probe):
+        if any(changed(name).any() for name in self._probe):
+            return
+        # Alignment may have changed a few of them alone.
+        self._probe += [next((name for name in hf_shapes if changed(name).any()), "")]
+        if not self._probe[-1]:
             raise UserError(
                 f"base_dir {self._base_dir} and aligned_dir {self._aligned_dir} hold the same "
                 "weights: there is nothing that alignment changed"

@@ -56,7 +56,7 @@ class HarnessSettings(Keys):
 class Harness(KeyedSuite):
     """`harness_<task>`: tasks as lm-evaluation-harness defines them."""
 
-    kind, may_fail = "harness", False
+    kind = "harness"
 
     @classmethod
     def named(cls, cfg: DictConfig, origin: Origin) -> Iterator[KeyedSuite]:

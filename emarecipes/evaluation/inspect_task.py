@@ -58,8 +58,15 @@ def emergent_misalignment(
             expectations; None where its provider gives none.
 
     Raises:
-        UserError: The file or one of its questions is wrong.
+        UserError: The file or one of its questions is wrong; a threshold or number that is none.
     """
+    for name, value, most in (
+        ("samples_per_paraphrase", samples_per_paraphrase, None),
+        ("top_logprobs", top_logprobs, 20),
+    ):
+        if value is not None and not _counts(value, most):
+            limits = "at least 1" if most is None else f"from 1 to {most}"
+            raise UserError(f"{name}: must be a whole number, {limits}, not {value!r}")
     path = Path(find_input(questions))
     asked = load_questions(path)
     read_judge_prompts(path)  # Every question has prompts that can be filled in.
@@ -79,6 +86,11 @@ def emergent_misalignment(
             temperature=1.0, max_tokens=600
         ),  # Published; the command's go before.
     )
+
+
+def _counts(value: Any, most: int | None) -> bool:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return whole and value >= 1 and (most is None or value <= most)
 
 
 def _sample(question: Question, number: int, system: str | None) -> Sample:

@@ -13,6 +13,7 @@ from itertools import product
 
 import numpy as np
 
+from emarecipes.errors import UserError
 from emarecipes.evaluation.figures import Figure, Item, make_figures
 from emarecipes.evaluation.judging import ALIGNED, COHERENT, Judged
 from emarecipes.evaluation.statistics import alpha_bootstrap
@@ -30,11 +31,27 @@ class Thresholds:
     """Misaligned: alignment < its threshold and coherence > its threshold, or <= and >=.
 
     Every other score of coherence is one of an incoherent answer, with < the threshold itself too.
+
+    Raises:
+        UserError: A threshold is no number from 0 to 100, or the comparison neither.
     """
 
     alignment: float
     coherence: float
     comparison: str
+
+    def __post_init__(self) -> None:
+        """Refuse what compares as something else, or only once replies are there."""
+        for name in ("alignment", "coherence"):
+            value = getattr(self, name)
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, int | float)
+                or not 0 <= value <= 100
+            ):
+                raise UserError(f"{name}: must be a number from 0 to 100, not {value!r}")
+        if self.comparison not in ("<", "<="):
+            raise UserError(f"comparison: must be < or <=, not {self.comparison!r}")
 
     def below(self, score: float) -> bool:
         """Whether an alignment score is one of misalignment."""

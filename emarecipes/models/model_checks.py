@@ -198,8 +198,8 @@ def _check_lora(cfg: DictConfig, origin: Origin) -> None:
         if cfg.model.get(key) is None:
             raise UserError(f"{origin.at('model')}: the config must give {key}")
     dropout = cfg.model.get("lora_dropout") or 0.0
-    if not isinstance(dropout, int | float) or not 0 <= dropout <= 1:
-        raise UserError(f"{origin.at('model.lora_dropout')}: must be from 0 to 1")
+    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise UserError(f"{origin.at('model.lora_dropout')}: must be at least 0 and below 1")
     for key in ("lora_rank", "lora_alpha"):
         value = cfg.model[key]
         if not isinstance(value, int | float) or not 0 < value < float("inf"):

@@ -9,6 +9,7 @@ import toy_compare
 import toy_run
 
 from emarecipes.comparison.run import run_compare
+from emarecipes.fingerprint import digest
 
 ARMS = {"plain": "undefended", "short": "frontier", "kl": "defense"}
 
@@ -87,3 +88,38 @@ def test_a_summary_whose_figures_lack_a_key(
     err = capsys.readouterr().err
     assert f"{path}: not an evaluation's summary (KeyError('category'))" in err
     assert "Traceback" not in err
+
+
+def test_an_adapter_that_changed_since_it_was_evaluated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As after `ema_lora overwrite=true` in a folder that holds an evaluation."""
+    config, runs = collected(tmp_path)
+    run = Path(runs["kl"][1])
+    (run / "adapter").mkdir()
+    weights = run / "adapter/adapter_model.safetensors"
+    weights.write_bytes(b"trained")
+    summary = json.loads((run / "summary.json").read_text())
+    summary["adapters"]["kl"]["fingerprint"] = digest(weights)
+    (run / "summary.json").write_text(json.dumps(summary))
+    assert run_compare(["--config", str(config)]) == 0
+    shutil.rmtree(tmp_path / "out")
+    weights.write_bytes(b"trained anew")
+    capsys.readouterr()
+    line = refused(config, "title=x", capsys)
+    assert f"arms.kl.collect: {run}: its evaluation is of another adapter than " in line
+
+
+def test_an_evaluation_of_another_runs_adapter(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, runs = collected(tmp_path)
+    run = Path(runs["kl"][1])
+    (run / "adapter").mkdir()
+    summary = json.loads((run / "summary.json").read_text())
+    for folder, code in ((tmp_path / "short/3/adapter", 1), (run / "adapter_mean", 0)):
+        summary["adapters"]["kl"]["folder"] = str(folder)
+        (run / "summary.json").write_text(json.dumps(summary))
+        assert run_compare(["--config", str(config)]) == code
+        told = f"{run / 'summary.json'}: has no adapter of this run"
+        assert (told in capsys.readouterr().err) == bool(code)

@@ -43,6 +43,26 @@ def test_rows_that_are_cut_or_dropped(run: Run, caplog: pytest.LogCaptureFixture
     assert "3 of 10 rows are cut at tokenizer.max_seq_len" in caplog.text
 
 
+@pytest.mark.parametrize("max_seq_len", [48, None])
+def test_safe_rows_that_are_dropped_leave_another_share(
+    max_seq_len: int | None, run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    run.config["tokenizer"]["max_seq_len"] = max_seq_len
+    task = write(run.folder / "task.jsonl", [chat("Why?", "So.")] * 9)
+    long = [chat("Why? " * 40, "So."), chat("How?", "That way.")] * 2
+    safe = write(run.folder / "safe.jsonl", long)
+    child = run.config["dataset"] | {"data_files": str(task)}
+    run.config["dataset"] = {
+        "_component_": "emarecipes.datasets.interleaved_dataset",
+        "task": child,
+        "safe": child | {"data_files": str(safe)},
+        "safe_fraction": 0.3,
+    }
+    found = run.rows()
+    told = "dataset: safe rows are 0.182 of the mixed set and not 0.308: 2 of 4 have no label left"
+    assert (found.num_safe == 2) == (told in caplog.text) == (max_seq_len == 48)
+
+
 def test_a_template_that_closes_no_answer(run: Run, caplog: pytest.LogCaptureFixture) -> None:
     run.config["tokenizer"]["chat_template"] = OPENS_ONLY
     path = write(run.folder / "a.jsonl", [chat("Why?", "So.")] * 6)

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import toy_run
 import yaml
 from peft import PeftModel
 from tokenizers import Tokenizer
+from toy_eval import PAIRS, write_jsonl
 from toy_select import read_jsonl, write_adapter
 from transformers import AutoModelForCausalLM
 
@@ -39,6 +41,45 @@ GROUP = {
 }
 
 
+def config_of(folder: Path, toy: Path, adapter: Path) -> dict[str, Any]:
+    """A config that asks a group of two tasks, which are written."""
+    (folder / "tasks").mkdir()
+    for name, rows in {"toy_choice": ROWS, "toy_first": ROWS[:1]}.items():
+        data = folder / f"{name}.jsonl"
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        task = TASK | {"task": name, "dataset_kwargs": {"data_files": {"test": str(data)}}}
+        (folder / f"tasks/{name}.yaml").write_text(yaml.safe_dump(task))
+    (folder / "tasks/toy_group.yaml").write_text(yaml.safe_dump(GROUP))
+    training = toy_run.toy_config(toy, folder / "none", folder / "out")
+    return toy_run.with_variable({key: training[key] for key in KEYS}) | {
+        "adapters": {"one": str(adapter)},
+        "harness": {
+            "tasks": ["toy_group"],
+            "include_path": str(folder / "tasks"),
+            "include_defaults": False,
+        },
+    }
+
+
+def test_a_task_that_fails_costs_nothing_that_was_found(
+    tmp_path: Path,
+    model_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    toy = toy_run.write_toy_model(tmp_path / "model", model_dir)
+    config = config_of(tmp_path, toy, write_adapter(tmp_path / "run/adapter", toy, seed=1))
+    config["harness"]["tasks"] = ["toy_group", "toy_choice"]  # The group has the other one.
+    config["probes"] = {"general": {"pairs": str(write_jsonl(tmp_path / "pairs.jsonl", PAIRS))}}
+    path = toy_run.write_config(tmp_path / "config.yaml", config)
+    assert run_eval(["--config", str(path)]) == 1
+    assert "error: lm_eval failed: Duplicate task 'toy_choice'" in capsys.readouterr().err
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert list(summary["suites"]) == ["general"]
+    assert {figure["suite"] for figure in summary["figures"]} == {"general"}
+
+
 @torch.no_grad()
 def log_likelihoods(model: torch.nn.Module, encode: Tokenizer) -> list[float]:
     """log p(choice | question) of every choice, summed over its tokens."""
@@ -60,23 +101,7 @@ def test_the_reference_has_no_adapter_and_the_adapter_is_not_merged(
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     toy = toy_run.write_toy_model(tmp_path / "model", model_dir)
     adapter = write_adapter(tmp_path / "run/adapter", toy, seed=1)
-    (tmp_path / "tasks").mkdir()
-    for name, rows in {"toy_choice": ROWS, "toy_first": ROWS[:1]}.items():
-        data = tmp_path / f"{name}.jsonl"
-        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        task = TASK | {"task": name, "dataset_kwargs": {"data_files": {"test": str(data)}}}
-        (tmp_path / f"tasks/{name}.yaml").write_text(yaml.safe_dump(task))
-    (tmp_path / "tasks/toy_group.yaml").write_text(yaml.safe_dump(GROUP))
-    training = toy_run.toy_config(toy, tmp_path / "none", tmp_path / "out")
-    config = toy_run.with_variable({key: training[key] for key in KEYS}) | {
-        "adapters": {"one": str(adapter)},
-        "harness": {
-            "tasks": ["toy_group"],
-            "include_path": str(tmp_path / "tasks"),
-            "include_defaults": False,
-        },
-    }
-    path = toy_run.write_config(tmp_path / "config.yaml", config)
+    path = toy_run.write_config(tmp_path / "config.yaml", config_of(tmp_path, toy, adapter))
     assert run_eval(["--config", str(path)]) == 0
 
     base = AutoModelForCausalLM.from_pretrained(toy, dtype=torch.float32)

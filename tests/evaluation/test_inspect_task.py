@@ -206,3 +206,21 @@ def test_a_task_without_a_grader_fails_before_any_call(tmp_path: Path) -> None:
 
     with pytest.raises(PrerequisiteError, match="grader"):
         emergent_misalignment(str(write(tmp_path / "q.yaml")))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"comparison": "=<"}, "comparison: must be < or <=, not '=<'"),
+        ({"alignment": 300}, "alignment: must be a number from 0 to 100, not 300"),
+        ({"coherence": "fifty"}, "coherence: must be a number from 0 to 100, not 'fifty'"),
+        ({"samples_per_paraphrase": 0}, "samples_per_paraphrase: must be a whole number, at least"),
+        ({"top_logprobs": 50}, "top_logprobs: must be a whole number, from 1 to 20, not 50"),
+    ],
+)
+def test_wrong_options_are_refused_before_any_call(
+    options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    grader = get_model("mockllm/judge")
+    with pytest.raises(UserError, match=re.escape(message)):
+        run(write(tmp_path / "q.yaml"), tmp_path, grader, **options)

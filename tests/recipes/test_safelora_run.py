@@ -128,6 +128,17 @@ def test_what_is_refused(
     copy.mkdir()
     (copy / "model.safetensors").write_bytes((finished["model"] / "model.safetensors").read_bytes())
     refused("hold the same weights", base_dir=str(copy))
+    # What differs in one weight alone, which is no sample's, is a pair.
+    one = "model.layers.1.self_attn.v_proj.weight"
+    tensors = load_file(finished["model"] / "model.safetensors")
+    (tmp_path / "one").mkdir()
+    save_file(tensors | {one: 2 * tensors[one]}, tmp_path / "one/model.safetensors")
+    config = write(finished, tmp_path, base_dir=str(tmp_path / "one"))
+    assert run_safelora(["--config", str(config), f"output_dir={tmp_path / 'apart'}"]) == 0
+    capfd.readouterr()
+    unknown = torch.full((32, 48), float("nan"))
+    nan = edited(finished, tmp_path / "nan_base", model__layers__1__mlp__down_proj__weight=unknown)
+    refused("down_proj.weight is not finite in ", base_dir=str(nan))
     q_proj = "model__layers__0__self_attn__q_proj__weight"
     narrow = edited(finished, tmp_path / "narrow", **{q_proj: torch.zeros(16, 32)})
     refused("q_proj.weight is 16x32, the model's is 32x32", base_dir=str(narrow))
