@@ -6,12 +6,13 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from emarecipes.defenses import Defense
+from emarecipes.defenses import Defense, TrainingContext
 from emarecipes.models.batch import Batch
 
 
@@ -92,3 +93,22 @@ class Broken(Defense):
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.done = state["done"]
+
+
+class ShiftsKeysOfPrompts(Defense):
+    """Moves keys and values at prompt positions, while a flag says that the policy trains."""
+
+    def setup(self, model: Any, context: TrainingContext) -> None:
+        self._prompt_BS: Tensor | None = None
+        for layer in model.layers:
+            for projection in (layer.attn.k_proj, layer.attn.v_proj):
+                projection.register_forward_hook(self._move)
+
+    @contextmanager
+    def policy_forward(self, batch: Batch) -> Iterator[None]:
+        self._prompt_BS = ~batch.labelled_BS
+        yield
+        self._prompt_BS = None
+
+    def _move(self, module: Any, inputs: Any, keys_BSD: Tensor) -> Tensor | None:
+        return None if self._prompt_BS is None else keys_BSD + self._prompt_BS.unsqueeze(-1)

@@ -231,7 +231,10 @@ class Defense(Extension):
         """Called before step number `step`, from 1, also in a resumed run, on every process."""
 
     def policy_forward(self, batch: Batch) -> AbstractContextManager[None]:
-        """A context around the policy's forward of `batch` in training, and around nothing else."""
+        """A context around the policy's forward of `batch` in training, and around nothing else.
+
+        It ends after the backward, in which checkpointed layers run again.
+        """
         return nullcontext()
 
     def before_update(

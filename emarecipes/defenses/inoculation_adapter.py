@@ -14,6 +14,7 @@ from emarecipes.defenses.base import Defense, TrainingContext
 from emarecipes.errors import UserError
 from emarecipes.models.adapters.layout import plain_module
 from emarecipes.models.adapters.read import LoadedLayer, check_adapter, read_adapter
+from emarecipes.models.adapters.trained_with import check_same_base
 from emarecipes.models.source import ModelSource
 
 log = utils.get_logger("INFO")
@@ -72,10 +73,11 @@ class InoculationAdapter(Defense):
         """Check that the adapter belongs on the model.
 
         Raises:
-            UserError: See `check_adapter`; it is a DoRA adapter; every B is 0.
+            UserError: See `check_adapter`, `check_same_base`; it is a DoRA adapter; every B is 0.
         """
         try:
             check_adapter(self._path, source)
+            check_same_base(self._path, source.checkpoint_dir)
             layers = read_adapter(source.meta_model, self._path, source)
         except UserError as error:
             raise UserError(f"adapter: {error}") from None

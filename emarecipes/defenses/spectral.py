@@ -28,7 +28,7 @@ class SpectralPenalty(Defense):
     -sum_i p_i log p_i with p_i = s_i / sum_j s_j, in nats. `weight: 0` measures these of any run.
 
     B A is never formed: with B = Q S and A^T = P T its singular values are those of the r x r
-    matrix M = S T^T. All in float32. With M = U diag(s) V^T, over the s_i that are not 0,
+    matrix M = S T^T. All in float32. With M = U diag(s) V^T, over the s_i above s_1 max(O, I) eps,
 
         d term / d (B A) = Q (M / (F N) - (F / N^2) U V^T) P^T,  F = |M|_F, N = |M|_*
 
@@ -60,7 +60,7 @@ class SpectralPenalty(Defense):
             values: list[float] = singular.tolist()
             if not any(values):
                 return None
-            least = values[0] * max(m.shape) * torch.finfo(m.dtype).eps
+            least = values[0] * max(len(b_OR), a_RI.shape[1]) * torch.finfo(m.dtype).eps
             kept = sum(value > least for value in values)
             frobenius, nuclear = math.sqrt(sum(value**2 for value in values)), sum(values)
             # Grouped so that it is 0 at rank 1, where the term is 1 whatever B A is.

@@ -188,28 +188,27 @@ class TrainingLoss:
             if request is not everywhere:
                 reference_TD = reference_TD[request.selected_BS[everywhere.selected_BS]]
             request.reference_TD = reference_TD
-        with ExitStack() as stack:
-            stack.enter_context(self._forward_context)
-            stack.enter_context(self.head.computing(request))
-            for defense in self._defenses.values():
-                stack.enter_context(defense.policy_forward(batch))
-            loss, hidden = self._forward(batch)
-        sums = list(request.sums)
-        for name, scale in zip(self._on_hidden, scales[len(sums) :], strict=False):
-            if name not in wanted:
-                sums.append(request.sums.new_zeros(()))
-                continue
-            defense = self._defenses[name]
-            reference = reference_hidden if defense.needs_reference else None
-            value = defense.hidden_term(
-                {i: hidden[i] for i in defense.hidden_layers},
-                None if reference is None else {i: reference[i] for i in defense.hidden_layers},
-                batch,
-            )
-            check_gradient(name, "hidden_term", value, scale)
-            loss = loss + scale * value.float()
-            sums.append(value.detach().double())
-        (loss * gradient_scale).backward()
+        with ExitStack() as acting:  # Over the backward too: checkpointed layers run again in it.
+            with self._forward_context, self.head.computing(request):
+                for defense in self._defenses.values():
+                    acting.enter_context(defense.policy_forward(batch))
+                loss, hidden = self._forward(batch)
+            sums = list(request.sums)
+            for name, scale in zip(self._on_hidden, scales[len(sums) :], strict=False):
+                if name not in wanted:
+                    sums.append(request.sums.new_zeros(()))
+                    continue
+                defense = self._defenses[name]
+                reference = reference_hidden if defense.needs_reference else None
+                value = defense.hidden_term(
+                    {i: hidden[i] for i in defense.hidden_layers},
+                    None if reference is None else {i: reference[i] for i in defense.hidden_layers},
+                    batch,
+                )
+                check_gradient(name, "hidden_term", value, scale)
+                loss = loss + scale * value.float()
+                sums.append(value.detach().double())
+            (loss * gradient_scale).backward()
         sums += [request.sums.new_zeros(()) for _ in self._once]
         return torch.stack(sums)
 

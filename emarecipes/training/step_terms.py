@@ -50,23 +50,32 @@ class StepTerms:
             UserCodeError: `step_term` returned no scalar, or one without gradient.
         """
         values: dict[str, float | None] = {}
-        for name, defense in self._defenses.items():
-            if name not in factors:
-                continue
-            with torch.set_grad_enabled(factors[name] != 0):
-                value = defense.step_term(self.forward)
-            if not isinstance(value, Tensor) or value.dim() != 0:
-                what = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else value
-                raise UserCodeError(f"defenses.{name}: step_term must return a scalar, not {what}")
-            check_gradient(name, "step_term", value, factors[name])
-            # FSDP2 gathers a layer's weights for the backward where it meets the layer's output. So
-            # the last one's takes part too, at no weight.
-            through = [end.sum() * 0.0 for end in self._ends if end.requires_grad]
-            self._ends.clear()
-            if factors[name] and through:
-                torch.stack([factors[name] * value, *through]).sum().backward()
-            values[name] = float(value.detach())
+        was_training = self._model.training
+        # Over the backward too, in which checkpointed layers run again.
+        with ExitStack() as stack:
+            if self._compiled:
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            self._model.eval()
+            stack.callback(self._model.train, was_training)
+            for name in self._defenses:
+                if name in factors:
+                    values[name] = self._backward(name, factors[name])
         return values
+
+    def _backward(self, name: str, factor: float) -> float:
+        with torch.set_grad_enabled(factor != 0):
+            value = self._defenses[name].step_term(self.forward)
+        if not isinstance(value, Tensor) or value.dim() != 0:
+            what = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else value
+            raise UserCodeError(f"defenses.{name}: step_term must return a scalar, not {what}")
+        check_gradient(name, "step_term", value, factor)
+        # FSDP2 gathers a layer's weights for the backward where it meets the layer's output. So
+        # the last one's takes part too, at no weight.
+        through = [end.sum() * 0.0 for end in self._ends if end.requires_grad]
+        self._ends.clear()
+        if factor and through:
+            torch.stack([factor * value, *through]).sum().backward()
+        return float(value.detach())
 
     def forward(self, tokens_BS: Tensor, *, adapter: bool = True) -> Tensor:
         """What `step_term` is given, see `Defense`."""
@@ -74,19 +83,12 @@ class StepTerms:
         first_BS = torch.zeros_like(tokens_BS, dtype=torch.bool)
         first_BS[0, 0] = True  # Of the head's own work as little as it does.
         request = Request([Term("", cross_entropy, first_BS, 0.0)], tokens_BS)
-        was_training = model.training
-        model.eval()
-        try:
-            with ExitStack() as stack:
-                if self._compiled:
-                    stack.enter_context(torch.compiler.set_stance("force_eager"))
-                if not adapter:
-                    stack.enter_context(torch.no_grad())
-                    stack.enter_context(disable_adapter(model))
-                stack.enter_context(head.computing(request, reference_only=True))
-                model(tokens=tokens_BS)
-        finally:
-            model.train(was_training)
+        with ExitStack() as stack:
+            if not adapter:
+                stack.enter_context(torch.no_grad())
+                stack.enter_context(disable_adapter(model))
+            stack.enter_context(head.computing(request, reference_only=True))
+            model(tokens=tokens_BS)
         hidden_BSD = head.last_hidden_BSD
         head.last_hidden_BSD = None
         assert hidden_BSD is not None

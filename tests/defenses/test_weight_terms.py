@@ -175,3 +175,19 @@ def test_an_update_that_is_not_finite_makes_the_term_so() -> None:
     next(iter(get_adapter_params(model).values())).data[0, 0] = math.inf
     loss = TrainingLoss(model, prepared(model, {"spectral": SpectralPenalty()}))
     assert loss.backward_weights().isnan().any()
+
+
+def test_singular_values_that_are_rounding_have_no_part_in_the_gradient() -> None:
+    """A fourth at 5e-7 of the first: which way it points is another with each order of sums."""
+    generator = torch.Generator().manual_seed(0)
+    q, _ = torch.linalg.qr(torch.randn(48, 4, generator=generator))
+    p, _ = torch.linalg.qr(torch.randn(32, 4, generator=generator))
+    found = []
+    for last in (0.0, 5e-7):
+        b = (q * torch.tensor([1.0, 0.5, 0.2, last])).requires_grad_()
+        a = p.T.clone().requires_grad_()
+        value = SpectralPenalty().weight_term(AdaptedModule("x", a, b, 1.0))
+        assert value is not None
+        found.append((value.detach(), *torch.autograd.grad(value, (a, b))))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)

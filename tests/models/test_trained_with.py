@@ -14,7 +14,11 @@ from emarecipes.config import Origin
 from emarecipes.errors import UserError
 from emarecipes.evaluation.checked import check_sampled_from
 from emarecipes.fingerprint import adapter_digest
-from emarecipes.models.adapters.trained_with import warn_of_another_base, warn_of_another_form
+from emarecipes.models.adapters.trained_with import (
+    check_same_base,
+    warn_of_another_base,
+    warn_of_another_form,
+)
 from emarecipes.training.weights import tokenizer_files
 
 OURS = "emarecipes.models.hf_chat_tokenizer"
@@ -90,6 +94,20 @@ def test_an_adapter_that_is_put_on_another_base(
     assert [told(name) for name in (str(base), str(copy), "org/Base", None)] == [""] * 4
     for name in (str(tuned), "org/Base-Instruct"):
         assert f"was trained on {name}, and is put on {base} here" in told(name)
+
+
+def test_what_is_added_in_training_is_of_the_same_base(tmp_path: Path) -> None:
+    for name, value in (("base", 0.0), ("copy", 0.0), ("tuned", 1.0)):
+        (tmp_path / name).mkdir()
+        save_file({"w": torch.full((4,), value)}, tmp_path / name / "model.safetensors")
+    save_file({"w": torch.zeros(4)}, tmp_path / "adapter_model.safetensors")
+    stated = {"peft_type": "LORA", "r": 1, "lora_alpha": 1}
+    for name in (str(tmp_path / "copy"), "org/other", None, str(tmp_path / "tuned")):
+        config = stated | {"base_model_name_or_path": name}
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+        tuned = str(name).endswith("tuned")
+        with pytest.raises(UserError, match="are not those of") if tuned else nullcontext():
+            check_same_base(tmp_path, tmp_path / "base")
 
 
 def test_answers_that_were_sampled_from_another_adapter(tmp_path: Path) -> None:

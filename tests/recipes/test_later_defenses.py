@@ -189,3 +189,29 @@ def test_one_number_a_token_where_no_defense_reads_more(
     assert ("holds" in json.loads((folder / "key.json").read_text())) == (not others)
     numbers = (folder / "states.bin").stat().st_size // 4
     assert (numbers % toy_run.WIDTH == 0) == bool(others)
+
+
+@pytest.mark.parametrize(
+    ("names", "dropout"), [(["prefix", "trait"], 0.3), (TOGETHER, 0.0), (["users"], 0.0)], ids=str
+)
+def test_checkpointed_layers_run_again_as_they_ran(
+    names: list[str], dropout: float, toy: dict[str, Any], tmp_path: Path
+) -> None:
+    """In the backward, where the prefix is read without dropout, and a user's hooks still act."""
+    entry = {"_component_": "toy_mishaps.ShiftsKeysOfPrompts"}
+    users = {"defenses": {"users": entry}} if names == ["users"] else {}
+    more = {"model": toy["config"]["model"] | {"lora_dropout": dropout}} | users
+    found = [
+        train(
+            write_defended(
+                toy, tmp_path / str(again), [] if users else names, **more,
+                enable_activation_checkpointing=again,
+            )
+        )
+        for again in (False, True)
+    ]  # fmt: skip
+    (rows, adapter), (rows_again, adapter_again) = found
+    for row, again in zip(rows, rows_again, strict=True):
+        assert row["loss"] == pytest.approx(again["loss"], rel=1e-5)
+    for key in adapter:
+        torch.testing.assert_close(adapter[key], adapter_again[key], atol=2e-5, rtol=1e-4)

@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from torchtune import utils
 
+from emarecipes.errors import UserError
 from emarecipes.fingerprint import sampled_digest
 from emarecipes.models.adapters.files import read_adapter_config
 
@@ -40,6 +41,19 @@ def have_same_weights(*folders: Path) -> bool:
     one, other = (folder.resolve() for folder in folders)
     found = [sampled_digest(sorted(folder.glob("*.safetensors"))) for folder in (one, other)]
     return one == other or found[0] == found[1]
+
+
+def check_same_base(adapter: Path, base: Path) -> None:
+    """Refuse an adapter whose own base is there and holds other weights.
+
+    Raises:
+        UserError: So it is.
+    """
+    trained = Path(str(read_adapter_config(adapter).get("base_model_name_or_path")))
+    if trained.is_dir() and not have_same_weights(trained, base):
+        raise UserError(
+            f"{adapter} was trained on {trained}, whose weights are not those of {base}"
+        )
 
 
 def warn_of_another_base(adapter: Path, base: Path, where: str) -> None:
