@@ -48,6 +48,11 @@ def digest(*parts: Any) -> str:
     return found.hexdigest()
 
 
+def adapter_content(folder: Path) -> str:
+    """Of an adapter's files, as evaluations say what they are of."""
+    return digest(*sorted(folder.glob("adapter_*")))
+
+
 def adapter_digest(folder: Path | None) -> str:
     """Of an adapter's files, or of none, as sampled answers say what they are of."""
     return digest(folder is None, *([] if folder is None else sorted(folder.glob("adapter_*"))))

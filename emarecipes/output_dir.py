@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,16 @@ def claim(folder: Path, where: str) -> Callable[[], None]:
     except OSError:
         pass
     return lambda: os.close(descriptor)
+
+
+@contextmanager
+def held(folder: Path, where: str) -> Iterator[None]:
+    """`claim` for the body."""
+    give_back = claim(folder, where)
+    try:
+        yield
+    finally:
+        give_back()
 
 
 def check_output_dir(cfg: DictConfig, origin: Origin) -> None:

@@ -162,7 +162,7 @@ class Difference:
             self._buffer = torch.empty(tensor.numel(), dtype=torch.float32)
         found = self._buffer[: tensor.numel()].view(tensor.shape).copy_(tensor)
         found.sub_(self._subtrahend.read(name))
-        if not math.isfinite(float(found.sum(dtype=torch.float64))):
+        if not math.isfinite(float(found.sum())):
             raise UserError(
                 f"{name} is not finite in {self._minuend.path} or {self._subtrahend.path}"
             )

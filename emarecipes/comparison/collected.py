@@ -13,7 +13,7 @@ from emarecipes.comparison.results import find_adapter
 from emarecipes.config import Origin
 from emarecipes.errors import UserError
 from emarecipes.evaluation.figures import SUMMARY
-from emarecipes.fingerprint import digest
+from emarecipes.fingerprint import adapter_content
 
 
 def check_collected(
@@ -44,14 +44,15 @@ def check_collected(
             )
         for run, seed in zip(map(Path, runs), seeds, strict=True):
             place = f"{key}, seed {seed}"
-            other = places.setdefault(adapter_mark(run), place)
+            known = _evaluated(run)
+            other = places.setdefault(_mark(run, known), place)
             if other != place:
                 raise UserError(
                     f"{origin.at(key)}: {run}: has the adapter of {other} too; every seed of every "
                     "arm needs a run of its own"
                 )
-            _check_evaluated(run, f"{origin.at(key)}: {run}")
-            own = _own_seed(run)
+            _check_unchanged(run, known, f"{origin.at(key)}: {run}")
+            own = _own_seed(run, known)
             if own is not None and own != seed:
                 raise UserError(
                     f"{origin.at(key)}: {run}: is of seed {own} (by its config.yaml) in the "
@@ -59,12 +60,11 @@ def check_collected(
                 )
 
 
-def _check_evaluated(run: Path, where: str) -> None:
+def _check_unchanged(run: Path, known: Mapping[str, Any], where: str) -> None:
     """See that scores are of the adapter as it is now, where it is still there."""
-    known = _evaluated(run)
-    adapter = Path(str(known.get("folder", run / "adapter")))
-    files = sorted(adapter.glob("adapter_*"))
-    if files and known.get("fingerprint", digest(*files)) != digest(*files):
+    adapter = _adapter(run, known)
+    there = any(adapter.glob("adapter_*"))
+    if there and "fingerprint" in known and known["fingerprint"] != adapter_content(adapter):
         raise UserError(
             f"{where}: its evaluation is of another adapter than {adapter} is now, as after a run "
             "was trained anew; evaluate it again"
@@ -73,8 +73,18 @@ def _check_evaluated(run: Path, where: str) -> None:
 
 def adapter_mark(run: Path) -> str:
     """Of a collected run's adapter, as its evaluation has it; else the folder's name."""
-    # That it cannot be read is told where its scores are.
-    return str(_evaluated(run).get("fingerprint", run.resolve()))
+    return _mark(run, _evaluated(run))
+
+
+def _mark(run: Path, known: Mapping[str, Any]) -> str:
+    # That an evaluation cannot be read is told where its scores are.
+    return str(known.get("fingerprint", run.resolve()))
+
+
+def _adapter(run: Path, known: Mapping[str, Any]) -> Path:
+    """The evaluated adapter's folder; where it was moved with its run, there."""
+    named = Path(str(known.get("folder", run / "adapter")))
+    return named if named.is_dir() else run / named.name
 
 
 def _evaluated(run: Path) -> dict[str, Any]:
@@ -86,10 +96,10 @@ def _evaluated(run: Path) -> dict[str, Any]:
         return {}
 
 
-def _own_seed(run: Path) -> int | None:
+def _own_seed(run: Path, known: Mapping[str, Any]) -> int | None:
     """The seed in the config of the training; None where none is told."""
-    adapter = Path(str(_evaluated(run).get("folder", run / "adapter")))
-    for folder in (adapter.parent, run):
+    named = Path(str(known.get("folder", run / "adapter")))
+    for folder in (named.parent, run):
         try:
             config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
         except (OSError, ValueError, yaml.YAMLError):

@@ -17,6 +17,7 @@ from emarecipes.errors import UserError
 from emarecipes.evaluation.figures import REFERENCE, SUMMARY, Figure
 from emarecipes.evaluation.settings import BY_KIND
 from emarecipes.evaluation.suite import asked
+from emarecipes.fingerprint import adapter_content
 
 
 @dataclass(frozen=True)
@@ -98,9 +99,9 @@ def read_scores(
                 dict.fromkeys(str(f["thresholds"]) for f in summary.get("sensitivity", ()))
             ),
         )
-        return _with_values(scores, folder, summary["figures"], list(adapters), criteria)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder / SUMMARY}: not an evaluation's summary ({error!r})") from None
+    return _with_values(scores, folder, summary["figures"], list(adapters), criteria)
 
 
 def _with_values(
@@ -176,6 +177,9 @@ def _figure(
 def find_adapter(run: Path) -> str:
     """The name, in a run folder's own evaluation, of the adapter that this run trained.
 
+    By its folder, or by its content, as the run may have been moved since. An only one is taken at
+    its word where there is no `adapter/` to compare it with.
+
     Raises:
         UserError: No evaluation, or none of this adapter.
     """
@@ -185,10 +189,13 @@ def find_adapter(run: Path) -> str:
         for name, entry in adapters.items():
             if Path(entry.get("folder", "")).resolve() == (run / "adapter").resolve():
                 return str(name)
-        if len(adapters) == 1:
-            (name, entry), *_ = adapters.items()
-            elsewhere = Path(entry.get("folder", "")).resolve().parent != run.resolve()
-            if not ((run / "adapter").is_dir() and elsewhere):
+        contents = {adapter_content(path) for path in run.glob("adapter*") if path.is_dir()}
+        for name, entry in adapters.items():
+            if entry.get("fingerprint") in contents:
+                return str(name)
+        for name, entry in adapters.items() if len(adapters) == 1 else ():
+            within = Path(entry.get("folder", "")).resolve().parent == run.resolve()
+            if within or "fingerprint" not in entry or not (run / "adapter").is_dir():
                 return str(name)
     raise UserError(f"{run / SUMMARY}: has no adapter of this run")
 
@@ -245,11 +252,13 @@ def read_metrics(run: Path) -> list[dict[str, float]]:
 
 
 def _figures(figures: list[dict[str, Any]], adapter: str) -> dict[Any, dict[str, Any]]:
-    return {
-        (figure["suite"], figure["figure"], figure.get("judge") or ""): figure
-        for figure in figures
-        if figure["adapter"] == adapter and figure["category"] is None
-    }
+    """Those of whole suites. Every figure is read, so that one that lacks a key is told here."""
+    found = {}
+    for figure in figures:
+        key = (figure["suite"], figure["figure"], figure.get("judge") or "")
+        if (figure["adapter"], figure["category"]) == (adapter, None):
+            found[key] = figure
+    return found
 
 
 def _answers(

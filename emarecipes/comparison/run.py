@@ -31,7 +31,7 @@ from emarecipes.comparison.tasks import check_tasks
 from emarecipes.config import load_config
 from emarecipes.errors import UserError
 from emarecipes.files import write_json, write_text
-from emarecipes.output_dir import claim
+from emarecipes.output_dir import held
 
 
 def run_compare(argv: Sequence[str]) -> int:
@@ -54,11 +54,8 @@ def _compare(argv: Sequence[str]) -> None:
     check_choices(plan, arms, jobs, origin)
     check_look(plan, arms, jobs, rules_of(plan) if plan.settings.frozen else {}, origin)
     runner = Runner(plan, slots(plan, origin))
-    give_back = claim(runner.folder, origin.at("output_dir"))
-    try:
+    with held(runner.folder, origin.at("output_dir")):
         _compare_arms(plan, arms, jobs, runner)
-    finally:
-        give_back()
 
 
 def _compare_arms(plan: Plan, arms: list[Arm], jobs: list[Job], runner: Runner) -> None:

@@ -47,13 +47,14 @@ class AlignedPair:
         changed = self.difference()
         if any(changed(name).any() for name in self._probe):
             return
-        # Alignment may have changed a few of them alone.
-        self._probe += [next((name for name in hf_shapes if changed(name).any()), "")]
-        if not self._probe[-1]:
+        # Alignment may have changed few of them.
+        other = next((name for name in hf_shapes if changed(name).any()), None)
+        if other is None:
             raise UserError(
                 f"base_dir {self._base_dir} and aligned_dir {self._aligned_dir} hold the same "
                 "weights: there is nothing that alignment changed"
             )
+        self._probe.append(other)
 
     def check(self, source: ModelSource, defense: str, does: str) -> dict[str, ModuleRows]:
         """Open the folders, check them against the model, and find its adapted layers in them.

@@ -25,7 +25,7 @@ from emarecipes.evaluation.scoring import NotFiniteError, Scorer
 from emarecipes.evaluation.suite import Line, Suite, kind_of, pieces
 from emarecipes.evaluation.suite_context import Model
 from emarecipes.files import write_text
-from emarecipes.output_dir import claim
+from emarecipes.output_dir import held
 from emarecipes.progress import Progress
 from emarecipes.provenance import environment
 
@@ -51,11 +51,8 @@ def evaluate(run: CheckedEvaluation) -> None:
         UserError: Another process writes there; a likelihood is not finite, of an adapter after
             all others were evaluated and written; or a suite failed for good.
     """
-    give_back = claim(Path(run.cfg.output_dir), run.origin.at("output_dir"))
-    try:
+    with held(Path(run.cfg.output_dir), run.origin.at("output_dir")):
         _evaluate(run)
-    finally:
-        give_back()
 
 
 def _evaluate(run: CheckedEvaluation) -> None:

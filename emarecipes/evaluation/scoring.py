@@ -15,7 +15,7 @@ from torchtune.utils import get_device
 from emarecipes.defenses import ModelSource
 from emarecipes.errors import UserError, first_line
 from emarecipes.files import whole
-from emarecipes.fingerprint import digest, sampled_digest
+from emarecipes.fingerprint import adapter_content, digest, sampled_digest
 from emarecipes.models.adapters.read import check_adapter, load_adapter
 from emarecipes.models.likelihoods import GivenAnswers
 from emarecipes.models.loss_head import LossHead
@@ -114,7 +114,7 @@ class Scorer:
         if adapter is None:
             return ""
         check_adapter(adapter, self._source)
-        return digest(*sorted(adapter.glob("adapter_*")))
+        return adapter_content(adapter)
 
     def _compute(
         self,

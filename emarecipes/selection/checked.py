@@ -15,7 +15,7 @@ from emarecipes.datasets.refusals import check_refusal_words
 from emarecipes.datasets.rows import Rows
 from emarecipes.datasets.rows_fit import check_rows_fit
 from emarecipes.errors import UserError
-from emarecipes.fingerprint import digest, sampled_digest, stored
+from emarecipes.fingerprint import adapter_content, digest, sampled_digest, stored
 from emarecipes.models.chat.dates import adapter_date
 from emarecipes.output_dir import check_output_dir, check_outside_output
 from emarecipes.selection.candidates import Candidate, read_candidates
@@ -187,9 +187,7 @@ def _fingerprint(cfg: DictConfig, rows: Rows) -> dict[str, str]:
     model: Any = OmegaConf.to_container(cfg.model)
     model.pop("path", None)  # `lora_model`'s folder, whose files are compared.
     weights = sorted([*base.glob("*.safetensors"), *base.glob("*.bin"), base / "config.json"])
-    adapters = {
-        adapter: digest(*sorted(Path(adapter).glob("adapter_*"))) for adapter in cfg.adapters
-    }
+    adapters = {adapter: adapter_content(Path(adapter)) for adapter in cfg.adapters}
     return {
         "dtype": str(cfg.dtype),
         "model": digest(model, checkpointer, sampled_digest(weights)),

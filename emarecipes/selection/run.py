@@ -15,7 +15,7 @@ from emarecipes.models.batch import longest_first
 from emarecipes.models.likelihoods import GivenAnswers
 from emarecipes.models.loss_head import LossHead
 from emarecipes.models.source import load_model
-from emarecipes.output_dir import claim
+from emarecipes.output_dir import held
 from emarecipes.progress import Progress
 from emarecipes.selection.checked import CheckedSelection
 from emarecipes.selection.results import write_results
@@ -37,13 +37,10 @@ def run_select(argv: Sequence[str]) -> int:
 
 def _select(argv: Sequence[str]) -> None:
     run = CheckedSelection(argv)
-    give_back = claim(Path(run.cfg.output_dir), run.origin.at("output_dir"))
-    try:
+    with held(Path(run.cfg.output_dir), run.origin.at("output_dir")):
         run.file.open()
         score_candidates(run)
         write_results(run)
-    finally:
-        give_back()
 
 
 def score_candidates(run: CheckedSelection) -> None:

@@ -50,6 +50,9 @@ class StepTerms:
             UserCodeError: `step_term` returned no scalar, or one without gradient.
         """
         values: dict[str, float | None] = {}
+        due = [name for name in self._defenses if name in factors]
+        if not due:
+            return values
         was_training = self._model.training
         # Over the backward too, in which checkpointed layers run again.
         with ExitStack() as stack:
@@ -57,9 +60,8 @@ class StepTerms:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             self._model.eval()
             stack.callback(self._model.train, was_training)
-            for name in self._defenses:
-                if name in factors:
-                    values[name] = self._backward(name, factors[name])
+            for name in due:
+                values[name] = self._backward(name, factors[name])
         return values
 
     def _backward(self, name: str, factor: float) -> float:

@@ -123,3 +123,22 @@ def test_an_evaluation_of_another_runs_adapter(
         assert run_compare(["--config", str(config)]) == code
         told = f"{run / 'summary.json'}: has no adapter of this run"
         assert (told in capsys.readouterr().err) == bool(code)
+
+
+@pytest.mark.parametrize("moved", [True, False])
+def test_a_run_that_was_moved_is_known_by_its_content(
+    moved: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its evaluation names a folder that is not here; trained anew where it is now, it is told."""
+    config, runs = collected(tmp_path)
+    run = Path(runs["kl"][1])
+    (run / "adapter").mkdir()
+    weights = run / "adapter/adapter_model.safetensors"
+    weights.write_bytes(b"trained")
+    summary = json.loads((run / "summary.json").read_text())
+    summary["adapters"]["kl"] |= {"fingerprint": digest(weights), "folder": "elsewhere/adapter"}
+    (run / "summary.json").write_text(json.dumps(summary))
+    if not moved:
+        weights.write_bytes(b"trained anew")
+    assert run_compare(["--config", str(config)]) == int(not moved)
+    assert ("has no adapter of this run" in capsys.readouterr().err) == (not moved)
