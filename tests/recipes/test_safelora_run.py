@@ -136,6 +136,8 @@ def test_what_is_refused(
     config = write(finished, tmp_path, base_dir=str(tmp_path / "one"))
     assert run_safelora(["--config", str(config), f"output_dir={tmp_path / 'apart'}"]) == 0
     capfd.readouterr()
+    swapped = f"safelora.aligned_dir={tmp_path / 'one'}"
+    refused("are they swapped?", swapped, base_dir=str(copy))
     unknown = torch.full((32, 48), float("nan"))
     nan = edited(finished, tmp_path / "nan_base", model__layers__1__mlp__down_proj__weight=unknown)
     refused("down_proj.weight is not finite in ", base_dir=str(nan))
