@@ -112,3 +112,35 @@ class ShiftsKeysOfPrompts(Defense):
 
     def _move(self, module: Any, inputs: Any, keys_BSD: Tensor) -> Tensor | None:
         return None if self._prompt_BS is None else keys_BSD + self._prompt_BS.unsqueeze(-1)
+
+
+class SameWeights(Defense):
+    """Takes cross entropy's place, and is cross entropy."""
+
+    def token_weights(self, batch: Batch) -> Tensor:
+        return torch.full_like(batch.labelled_BS, 0.25, dtype=torch.float32)
+
+
+class ByName(Defense):
+    """Squares of what modules of some names give: names that wrapped layers do not have."""
+
+    NAMES = ("layers.0.mlp", "layers.1.mlp")
+
+    def __init__(self) -> None:
+        super().__init__(weight=0.1)
+        self.hidden_layers = [0]
+        self.seen: list[Tensor] = []
+
+    def setup(self, model: Any, context: TrainingContext) -> None:
+        for name, module in model.named_modules():
+            if name in self.NAMES:
+                module.register_forward_hook(lambda _, inputs, output: self.seen.append(output))
+
+    @contextmanager
+    def policy_forward(self, batch: Batch) -> Iterator[None]:
+        self.seen = []
+        yield
+
+    def hidden_term(self, policy_hidden: Any, reference_hidden: Any, batch: Batch) -> Tensor:
+        real_BS = batch.real_BS
+        return sum((x_BSD[real_BS].square().sum() for x_BSD in self.seen), torch.zeros(()))

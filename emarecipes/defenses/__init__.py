@@ -3,8 +3,9 @@
 from emarecipes.defenses.anchored_sft import AnchoredSFT
 from emarecipes.defenses.asft import AsFT
 from emarecipes.defenses.average import AdapterEMA
-from emarecipes.defenses.base import AdaptedModule, Defense, TrainingContext
+from emarecipes.defenses.base import Defense
 from emarecipes.defenses.block import DirectionBlock
+from emarecipes.defenses.context import AdaptedModule, TrainingContext
 from emarecipes.defenses.feature_l2 import FeatureL2
 from emarecipes.defenses.inoculation import InoculationPrompt
 from emarecipes.defenses.inoculation_adapter import InoculationAdapter

@@ -11,7 +11,8 @@ from torchtune import utils
 from tqdm import tqdm
 
 from emarecipes.defenses.aligned_pair import AlignedPair
-from emarecipes.defenses.base import AdaptedModule, Defense, TrainingContext
+from emarecipes.defenses.base import Defense
+from emarecipes.defenses.context import AdaptedModule, TrainingContext
 from emarecipes.errors import UserError
 from emarecipes.models.source import ModelSource
 

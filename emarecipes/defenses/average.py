@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torchtune.modules.peft import get_adapter_params
 
-from emarecipes.defenses.base import Defense, TrainingContext
+from emarecipes.defenses.base import Defense
+from emarecipes.defenses.context import TrainingContext
 from emarecipes.errors import UserError
 from emarecipes.models._torchtune import assign_whole, plain_name, whole_on_cpu
 

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from torch import Tensor, nn
 
+from emarecipes.defenses.context import AdaptedModule, TrainingContext
 from emarecipes.errors import Extension, UserError
 from emarecipes.models.source import ModelSource
 
@@ -24,34 +22,6 @@ if TYPE_CHECKING:
 
 Tokens = Literal["response", "all"]
 Samples = Literal["all", "task", "safe"]
-
-
-@dataclass(frozen=True)
-class TrainingContext:
-    """What a defense may know of the run it is set up in."""
-
-    device: torch.device
-    dtype: torch.dtype
-    total_steps: int
-    output_dir: Path
-    source: ModelSource
-    first_process: bool
-
-
-@dataclass(frozen=True)
-class AdaptedModule:
-    """The matrices of one adapted layer, whole and in float32: it adds scale * B A to its weight.
-
-    Attributes:
-        name: The layer's in torchtune, for example "layers.0.attn.q_proj".
-        a_RI, b_OR: A and B.
-        scale: `lora_alpha` / `lora_rank`.
-    """
-
-    name: str
-    a_RI: Tensor
-    b_OR: Tensor
-    scale: float
 
 
 class Defense(Extension):
@@ -139,6 +109,11 @@ class Defense(Extension):
     """Every how many steps, from step 10 on, the norm of the gradient of `weight * term` over that
     of cross entropy is logged as `<name>_gradient_ratio`; 0: once, when the term first acts from
     step 10 on. A run warns where it is 0. It takes further forwards."""
+
+    effect_figure: str | None = None
+    """The key of `figures` under which stands how large what this defense changes is over what it
+    is changed in. Where it is below 1e-4 in the first step and in step 10 (the last of a shorter
+    run), the run warns: it does next to nothing. For defenses without a term."""
 
     def check(self, source: ModelSource) -> None:
         """Check this defense against the model, before any weight is loaded.

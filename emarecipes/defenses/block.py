@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from emarecipes.defenses.activations import read_tensor, tell_other_model
-from emarecipes.defenses.base import Defense, Samples, TrainingContext
+from emarecipes.defenses.base import Defense, Samples
+from emarecipes.defenses.context import TrainingContext
 from emarecipes.defenses.sae import Latents, read_latents
 from emarecipes.errors import UserError
 from emarecipes.models.source import ModelSource
@@ -98,7 +99,7 @@ class DirectionBlock(Defense):
         self._chosen = None if sae is None else _chosen(latents)
         self._latents: Latents | None = None
         self.hidden_layers = () if layer is None else (layer,)
-        self._rise = torch.zeros(())
+        self._rise: Tensor | None = None
 
     def check(self, source: ModelSource) -> None:
         """Read directions or latents and check them against the model's depth and width.
@@ -184,8 +185,9 @@ class DirectionBlock(Defense):
         return total
 
     def figures(self) -> dict[str, float]:
-        """How far the policy is ahead of the reference along the directions."""
-        return {"rise": float(self._rise)}
+        """How far the policy is ahead of the reference along the directions, in this step."""
+        rise, self._rise = self._rise, None
+        return {} if rise is None else {"rise": float(rise)}
 
 
 def _chosen(latents: Mapping[Literal["up", "down"], Sequence[int]] | None) -> list[tuple[int, str]]:

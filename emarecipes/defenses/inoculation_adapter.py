@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torchtune import utils
 
-from emarecipes.defenses.base import Defense, TrainingContext
+from emarecipes.defenses.base import Defense
+from emarecipes.defenses.context import TrainingContext
 from emarecipes.errors import UserError
 from emarecipes.models.adapters.layout import plain_module
 from emarecipes.models.adapters.read import LoadedLayer, check_adapter, read_adapter
@@ -33,8 +34,8 @@ class InoculationAdapter(Defense):
     that show the trait and as little else as possible.
 
     `<name>_ratio` is logged: the root mean square of what is added over that of the layer's output
-    with it, the mean over the adapted layers of the middle block, of the first process's last
-    micro-batch of the step.
+    with it, the mean over the adapted layers of one block, the middle one of those that the adapter
+    changes, of the first process's last micro-batch of the step.
 
     Source: arXiv 2606.30252. Its control is a random adapter of the same norm.
 
@@ -50,6 +51,8 @@ class InoculationAdapter(Defense):
         UserError: An unknown option; in `check` an adapter that does not fit, is DoRA's, or adds
             nothing.
     """
+
+    effect_figure = "ratio"
 
     def __init__(
         self,
@@ -96,7 +99,8 @@ class InoculationAdapter(Defense):
 
     def setup(self, model: nn.Module, context: TrainingContext) -> None:
         """Hook the adapted layers, and put the matrices where the model is."""
-        middle = f"layers.{len(context.source.meta_model.layers) // 2}."
+        blocks = sorted({int(n.split(".")[1]) for n in self._factors if n.startswith("layers.")})
+        middle = f"layers.{blocks[len(blocks) // 2]}." if blocks else ""  # "": the output layer's.
         for name, module in list(model.named_modules()):
             plain = plain_module(f"{name}.lora_a.weight")
             if not hasattr(module, "adapter_params") or plain not in self._factors:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from emarecipes.defenses.base import Defense, Samples, Tokens, TrainingContext
+from emarecipes.defenses.base import Defense, Samples, Tokens
+from emarecipes.defenses.context import TrainingContext
 from emarecipes.errors import UserError
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from emarecipes.defenses.activations import ActivationDefense, read_tensor, tell_other_model
-from emarecipes.defenses.base import TrainingContext
+from emarecipes.defenses.context import TrainingContext
 from emarecipes.errors import UserError
 from emarecipes.models.source import ModelSource
 
@@ -58,6 +58,8 @@ class PersonaSteering(ActivationDefense):
     Raises:
         UserError: An unknown option; in `check` a file, layer or width that does not fit.
     """
+
+    effect_figure = "ratio"
 
     def __init__(
         self,

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torchtune import utils
 from torchtune.data import Message
 
-from emarecipes.defenses.base import Defense, TrainingContext
+from emarecipes.defenses.base import Defense
+from emarecipes.defenses.context import TrainingContext
 from emarecipes.errors import UserError
 
 log = utils.get_logger("INFO")

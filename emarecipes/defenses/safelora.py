@@ -14,7 +14,8 @@ from torchtune.modules.peft import get_adapter_params
 from tqdm import tqdm
 
 from emarecipes.defenses.aligned_pair import AlignedPair
-from emarecipes.defenses.base import Defense, TrainingContext
+from emarecipes.defenses.base import Defense
+from emarecipes.defenses.context import TrainingContext
 from emarecipes.defenses.projection import (
     Basis,
     Mode,

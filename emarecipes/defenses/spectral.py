@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from emarecipes.defenses.base import AdaptedModule, Defense
+from emarecipes.defenses.base import Defense
+from emarecipes.defenses.context import AdaptedModule
 
 
 class SpectralPenalty(Defense):
@@ -25,7 +26,8 @@ class SpectralPenalty(Defense):
     left out; where all are, the term is not logged.
 
     Logged too, means over layers: `<name>_stable_rank` = |B A|_F^2 / s_1^2, and `<name>_entropy` =
-    -sum_i p_i log p_i with p_i = s_i / sum_j s_j, in nats. `weight: 0` measures these of any run.
+    -sum_i p_i log p_i with p_i = s_i / sum_j s_j, in nats. Every run logs both after each epoch, as
+    `update_stable_rank` and `update_entropy`; `weight: 0` logs them in every step.
 
     B A is never formed: with B = Q S and A^T = P T its singular values are those of the r x r
     matrix M = S T^T. All in float32. With M = U diag(s) V^T, over the s_i above s_1 max(O, I) eps,
@@ -60,16 +62,13 @@ class SpectralPenalty(Defense):
             values: list[float] = singular.tolist()
             if not any(values):
                 return None
-            least = values[0] * max(len(b_OR), a_RI.shape[1]) * torch.finfo(m.dtype).eps
-            kept = sum(value > least for value in values)
+            kept = _above_rounding(values, a_RI, b_OR)
             frobenius, nuclear = math.sqrt(sum(value**2 for value in values)), sum(values)
             # Grouped so that it is 0 at rank 1, where the term is 1 whatever B A is.
             inner = (m / frobenius - (frobenius / nuclear) * (u[:, :kept] @ vh[:kept])) / nuclear
             # The gradient by B A, times A^T and B^T.
             gradients = (s.T @ inner) @ p.T, q @ (inner @ t)
-        shares = [value / nuclear for value in values[:kept]]
-        entropy = -sum(share * math.log(share) for share in shares)
-        self._measured.append(((frobenius / values[0]) ** 2, entropy))
+        self._measured.append(_evenness(values, kept))
         term: Tensor = _Known.apply(a_RI, b_OR, m.new_tensor(frobenius / nuclear), *gradients)
         return term
 
@@ -80,6 +79,31 @@ class SpectralPenalty(Defense):
             return {}
         ranks, entropies = zip(*measured, strict=True)
         return {"stable_rank": fmean(ranks), "entropy": fmean(entropies)}
+
+
+def evenness(a_RI: Tensor, b_OR: Tensor) -> tuple[float, float] | None:
+    """Stable rank and entropy of a layer's update B A; None where it is 0 or not finite.
+
+    See `SpectralPenalty` for both.
+    """
+    if not (a_RI.isfinite().all() and b_OR.isfinite().all()):
+        return None
+    s, t = torch.linalg.qr(b_OR, mode="r")[1], torch.linalg.qr(a_RI.T, mode="r")[1]
+    values: list[float] = torch.linalg.svdvals(s @ t.T).tolist()
+    return _evenness(values, _above_rounding(values, a_RI, b_OR)) if any(values) else None
+
+
+def _evenness(values: list[float], kept: int) -> tuple[float, float]:
+    total = sum(values)
+    shares = [value / total for value in values[:kept]]
+    entropy = -sum(share * math.log(share) for share in shares)
+    return sum((value / values[0]) ** 2 for value in values), entropy
+
+
+def _above_rounding(values: list[float], a_RI: Tensor, b_OR: Tensor) -> int:
+    """How many of the singular values, the largest first, are more than rounding."""
+    least = values[0] * max(len(b_OR), a_RI.shape[1]) * torch.finfo(a_RI.dtype).eps
+    return sum(value > least for value in values)
 
 
 class _Known(torch.autograd.Function):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchtune import utils
 
 from emarecipes.defenses.activations import ActivationDefense, read_tensor, tell_other_model
-from emarecipes.defenses.base import TrainingContext
+from emarecipes.defenses.context import TrainingContext
 from emarecipes.errors import UserError
 from emarecipes.models.source import ModelSource
 
@@ -48,6 +48,8 @@ class SubspaceAblation(ActivationDefense):
         UserError: An unknown option; in `check` a file, layer or width that does not fit, or
             directions of which one lies in the span of others.
     """
+
+    effect_figure = "removed"
 
     def __init__(
         self,

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from emarecipes.defenses.base import Defense, TrainingContext
+from emarecipes.defenses.base import Defense
+from emarecipes.defenses.context import TrainingContext
 from emarecipes.errors import UserError
 
 

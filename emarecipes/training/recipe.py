@@ -25,10 +25,12 @@ from emarecipes.training.checked import CheckedRun
 from emarecipes.training.checkpoint import Counters
 from emarecipes.training.checkpoint_save import CheckpointSaver, StepAbandonedError, StopRequest
 from emarecipes.training.checkpoint_state import TrainingState
+from emarecipes.training.no_effect import tell_no_effect
 from emarecipes.training.nonfinite import SkippedSteps, brief, broken_gradient, broken_loss
 from emarecipes.training.probe_stop import has_stopped, prepare_stop
 from emarecipes.training.random_state import random_state, set_random_state
 from emarecipes.training.run_log import RunLog
+from emarecipes.training.weight_terms import update_evenness
 from emarecipes.training.weights import save_weights
 
 log = utils.get_logger("INFO")
@@ -107,8 +109,11 @@ class LoRATraining:
                     self._save_checkpoint()
                     complete = False
                     break
-                probed = self._probe(self.counters.step + 1)
-                self._log.step(epoch, figures | probed, always=bool(probed))
+                step = self.counters.step + 1
+                more = self._probe(step)
+                if step % self.steps_per_epoch == 0 or has_stopped(more):
+                    more |= update_evenness(self._model)
+                self._log.step(epoch, figures | more, always=bool(more))
                 self._profiler.step()
                 if self._say_if_probe_ended_it():
                     for _, defense in self._in_order():
@@ -204,6 +209,7 @@ class LoRATraining:
             figures = {k: v for k, v in figures.items() if math.isfinite(v)} | {"skipped": 1.0}
         figures["lr"] = float(self._optimizer.param_groups[0]["lr"])
         figures |= ratios | self._update(step, figures, skip=broken is not None)
+        tell_no_effect(step, self.total_steps, self.run.defenses, figures, self.counters.first)
         seconds = time.perf_counter() - started
         figures |= {"tokens_per_second": tokens_all / seconds, "tokens": tokens_all}
         figures["padding_share"] = 1.0 - tokens_all / padded_all

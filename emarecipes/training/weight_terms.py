@@ -1,4 +1,4 @@
-"""Terms on the adapter's matrices alone: one layer at a time, whole, once a step.
+"""Terms on the adapter's matrices alone: one layer at a time, whole, once a step; and figures.
 
 Shapes: R rank, I inputs, O outputs.
 """
@@ -6,6 +6,7 @@ Shapes: R rank, I inputs, O outputs.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from statistics import fmean
 from typing import Any, cast
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
 from emarecipes.defenses import AdaptedModule, Defense
+from emarecipes.defenses.spectral import evenness
 from emarecipes.errors import UserCodeError
 from emarecipes.models.adapters.layout import plain_module
 from emarecipes.models.loss_head import check_gradient
@@ -84,6 +86,21 @@ def adapted_layers(
             plain = plain_module(f"{name}.lora_a.weight")
             matrices = (layer.lora_a.weight, layer.lora_b.weight)
             yield plain, matrices, float(layer.alpha) / float(layer.rank)
+
+
+@torch.no_grad()
+def update_evenness(model: nn.Module) -> dict[str, float]:
+    """`update_stable_rank` and `update_entropy` of the adapter, for the log of any run.
+
+    Means over the layers whose update is not 0, see `SpectralPenalty`; empty where there is none.
+    Every process must call it: under FSDP2 one layer's matrices are gathered at a time.
+    """
+    found = [evenness(_whole(a), _whole(b)) for _, (a, b), _ in adapted_layers(model)]
+    there = [both for both in found if both is not None]
+    if not there:
+        return {}
+    ranks, entropies = zip(*there, strict=True)
+    return {"update_stable_rank": fmean(ranks), "update_entropy": fmean(entropies)}
 
 
 def _check(name: str, value: Any, factor: float) -> None:

@@ -20,6 +20,7 @@ LATER = ["ablation", "anchored", "asft", "average", "block", "constraint", "pref
 LATER += ["spectral", "surgery", "trait"]
 REPLACING = ["anchored", "constraint"]  # Cross entropy: a run has one of them.
 TOGETHER = [name for name in LATER if name != "anchored"]
+SPARSE = ["asft", "block", "prefix", "spectral"]  # With `every_n_batches`.
 # The name under which each logs something, in a run of two steps.
 LOGGED = {
     "ablation": "ablation_removed",
@@ -159,17 +160,49 @@ def test_a_resumed_run_is_the_uninterrupted_one(toy: dict[str, Any], tmp_path: P
     assert all(torch.equal(tensor, averages[1][key]) for key, tensor in averages[0].items())
 
 
-@pytest.mark.parametrize("name", REPLACING)
+@pytest.mark.parametrize("names", [["anchored"], TOGETHER], ids=["anchored", "the others"])
 def test_packed_and_from_the_reference_cache(
-    toy: dict[str, Any], tmp_path: Path, name: str
+    toy: dict[str, Any], tmp_path: Path, names: list[str]
 ) -> None:
     """The second epoch reads what the first one stored."""
-    packed = {"dataset": toy["config"]["dataset"] | {"packed": True}, "batch_size": 1, "epochs": 2}
-    computed = train(write_defended(toy, tmp_path / "computed", [name], **packed))
+    packed = {"packed": True}
+    mixed = {k: v | packed if isinstance(v, dict) else v for k, v in toy["mixed"].items()}
+    mixed |= {"placement": "every_k", "safe_fraction": 0.4}
+    alone = toy["config"]["dataset"] | packed
+    changes: dict[str, Any] = {"dataset": mixed if "surgery" in names else alone, "batch_size": 1}
+    changes |= {"epochs": 2}
+    computed = train(write_defended(toy, tmp_path / "computed", names, **changes))
     cached = {"reference_cache": str(tmp_path / "cache")}
-    read = train(write_defended(toy, tmp_path / "read", [name], **packed | cached))
+    read = train(write_defended(toy, tmp_path / "read", names, **changes | cached))
     assert len(read[0]) == 4
     assert_same(computed, read)
+
+
+def test_terms_of_some_steps_alone(toy: dict[str, Any], tmp_path: Path) -> None:
+    """Drawn by step and seed: however a step is split, and also where a run is resumed."""
+    sparse = {n: toy["defenses"][n] | {"every_n_batches": 2} for n in SPARSE}
+    rest = {n: toy["defenses"][n] for n in TOGETHER if n not in (*SPARSE, "surgery")}
+    changes: dict[str, Any] = {"defenses": rest | sparse, "epochs": 2, "save_every_n_steps": 2}
+    changes["max_steps_per_epoch"] = 3
+    whole = train(write_defended(toy, tmp_path / "whole", [], **changes))
+    for name in SPARSE:
+        assert 1 < sum(name in row for row in whole[0]) < 6, name
+    again = write_defended(toy, tmp_path / "again", [], **changes)
+    assert_same(whole, train(again, f"resume={tmp_path / 'whole/out/checkpoints/step_4'}"))
+    changes |= {"batch_size": 2, "gradient_accumulation_steps": 2}
+    split = train(write_defended(toy, tmp_path / "split", [], **changes))
+    for row in (*whole[0], *split[0]):
+        for key in ("padding_share", "ablation_removed", "block_rise", "trait_ratio"):
+            row.pop(key, None)
+    assert_same(whole, split)
+
+
+@pytest.mark.long
+def test_compiled_layers_and_loss_change_nothing(toy: dict[str, Any], tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"pad_to_multiple_of": 96}
+    one = train(write_defended(toy, tmp_path / "a", TOGETHER, **changes))
+    other = train(write_defended(toy, tmp_path / "b", TOGETHER, compile=True, **changes))
+    assert_same(one, other)
 
 
 @pytest.mark.parametrize("others", [[], ["kl"], ["block"]])

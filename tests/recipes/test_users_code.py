@@ -1,5 +1,6 @@
 """Defenses and other code of a user's own, and what of it shows only in training."""
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,36 @@ def test_a_users_own_defense(
     for row in rows:
         assert row["loss"] == pytest.approx(row["ce"] + 0.1 * row["entropy"])
     assert rows[0]["entropy"] > 0
+
+
+def test_every_example_of_the_page_trains(
+    models: dict[bool, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (toy_run.REPO / "docs/own_defense.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "examples.py").write_text("\n\n".join(blocks))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "examples", raising=False)
+
+    def run(**options: dict[str, Any]) -> list[dict[str, float]]:
+        entries = {n: {"_component_": f"examples.{n}"} | more for n, more in options.items()}
+        kl = {"kl": {"_component_": "emarecipes.defenses.KLToReference", "weight": 0.1}}
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        train(write(models, folder, defenses=entries | kl))
+        return [row | {"tokens_per_second": 0.0} for row in toy_run.metrics(folder / "out")]
+
+    classes = set(re.findall(r"^class (\w+)", "\n".join(blocks), re.MULTILINE))
+    apart = {"EntropyFloor": {}, "Focal": {}, "SameSigns": {}}
+    beside = {"FirstTokens": {}, "UpdateNorm": {}, "QuietGreeting": {}}
+    beside |= {"FaintPrompt": {"layers": [0, 1]}}
+    assert classes == {*apart, *beside}
+    for name in apart:
+        assert name == "SameSigns" or name in run(**{name: {}})[1]
+    found = run(SameSigns={}, **beside)[1]
+    assert {"FirstTokens", "UpdateNorm", "QuietGreeting", "FaintPrompt_change"} < found.keys()
+    plain = run(**beside)
+    assert plain[0]["ce"] != run(**beside | {"FaintPrompt": {"layers": [1]}})[0]["ce"]
+    assert run(SameSigns={})[-1] != run()[-1]
 
 
 NO_LABELS = """

@@ -1,0 +1,100 @@
+"""A defense without a gradient of its own that does next to nothing is told, in a run."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import toy_defenses
+import toy_run
+from toy_defended import defended_toy, train, write_defended
+
+TOLD = ("next to nothing", "it changes nothing")
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("toy")
+    toy = defended_toy(folder, model_dir)
+    toy["config"]["lr_scheduler"]["num_warmup_steps"] = 0
+    later = toy_defenses.later_entries(folder, toy["model"], toy_run.LAYERS, toy_run.WIDTH)
+    faded = {"schedule": "linear", "decay_steps": 1}
+    toy["defenses"] |= later | {
+        "weights": {"_component_": "toy_mishaps.SameWeights"},
+        "faded": toy["defenses"]["persona"] | faded,
+    }
+    return toy
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "told"),
+    [
+        ("persona", {"alpha": 1e-9}, "persona_ratio is "),
+        ("persona", {}, None),
+        ("faded", {}, None),  # alpha is 0 in the last step, and was not in the first.
+        ("trait", {"strength": 1e-9}, "trait_ratio is "),
+        ("trait", {}, None),
+        ("ablation", {}, None),
+        ("weights", {}, "defenses.weights takes the place of cross entropy and is equal to it"),
+        ("weights", {"weight": 0.0}, None),
+        ("constraint", {}, None),
+    ],
+)
+def test_what_is_told(
+    name: str,
+    change: dict[str, Any],
+    told: str | None,
+    toy: dict[str, Any],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    config = write_defended(
+        toy, tmp_path / "a", [], defenses={name: toy["defenses"][name] | change}
+    )
+    train(config)
+    found = [r.getMessage() for r in caplog.records if any(t in r.getMessage() for t in TOLD)]
+    assert len(found) == (told is not None)
+    if told is not None:
+        assert found[0].startswith("step 2: ") and told in found[0]
+
+
+def test_the_update_of_any_run_is_described_after_each_epoch(
+    toy: dict[str, Any], tmp_path: Path
+) -> None:
+    """As the singular values of each whole B A in float64 have it; log_every_n_steps or not."""
+    changes = {"epochs": 2, "log_every_n_steps": 3}
+    rows, adapter = train(write_defended(toy, tmp_path / "a", ["kl"], **changes))
+    described = [row for row in rows if "update_stable_rank" in row]
+    assert [row["step"] for row in described] == [2, 4]
+    ranks, entropies = [], []
+    for key, a_RI in adapter.items():
+        if "lora_A" in key:
+            update = adapter[key.replace("lora_A", "lora_B")].double() @ a_RI.double()
+            s = torch.linalg.svdvals(update)[:4]
+            ranks.append(float((s / s[0]).square().sum()))
+            entropies.append(float(torch.special.entr(s / s.sum()).sum()))
+    assert len(ranks) == 7 * toy_run.LAYERS
+    assert rows[-1]["update_stable_rank"] == pytest.approx(sum(ranks) / len(ranks), rel=1e-4)
+    assert rows[-1]["update_entropy"] == pytest.approx(sum(entropies) / len(entropies), rel=1e-4)
+
+
+def test_an_adapter_that_changes_other_blocks_than_the_middle_one(
+    toy: dict[str, Any], tmp_path: Path
+) -> None:
+    """The size of what it adds is logged all the same."""
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "first"
+    folder.mkdir()
+    path = Path(toy["defenses"]["trait"]["adapter"])
+    tensors = load_file(path / "adapter_model.safetensors")
+    for key, tensor in tensors.items():
+        if "layers.1." in key and "lora_B" in key:
+            tensors[key] = torch.zeros_like(tensor)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    settings = json.loads((path / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    entry = toy["defenses"]["trait"] | {"adapter": str(folder)}
+    rows, _ = train(write_defended(toy, tmp_path / "a", [], defenses={"trait": entry}))
+    assert rows[0]["trait_ratio"] > 0.01
