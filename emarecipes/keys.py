@@ -51,6 +51,7 @@ _SETTINGS = {
     },
     "ema_select": {"": "selection.checked:SelectSettings"},
     "ema_persona": {"": "persona.checked:PersonaSettings"},
+    "ema_directions": {"": "persona.directions_checked:DirectionsSettings"},
     "ema_safelora": {"": "defenses.safelora_run:ProjectionSettings"},
 }
 RECIPES = tuple(_SETTINGS)

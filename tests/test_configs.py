@@ -20,6 +20,7 @@ from emarecipes.generation.checked import check_generate_settings
 from emarecipes.machine import settle_dtype
 from emarecipes.models._torchtune import model_on_meta
 from emarecipes.persona.checked import check_persona_settings
+from emarecipes.persona.directions_checked import DirectionsSettings
 from emarecipes.persona.prompts import load_prompts
 from emarecipes.probes.suites import read_suites
 from emarecipes.selection.checked import check_select_settings
@@ -30,7 +31,14 @@ CONFIGS = sorted((toy_run.REPO / "configs").glob("*.yaml"))
 
 
 # Ends of the names of configs that are for another recipe than ema_lora.
-OTHER_RECIPES = ("_persona_vectors", "_select", "_safelora_posthoc", "_generate", "_eval")
+OTHER_RECIPES = (
+    "_persona_vectors",
+    "_directions",
+    "_select",
+    "_safelora_posthoc",
+    "_generate",
+    "_eval",
+)
 
 
 COMPARE = [path for path in CONFIGS if path.stem.startswith("compare_")]
@@ -163,6 +171,18 @@ def test_shipped_persona_config(path: Path) -> None:
     assert cfg.output_dir == f"runs/{path.stem}"
     header = path.read_text().split("\n\n")[0]
     assert f"recipes/ema_persona.py --config configs/{path.name}" in header
+
+
+def test_shipped_directions_config() -> None:
+    path = toy_run.REPO / "configs/smollm2_135m_directions.yaml"
+    raw, origin = load_config(["--config", str(path)])
+    cfg = OmegaConf.create(parse_settings(raw, origin, DirectionsSettings).model_dump())
+    settle_dtype(cfg, origin)
+    check_components(cfg, origin)
+    model_on_meta(cfg, origin)
+    assert cfg.output_dir == f"runs/{path.stem}"
+    header = path.read_text().split("\n\n")[0]
+    assert f"recipes/ema_directions.py --config configs/{path.name}" in header
 
 
 @pytest.mark.parametrize("path", GENERATE, ids=lambda path: path.stem)

@@ -15,9 +15,9 @@ from emarecipes.errors import UserError
 from emarecipes.judges.calls import check_judge
 from emarecipes.models.sampling.draw import derived_seed
 from emarecipes.models.sampling.prompts import check_prompts
-from emarecipes.output_dir import check_output_dir
 from emarecipes.persona.kept import CALLS_AN_ANSWER
 from emarecipes.persona.prompts import PersonaPrompts, load_prompts
+from emarecipes.persona.written import VECTORS, check_result_folder
 from emarecipes.settings import (
     Entry,
     ModelSettings,
@@ -34,7 +34,7 @@ RESULT_FILES = (
     "answers.jsonl",
     "persona.json",
     "persona.png",
-    "vectors.safetensors",
+    VECTORS,
 )
 
 
@@ -118,19 +118,7 @@ class CheckedExtraction(Checked):
     def check_output(self) -> None:
         """It holds no run of training, and nothing of an extraction that is not to be replaced."""
         super().check_output()
-        check_output_dir(self.cfg, self.origin)
-        where, folder = self.origin.at("output_dir"), Path(self.cfg.output_dir)
-        training = [n for n in ("metrics.jsonl", "adapter", "merged") if (folder / n).exists()]
-        if training:
-            raise UserError(
-                f"{where}: {folder} holds a training run ({training[0]}); choose another output_dir"
-            )
-        present = [name for name in RESULT_FILES if (folder / name).exists()]
-        if present and "config.yaml" not in present:
-            raise UserError(
-                f"{where}: {folder} has {present[0]} but no config.yaml of a run; not overwritten. "
-                "Choose another output_dir"
-            )
+        check_result_folder(self.cfg, self.origin, RESULT_FILES)
 
     def check_inputs(self) -> None:
         """The prompts, and the judge."""

@@ -7,7 +7,7 @@ is the embeddings, k the stream after k layers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from emarecipes.models.batch import Batch, longest_first
-from emarecipes.models.likelihoods import GivenAnswers, answer_row, row_sums
+from emarecipes.models.likelihoods import ByNumber, GivenAnswers, row_sums
 from emarecipes.models.loss_head import LossHead
 from emarecipes.models.sampling.reading import PAD_TO_MULTIPLE_OF
 from emarecipes.progress import Progress
@@ -40,36 +40,33 @@ class Reading:
 
 @torch.no_grad()
 def read_activations(
-    head: LossHead,
-    prompts: Sequence[Sequence[int]],
-    answers: Sequence[Sequence[int]],
-    *,
-    batch_size: int,
-    label: str,
+    head: LossHead, rows: ByNumber, *, batch_size: int, label: str, reference: bool = True
 ) -> Reading:
-    """Read each answer behind its prompt.
+    """Read each row's answer, which is what it has labels on.
 
     Args:
         head: The model's loss head.
-        prompts: Token ids, generation prompt included.
-        answers: Token ids, at least one each.
+        rows: With at least one label each.
         batch_size: Rows at a time.
         label: What the progress bar is called.
+        reference: With the adapter off.
     """
     model = head.model
     indices, width = len(model.layers) + 1, model.tok_embeddings.embedding_dim
-    count = len(prompts)
+    count = len(rows)
     reading = Reading(
         torch.zeros(count, indices, width), torch.zeros(count, indices), torch.zeros(count)
     )
-    rows = [answer_row(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
     # No row is filled up to more than the model takes.
     multiple = math.gcd(PAD_TO_MULTIPLE_OF, model.max_seq_len)
     given = GivenAnswers(rows, 0, multiple, model.tok_embeddings.weight.device)
-    batches = longest_first([row["tokens"] for row in rows], batch_size)
+    batches = longest_first([rows[n]["tokens"] for n in range(count)], batch_size)
     with Progress(total=count, unit="answer", desc=label) as bar:
         for numbers, nll_T, tokens_B in given.nll(
-            head, batches, reference=False, around=lambda batch: _residuals(model, batch, reading)
+            head,
+            batches,
+            reference=reference,
+            around=lambda batch: _residuals(model, batch, reading),
         ):
             reading.log_likelihood_N[numbers] = -(row_sums(nll_T, tokens_B) / tokens_B).float()
             bar.update(len(numbers))

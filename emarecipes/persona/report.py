@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from emarecipes.datasets.rows import file_fingerprints
-from emarecipes.errors import UserError, disk_errors
+from emarecipes.errors import disk_errors
 from emarecipes.files import open_to_others
 from emarecipes.persona.checked import RESULT_FILES
+from emarecipes.persona.written import VECTORS, result_folder
 from emarecipes.provenance import environment
 
 _SETTINGS = (
@@ -144,30 +144,25 @@ def write_result(result: Result, folder: Path) -> None:
     Raises:
         UserError: The disk refuses.
     """
-    staging = folder / ".partial"
-    try:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
+    with result_folder(folder, RESULT_FILES) as staging:
         _write_config(result, staging / "config.yaml")
         _write_figures(result, staging / "persona.json")
         if result.cfg.save_answers:
             lines = (json.dumps(answer, ensure_ascii=False) for answer in result.answers)
             (staging / "answers.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         plot(result, staging / "persona.png")
-        with disk_errors(folder):
-            save_file(
-                result.vectors, staging / "vectors.safetensors", metadata=_vector_metadata(result)
-            )
-        open_to_others(staging / "vectors.safetensors")
-        for name in RESULT_FILES:
-            if (staging / name).exists():
-                (staging / name).replace(folder / name)
-            else:  # An overwritten result may have what this one leaves out.
-                (folder / name).unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot write the result: {error.strerror}") from None
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        write_vectors(result.vectors, _vector_metadata(result), staging)
+
+
+def write_vectors(vectors: dict[str, Tensor], made_with: dict[str, str], staging: Path) -> None:
+    """Write `vectors.safetensors` into a result's folder.
+
+    Raises:
+        UserError: The disk refuses.
+    """
+    with disk_errors(staging.parent):
+        save_file(vectors, staging / VECTORS, metadata=made_with)
+    open_to_others(staging / VECTORS)
 
 
 def plot(result: Result, path: Path) -> None:

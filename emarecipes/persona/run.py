@@ -13,6 +13,7 @@ from torchtune.modules.peft import disable_adapter
 
 from emarecipes.command import run_alone
 from emarecipes.errors import UserError
+from emarecipes.models.likelihoods import answer_row
 from emarecipes.models.loss_head import LossHead
 from emarecipes.models.sampling.draw import Sampling, derived_seed
 from emarecipes.models.sampling.prompts import encode_prompt
@@ -139,8 +140,8 @@ def _read(run: CheckedExtraction, head: LossHead, answers: list[SideAnswer]) -> 
     """Read the answers behind their own prompt, the opposite one and none; mark the kept ones."""
 
     def read(chosen: list[SideAnswer], prompts: list[list[int]], label: str) -> Any:
-        tokens = [answer.tokens for answer in chosen]
-        return read_activations(head, prompts, tokens, batch_size=run.cfg.batch_size, label=label)
+        rows = [answer_row(p, answer.tokens) for p, answer in zip(prompts, chosen, strict=True)]
+        return read_activations(head, rows, batch_size=run.cfg.batch_size, label=label)
 
     own = read(answers, [_prompt(run, a, a.side) for a in answers], "own prompt")
     opposite_prompts = [_prompt(run, a, _OPPOSITE[a.side]) for a in answers]

@@ -67,9 +67,17 @@ def persona_subspace(
     if not both:
         return None
     positive, negative = (list(side) for side in zip(*both, strict=True))
+    return top_directions(activation_NKD[positive] - activation_NKD[negative], rank)
+
+
+def top_directions(difference_XKD: Tensor, rank: int) -> Tensor:
+    r"""For each k the first R right singular vectors of the differences, (K, R, D), orthonormal.
+
+    Not centred. Rows beyond the differences' rank are 0; there are fewer than R rows where there
+    are fewer differences.
+    """
     directions = []
-    for k in range(activation_NKD.shape[1]):
-        difference_XD = activation_NKD[positive, k].double() - activation_NKD[negative, k].double()
+    for difference_XD in difference_XKD.double().unbind(dim=1):
         _, values_X, right_XD = torch.linalg.svd(difference_XD, full_matrices=False)
         real_X = values_X > 1e-6 * values_X[0]
         directions.append((right_XD * real_X[:, None])[:rank].float())

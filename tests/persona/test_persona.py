@@ -6,6 +6,7 @@ import pytest
 import torch
 from toy_models import VOCAB_SIZE, toy_model
 
+from emarecipes.models.likelihoods import answer_row
 from emarecipes.models.loss_head import LossHead
 from emarecipes.models.sampling.draw import Sampling, derived_seed
 from emarecipes.models.sampling.sampler import sample_answers
@@ -132,7 +133,8 @@ def test_reading_and_vectors_against_hooks_in_float64(family: str) -> None:
     prompts, answers = ragged(8, 3, 20), ragged(8, 1, 14, seed=1)
     model = model_of(family)
     head = LossHead(model, chunk_elements=3 * VOCAB_SIZE)
-    reading = read_activations(head, prompts, answers, batch_size=3, label="")
+    given = [answer_row(p, a) for p, a in zip(prompts, answers, strict=True)]
+    reading = read_activations(head, given, batch_size=3, label="", reference=False)
     assert head.model.unembed is head
 
     slow = model_of(family).double()

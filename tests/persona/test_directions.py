@@ -1,0 +1,167 @@
+"""`recipes/ema_directions.py` at toy size, against PEFT's hidden states; its use and refusals."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import toy_defenses
+import toy_run
+from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from emarecipes.persona.directions import run_directions
+from emarecipes.persona.directions_checked import CheckedDirections
+from emarecipes.training import run_lora
+
+RECIPE = "recipes/ema_directions.py"
+SHARED = ("output_dir", "tokenizer", "model", "checkpointer", "dataset", "seed", "device", "dtype")
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory, toy_model_dir: Path) -> dict[str, Any]:
+    """An extraction's config; its adapter is at random on the attention of every layer."""
+    folder = tmp_path_factory.mktemp("toy")
+    rows = toy_run.write_rows(folder / "rows.jsonl", 16)
+    config = toy_run.toy_config(toy_model_dir, rows, folder / "out")
+    adapter = toy_defenses.write_trait(folder / "undefended/adapter", toy_model_dir)
+    return toy_run.with_variable({key: config[key] for key in SHARED}) | {
+        "adapter": str(adapter),
+        "batch_size": 3,
+        "num_rows": 12,
+        "num_directions": 2,
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(toy: dict[str, Any]) -> Path:
+    """The folder of a run as a user starts it."""
+    path = toy_run.write_config(Path(toy["adapter"]).parents[1] / "config.yaml", toy)
+    done = toy_run.tune_run(path, recipe=RECIPE)
+    assert done.returncode == 0, done.stderr
+    assert "Directions of 9 answers; 'change' and 'held'" in " ".join(done.stdout.split())
+    return path.parent
+
+
+def tensors_of(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    with safe_open(folder / "out/vectors.safetensors", framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.offset_keys()}, file.metadata()
+
+
+def test_files(finished: Path) -> None:
+    names = ["config.yaml", "directions.json", "directions.png", "vectors.safetensors"]
+    assert sorted(path.name for path in (finished / "out").iterdir()) == names
+    figures = json.loads((finished / "out/directions.json").read_text())
+    assert figures["counts"] == {"rows": 12, "held_out": 3}
+    assert [layer["layer"] for layer in figures["layers"]] == [0, 1, 2]
+    assert figures["layers"][0]["held"] is None  # The adapter is not on the embeddings.
+    vectors, metadata = tensors_of(finished)
+    assert metadata["model"] == figures["model"] == "toy-model"
+    assert vectors["subspace"].shape == (toy_run.LAYERS + 1, 2, toy_run.WIDTH)
+    assert not vectors["subspace"][0].any() and not vectors["persona"][0].any()
+    norms = vectors["persona"].norm(dim=1)
+    torch.testing.assert_close(vectors["random"].norm(dim=1), norms)
+
+
+def test_directions_are_those_of_pefts_hidden_states(finished: Path, toy: dict[str, Any]) -> None:
+    """In float64, row by row, the adapter by PEFT; the last layer's stream by a hook."""
+    path = str(finished / "config.yaml")
+    run = CheckedDirections(["--config", path, "overwrite=true"])
+    base = AutoModelForCausalLM.from_pretrained(toy["model_dir"]).double()
+    model = PeftModel.from_pretrained(base, toy["adapter"]).double().eval()
+    last: list[torch.Tensor] = []
+    base.model.layers[-1].register_forward_hook(
+        lambda _, inputs, out: last.append(out[0] if isinstance(out, tuple) else out)
+    )
+
+    @torch.no_grad()
+    def means(row: dict[str, list[int]]) -> torch.Tensor:
+        last.clear()
+        found = model(torch.tensor([row["tokens"]]), output_hidden_states=True).hidden_states
+        stream = [h.reshape(-1, toy_run.WIDTH) for h in (*found[:-1], last[0])]
+        answer = torch.tensor(row["labels"]) != -100
+        return torch.stack([h[answer].mean(dim=0) for h in stream])
+
+    tuned = torch.stack([means(row) for row in run.rows])
+    with model.disable_adapter():
+        change_NKD = tuned - torch.stack([means(row) for row in run.rows])
+    vectors, _ = tensors_of(finished)
+    used_NKD, held_out_NKD = change_NKD[~run.held_out_N], change_NKD[run.held_out_N]
+    scale = float(change_NKD.abs().max())
+    expected_KD = used_NKD.mean(dim=0)
+    torch.testing.assert_close(
+        vectors["persona"].double(), expected_KD, rtol=1e-4, atol=1e-5 * scale
+    )
+    figures = json.loads((finished / "out/directions.json").read_text())["layers"]
+    for k in range(1, toy_run.LAYERS + 1):
+        _, _, right = torch.linalg.svd(used_NKD[:, k])
+        projector = right[:2].T @ right[:2]
+        found = vectors["subspace"][k].double()
+        torch.testing.assert_close(found.T @ found, projector, rtol=1e-3, atol=1e-4)
+        held = (held_out_NKD[:, k] @ projector).square().sum() / held_out_NKD[:, k].square().sum()
+        assert figures[k]["held"] == pytest.approx(float(held), rel=1e-3)
+        assert figures[k]["random"] == 2 / toy_run.WIDTH
+
+
+def test_a_run_with_them_out_of_reach(finished: Path, toy: dict[str, Any], tmp_path: Path) -> None:
+    training = toy_run.toy_config(Path(toy["model_dir"]), finished / "rows.jsonl", tmp_path / "out")
+    training["defenses"] = {
+        "ablation": {
+            "_component_": "emarecipes.defenses.SubspaceAblation",
+            "subspace": str(finished / "out/vectors.safetensors"),
+            "layers": [1, 2],
+        }
+    }
+    path = toy_run.write_config(tmp_path / "config.yaml", training | {"max_steps_per_epoch": 2})
+    assert run_lora(["--config", str(path)]) == 0
+    assert toy_run.metrics(tmp_path / "out")[0]["ablation_removed"] > 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["adapter=none"], "adapter: no such adapter folder: none; train it first"),
+        (["adapter={idle}"], "changes nothing: every B is 0; train it"),
+        (["adapter={other}"], "whose weights are not those of"),
+        (["dataset.packed=true"], "dataset.packed: an answer is read with its own conversation"),
+        (["num_rows=3"], "held_out_rows: 0.25 of 3 rows leaves 2 for the directions and 1 to"),
+        (["held_out_rows=1.5"], "held_out_rows: "),
+        (["layers=[1]"], "layers: unknown key"),
+        (["dataset.data_files=none.jsonl"], "dataset.data_files: no such file"),
+        (["model.lora_rank=1"], "adapter: "),
+        ([], "already holds a run; choose another output_dir, or say overwrite=true"),
+    ],
+)
+def test_what_is_refused(
+    overrides: list[str],
+    message: str,
+    finished: Path,
+    toy: dict[str, Any],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    adapter = Path(toy["adapter"])
+    idle, other = tmp_path / "idle", tmp_path / "other"
+    for folder in (idle, other):
+        shutil.copytree(adapter, folder)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    nothing = {k: torch.zeros_like(t) if "lora_B" in k else t for k, t in tensors.items()}
+    save_file(nothing, idle / "adapter_model.safetensors")
+    base = Path(toy["model_dir"])
+    shutil.copytree(base, tmp_path / "base")
+    weights = load_file(base / "model.safetensors")
+    save_file({k: w + 0.01 for k, w in weights.items()}, tmp_path / "base/model.safetensors")
+    settings = json.loads((other / "adapter_config.json").read_text())
+    settings["base_model_name_or_path"] = str(tmp_path / "base")
+    (other / "adapter_config.json").write_text(json.dumps(settings))
+    changes = [o.format(idle=idle, other=other) for o in overrides]
+    if overrides:
+        changes.append(f"output_dir={tmp_path / 'out'}")
+    assert run_directions(["--config", str(finished / "config.yaml"), *changes]) == 1
+    (line,) = [x for x in capfd.readouterr().err.splitlines() if x.startswith("error: ")]
+    assert message in line
+    assert not (tmp_path / "out").exists()
