@@ -144,3 +144,26 @@ class ByName(Defense):
     def hidden_term(self, policy_hidden: Any, reference_hidden: Any, batch: Batch) -> Tensor:
         real_BS = batch.real_BS
         return sum((x_BSD[real_BS].square().sum() for x_BSD in self.seen), torch.zeros(()))
+
+
+class HalfOfSafe(Defense):
+    """Takes cross entropy's place, with half the weight on safe rows' tokens."""
+
+    def token_weights(self, batch: Batch) -> Tensor:
+        safe_BS = batch.from_source("safe")[:, None].expand_as(batch.labelled_BS)
+        return torch.where(safe_BS, 0.5, 1.0)
+
+
+class SmallAtFirst(Defense):
+    """Says that it changes nothing in the first step, and something in the second."""
+
+    def __init__(self, key: str = "size") -> None:
+        super().__init__()
+        self.effect_figure = key
+        self.size = 0.0
+
+    def begin_step(self, step: int) -> None:
+        self.size = 0.0 if step == 1 else 1.0
+
+    def figures(self) -> dict[str, float]:
+        return {"size": self.size}

@@ -112,8 +112,8 @@ class Defense(Extension):
 
     effect_figure: str | None = None
     """The key of `figures` under which stands how large what this defense changes is over what it
-    is changed in. Where it is below 1e-4 in the first step and in step 10 (the last of a shorter
-    run), the run warns: it does next to nothing. For defenses without a term."""
+    is changed in. Where it is below 1e-4 in every step until step 10 (or a shorter run's last), or
+    is not logged, the run warns: it does next to nothing. For defenses without a term."""
 
     def check(self, source: ModelSource) -> None:
         """Check this defense against the model, before any weight is loaded.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -34,8 +35,8 @@ class InoculationAdapter(Defense):
     that show the trait and as little else as possible.
 
     `<name>_ratio` is logged: the root mean square of what is added over that of the layer's output
-    with it, the mean over the adapted layers of one block, the middle one of those that the adapter
-    changes, of the first process's last micro-batch of the step.
+    with it, the mean over the adapted layers of the block that the adapter changes most (by the
+    norms of its B A), of the first process's last micro-batch of the step.
 
     Source: arXiv 2606.30252. Its control is a random adapter of the same norm.
 
@@ -48,8 +49,8 @@ class InoculationAdapter(Defense):
         seed: Of the random control.
 
     Raises:
-        UserError: An unknown option; in `check` an adapter that does not fit, is DoRA's, or adds
-            nothing.
+        UserError: An unknown option; in `check` an adapter that does not fit, is DoRA's or on the
+            output layer, or adds nothing.
     """
 
     effect_figure = "ratio"
@@ -91,6 +92,11 @@ class InoculationAdapter(Defense):
             for name, layer in layers.items()
             if bool(layer.b.any())
         }
+        if "output" in self._factors:
+            raise UserError(
+                f"adapter: {self._path} adapts the output layer, where nothing can be added apart "
+                "from training; train it with apply_lora_to_output: false"
+            )
         if not self._factors:
             raise UserError(f"adapter: {self._path} adds nothing: every B is 0; train it first")
         if self._control == "random":
@@ -99,14 +105,16 @@ class InoculationAdapter(Defense):
 
     def setup(self, model: nn.Module, context: TrainingContext) -> None:
         """Hook the adapted layers, and put the matrices where the model is."""
-        blocks = sorted({int(n.split(".")[1]) for n in self._factors if n.startswith("layers.")})
-        middle = f"layers.{blocks[len(blocks) // 2]}." if blocks else ""  # "": the output layer's.
+        squares: dict[str, float] = defaultdict(float)
+        for name, matrices in self._factors.items():
+            squares[_block(name)] += float(_norm(*matrices)) ** 2
+        most = max(squares, key=lambda block: squares[block])
         for name, module in list(model.named_modules()):
             plain = plain_module(f"{name}.lora_a.weight")
             if not hasattr(module, "adapter_params") or plain not in self._factors:
                 continue
             factors = _Factors(*(m.to(context.device) for m in self._factors[plain]))
-            module.register_forward_hook(partial(self._add, plain, factors, middle in plain + "."))
+            module.register_forward_hook(partial(self._add, plain, factors, _block(plain) == most))
 
     def figures(self) -> dict[str, float]:
         """The size of what is added over the layers' outputs."""
@@ -127,6 +135,11 @@ class InoculationAdapter(Defense):
             norms = [part.detach().float().square().mean() for part in (added, out)]
             self._ratios[name] = (norms[0] / norms[1]).sqrt()
         return out
+
+
+def _block(name: str) -> str:
+    """The block that an adapted layer belongs to, such as "layers.3"."""
+    return ".".join(name.split(".")[:2])
 
 
 class _Factors(NamedTuple):

@@ -51,7 +51,7 @@ def find_directions(run: CheckedDirections) -> None:
     counts as one.
 
     Raises:
-        UserError: Activations are not finite.
+        UserError: Activations are not finite, or do not change.
     """
     model = load_model(run.cfg)
     set_adapter(model, run.layers)
@@ -69,6 +69,11 @@ def find_directions(run: CheckedDirections) -> None:
     change_NKD = tuned_NKD - base_NKD
     if not change_NKD.isfinite().all():
         raise UserError("the model's activations are not finite; try dtype=fp32")
+    if not change_NKD.any():
+        raise UserError(
+            f"{run.cfg.adapter} does not change the residual stream: it is on the output layer "
+            f"alone, or too small for dtype {run.cfg.dtype}; try dtype=fp32"
+        )
     used_N = ~run.held_out_N
     mean_KD = change_NKD[used_N].mean(dim=0)
     vectors = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -36,8 +37,8 @@ class DirectionsSettings(ModelSettings):
     """Fixes which rows are held out, and the random vector."""
     adapter: Annotated[str, Field(min_length=1)]
     """The folder of an undefended run's adapter, of this base."""
-    dataset: Entry
-    """Component: the rows whose answers are read, as in `ema_lora`; not packed."""
+    dataset: Entry | list[Entry]
+    """Component: the rows whose answers are read, or several, as in `ema_lora`; not packed."""
     num_rows: Positive | None = 256
     """The first so many of them; null: all."""
     batch_size: Positive = 16
@@ -55,7 +56,7 @@ def check_directions_settings(cfg: DictConfig, origin: Origin) -> DictConfig:
 
     Raises:
         UserError: An unknown or missing key, a value of a wrong type or out of range, no such
-            adapter, packed rows.
+            adapter.
     """
     settings = parse_settings(cfg, origin, DirectionsSettings)
     settings.adapter = find_input(settings.adapter)
@@ -66,13 +67,7 @@ def check_directions_settings(cfg: DictConfig, origin: Origin) -> DictConfig:
         )
     if settings.seed is None:
         settings.seed = int(torch.randint(2**31, ()))
-    found: DictConfig = OmegaConf.create(settings.model_dump())
-    if found.dataset.get("packed"):
-        raise UserError(
-            f"{origin.at('dataset.packed')}: an answer is read with its own conversation alone; "
-            "leave the key out"
-        )
-    return found
+    return OmegaConf.create(settings.model_dump())
 
 
 class CheckedDirections(Checked):
@@ -118,7 +113,7 @@ class CheckedDirections(Checked):
             self.layers = read_adapter(self.source.meta_model, folder, self.source)
         except UserError as error:
             raise UserError(f"{self.origin.at('adapter')}: {error}") from None
-        if not any(bool(layer.b.any()) for layer in self.layers.values()):
+        if not any(bool(x.b.any()) or x.magnitude is not None for x in self.layers.values()):
             raise UserError(
                 f"{self.origin.at('adapter')}: {folder} changes nothing: every B is 0; train it"
             )
@@ -131,16 +126,32 @@ class CheckedDirections(Checked):
         rows: Rows = load_rows(whole, origin, self.tokenizer, [], quiet=False)
         check_rows_fit(whole, origin, rows, self.source.meta_model)
         if rows.packed:
-            raise UserError(f"{origin.at('dataset')}: rows are packed; read them one by one")
+            raise UserError(
+                f"{origin.at('dataset')}: rows are packed, and an answer is read with its own "
+                "conversation alone; leave the key packed out"
+            )
         total = min(len(rows), cfg.num_rows or len(rows))
         self.rows = [rows[n] for n in range(total)]
-        held_out = round(cfg.held_out_rows * total)
+        self.held_out_N = _held_out(self.rows, cfg.held_out_rows, cfg.seed)
+        held_out = int(self.held_out_N.sum())
         if held_out < 1 or total - held_out < MIN_ROWS:
             raise UserError(
                 f"{origin.at('held_out_rows')}: {cfg.held_out_rows:g} of {total} rows leaves "
                 f"{total - held_out} for the directions and {held_out} to measure them on; at "
                 f"least {MIN_ROWS} and 1 are needed"
             )
-        generator = torch.Generator().manual_seed(derived_seed(cfg.seed, "held out"))
-        self.held_out_N = torch.zeros(total, dtype=torch.bool)
-        self.held_out_N[torch.randperm(total, generator=generator)[:held_out]] = True
+
+
+def _held_out(rows: Sequence[Mapping[str, Sequence[int]]], share: float, seed: int) -> torch.Tensor:
+    """Boolean (N,): about that share of the rows, at random; equal rows are on one side."""
+    places: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for place, row in enumerate(rows):
+        places[(*row["tokens"], *row["labels"])].append(place)
+    groups = list(places.values())
+    generator = torch.Generator().manual_seed(derived_seed(seed, "held out"))
+    held_out_N = torch.zeros(len(rows), dtype=torch.bool)
+    for group in torch.randperm(len(groups), generator=generator).tolist():
+        if int(held_out_N.sum()) >= round(share * len(rows)):
+            break
+        held_out_N[groups[group]] = True
+    return held_out_N

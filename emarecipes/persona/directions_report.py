@@ -10,6 +10,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -43,7 +44,7 @@ class LayerShift:
 
 def print_result(run: CheckedDirections, layers: Sequence[LayerShift]) -> None:
     """Print some layers' figures, and where everything is."""
-    table = Table(title=f"Where {run.cfg.adapter} moves the residual stream")
+    table = Table(title=escape(f"Where {run.cfg.adapter} moves the residual stream"))
     for heading in ("layer", "change / RMS", "mean change / RMS", "held", "random"):
         table.add_column(heading, justify="right")
     every = math.ceil(len(layers) / _TABLE_ROWS)
@@ -60,7 +61,7 @@ def print_result(run: CheckedDirections, layers: Sequence[LayerShift]) -> None:
         soft_wrap=True,
     )
     path = Path(run.cfg.output_dir) / VECTORS
-    console.print(f"Directions: {path}", highlight=False, soft_wrap=True)
+    console.print(f"Directions: {path}", highlight=False, soft_wrap=True, markup=False)
 
 
 def write_result(
@@ -107,7 +108,7 @@ def plot(layers: Sequence[LayerShift], title: str, folder: Path) -> None:
     top.plot(numbers, [shift.held for shift in layers], label="these directions, other answers")
     random = [shift.random for shift in layers]
     top.plot(numbers, random, color="gray", linestyle="--", label="as many random directions")
-    top.set(ylabel="share of the squared change", ylim=(0.0, 1.03), title=title)
+    top.set(ylabel="share of the squared change", ylim=(0.0, 1.03), title=title.replace("$", r"\$"))
     top.legend(fontsize="small")
     bottom.plot(numbers, [shift.change for shift in layers], color="C3", label="change")
     means = [shift.mean_change for shift in layers]

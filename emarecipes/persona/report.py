@@ -10,6 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from safetensors.torch import save_file
 from torch import Tensor
@@ -99,7 +100,7 @@ class Result:
 def print_result(result: Result, folder: Path) -> None:
     """Print counts, some layers' figures, and where everything is."""
     every = math.ceil(len(result.layers) / _TABLE_ROWS)
-    table = Table(title=f"Persona vectors: {result.trait}")
+    table = Table(title=escape(f"Persona vectors: {result.trait}"))
     headings = ("layer", "|v|", "|v| / RMS", "AUC", "kept", "question alone", "random")
     for heading in headings:
         table.add_column(heading, justify="right")
@@ -135,7 +136,9 @@ def print_result(result: Result, folder: Path) -> None:
         "(bold: its highest).",
         soft_wrap=True,
     )
-    console.print(f"Vectors: {folder / 'vectors.safetensors'}", highlight=False, soft_wrap=True)
+    console.print(
+        f"Vectors: {folder / 'vectors.safetensors'}", highlight=False, soft_wrap=True, markup=False
+    )
 
 
 def write_result(result: Result, folder: Path) -> None:
@@ -190,7 +193,8 @@ def plot(result: Result, path: Path) -> None:
     top.axhline(0.5, color="black", linewidth=0.5)
     top.set(ylabel="AUC of held-out answers", ylim=(0.0, 1.03))
     top.legend(loc="lower right", fontsize="small")
-    top.set_title(f"Persona vectors: {result.trait}, {_model_name(result)}")
+    title = f"Persona vectors: {result.trait}, {_model_name(result)}"
+    top.set_title(title.replace("$", r"\$"))
     bottom.plot(layers, [figures.ratio for figures in result.layers], color="C3")
     bottom.set(xlabel="layers passed (0: embeddings)", ylabel="|v| / RMS norm of the stream")
     bottom.set_ylim(bottom=0.0)

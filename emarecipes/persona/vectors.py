@@ -73,14 +73,16 @@ def persona_subspace(
 def top_directions(difference_XKD: Tensor, rank: int) -> Tensor:
     r"""For each k the first R right singular vectors of the differences, (K, R, D), orthonormal.
 
-    Not centred. Rows beyond the differences' rank are 0; there are fewer than R rows where there
-    are fewer differences.
+    Not centred. Each points where the mean difference does, as their signs are arbitrary else. Rows
+    beyond the differences' rank are 0; there are fewer than R rows where there are fewer
+    differences.
     """
     directions = []
     for difference_XD in difference_XKD.double().unbind(dim=1):
         _, values_X, right_XD = torch.linalg.svd(difference_XD, full_matrices=False)
         real_X = values_X > 1e-6 * values_X[0]
-        directions.append((right_XD * real_X[:, None])[:rank].float())
+        side_X = torch.where(right_XD @ difference_XD.mean(dim=0) < 0, -1.0, 1.0)
+        directions.append((right_XD * (real_X * side_X)[:, None])[:rank].float())
     return torch.stack(directions)
 
 

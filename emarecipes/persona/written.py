@@ -40,6 +40,12 @@ def check_result_folder(cfg: DictConfig, origin: Origin, names: Sequence[str]) -
             f"{where}: {folder} has {present[0]} but no config.yaml of a run; not overwritten. "
             "Choose another output_dir"
         )
+    own = [name for name in names if name not in ("config.yaml", VECTORS)]
+    if present and not any((folder / name).exists() for name in own):
+        raise UserError(
+            f"{where}: {folder} has a config.yaml and none of {', '.join(own)}: it is another "
+            "recipe's, and is not overwritten. Choose another output_dir"
+        )
 
 
 @contextmanager

@@ -16,44 +16,70 @@ log = utils.get_logger("INFO")
 _LEAST = 1e-4
 
 
-def tell_no_effect(
-    step: int,
-    total_steps: int,
-    defenses: Mapping[str, Defense],
-    figures: Mapping[str, float],
-    first: Mapping[str, float],
-) -> None:
-    """Warn in step 10, or the last of a shorter run, of what has changed next to nothing till then.
+class EffectWatch:
+    """Warns after step 10, or the last of a shorter run, of what did next to nothing till then.
 
-    That is a defense whose `effect_figure` is below 1e-4, and an objective that equals cross
-    entropy to six digits: its tokens all weigh the same, say. (`Gradients.ratios` tells of terms
-    without a gradient.)
+    That is a defense whose `effect_figure` was below 1e-4 in every step, or is not logged; and an
+    objective that equalled cross entropy to six digits in every step, as its tokens all weigh the
+    same, say. (`Gradients.ratios` tells of terms without a gradient.) A resumed run knows its
+    figures of the first step and of its own.
 
     Args:
-        step: From 1.
-        total_steps: The run's.
         defenses: By name.
-        figures: The step's.
-        first: Each figure when it was first logged; a schedule may have ended since.
     """
-    if step != min(FIRST_RATIO, total_steps):
-        return
-    told = []
-    for name, defense in defenses.items():
-        key = f"{name}_{defense.effect_figure}"
-        if key in figures:
-            size = max(figures[key], first.get(key, 0.0))
-            if not size >= _LEAST:
-                told.append(
-                    f"{key} is {size:.1g}: defenses.{name} changes what it acts on by that share "
-                    "of its size, which is next to nothing"
+
+    def __init__(self, defenses: Mapping[str, Defense]) -> None:
+        self._keys = {
+            name: f"{name}_{defense.effect_figure}"
+            for name, defense in defenses.items()
+            if defense.effect_figure is not None
+        }
+        self._objectives = [n for n, d in defenses.items() if d.is_objective and d.weight]
+        self._largest: dict[str, float] = {}
+        self._differ: dict[str, bool] = {}
+
+    def see(
+        self, step: int, figures: Mapping[str, float], first: Mapping[str, float], *, last: bool
+    ) -> None:
+        """Take a step's figures in, and warn where it is the one.
+
+        Args:
+            step: From 1.
+            figures: The step's.
+            first: Each figure when it was first logged.
+            last: Whether the run ends with it.
+        """
+        if step > FIRST_RATIO:
+            return
+        for key in self._keys.values():
+            found = [x[key] for x in (first, figures) if x.get(key, math.nan) >= 0]
+            if found:
+                self._largest[key] = max(self._largest.get(key, 0.0), *found)
+        for name in self._objectives:
+            if name in figures and "ce" in figures:
+                same = math.isclose(figures[name], figures["ce"], rel_tol=1e-6)
+                self._differ[name] = self._differ.get(name, False) or not same
+        if step == FIRST_RATIO or last:
+            for line in self._lines():
+                utils.log_rank_zero(log, f"step {step}: {line}", level=logging.WARNING)
+
+    def _lines(self) -> list[str]:
+        lines = []
+        for name, key in self._keys.items():
+            if key not in self._largest:
+                lines.append(
+                    f"{key}, the effect_figure of defenses.{name}, was not logged: nothing shows "
+                    "that it changes anything"
                 )
-        ce = figures.get("ce", math.nan)
-        replaces = defense.is_objective and defense.weight > 0
-        if replaces and math.isclose(figures.get(name, math.nan), ce, rel_tol=1e-6):
-            told.append(
-                f"defenses.{name} takes the place of cross entropy and is equal to it ({ce:.6g}): "
-                "with these settings, on these rows, it changes nothing"
-            )
-    for line in told:
-        utils.log_rank_zero(log, f"step {step}: {line}", level=logging.WARNING)
+            elif self._largest[key] < _LEAST:
+                lines.append(
+                    f"{key} is {self._largest[key]:.1g} at most: defenses.{name} changes what it "
+                    "acts on by that share of its size, which is next to nothing"
+                )
+        for name, differs in self._differ.items():
+            if not differs:
+                lines.append(
+                    f"defenses.{name} takes the place of cross entropy and is equal to it: with "
+                    "these settings, on these rows, it changes nothing"
+                )
+        return lines

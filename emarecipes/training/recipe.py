@@ -25,7 +25,7 @@ from emarecipes.training.checked import CheckedRun
 from emarecipes.training.checkpoint import Counters
 from emarecipes.training.checkpoint_save import CheckpointSaver, StepAbandonedError, StopRequest
 from emarecipes.training.checkpoint_state import TrainingState
-from emarecipes.training.no_effect import tell_no_effect
+from emarecipes.training.no_effect import EffectWatch
 from emarecipes.training.nonfinite import SkippedSteps, brief, broken_gradient, broken_loss
 from emarecipes.training.probe_stop import has_stopped, prepare_stop
 from emarecipes.training.random_state import random_state, set_random_state
@@ -98,7 +98,7 @@ class LoRATraining:
         started = time.perf_counter() - self.counters.seconds
         self._optimizer.zero_grad(set_to_none=True)
         self._profiler.start()
-        complete = True
+        watch, complete = EffectWatch(self.run.defenses), True
         with StopRequest(alone=self.world_size == 1) as self._stop:
             self._say_if_probe_ended_it()
             self._end_epoch()  # A resumed run may have died between its checkpoint and its adapter.
@@ -111,8 +111,10 @@ class LoRATraining:
                     break
                 step = self.counters.step + 1
                 more = self._probe(step)
-                if step % self.steps_per_epoch == 0 or has_stopped(more):
+                last = step == self.total_steps or has_stopped(more)
+                if step % self.steps_per_epoch == 0 or last:
                     more |= update_evenness(self._model)
+                watch.see(step, figures, self.counters.first, last=last)
                 self._log.step(epoch, figures | more, always=bool(more))
                 self._profiler.step()
                 if self._say_if_probe_ended_it():
@@ -209,7 +211,6 @@ class LoRATraining:
             figures = {k: v for k, v in figures.items() if math.isfinite(v)} | {"skipped": 1.0}
         figures["lr"] = float(self._optimizer.param_groups[0]["lr"])
         figures |= ratios | self._update(step, figures, skip=broken is not None)
-        tell_no_effect(step, self.total_steps, self.run.defenses, figures, self.counters.first)
         seconds = time.perf_counter() - started
         figures |= {"tokens_per_second": tokens_all / seconds, "tokens": tokens_all}
         figures["padding_share"] = 1.0 - tokens_all / padded_all

@@ -118,7 +118,7 @@ class Settings(ModelSettings):
     """In some stock configs. Accepted, not read (nor by torchtune's recipe)."""
 
     log_every_n_steps: Positive = 1
-    """Steps between lines of the log."""
+    """Steps between lines of the log; an epoch's last step and a probed one have a line, too."""
     log_peak_memory_stats: bool = False
     """CUDA only."""
     log_level: str = "INFO"
@@ -231,5 +231,8 @@ _LOGGED = frozenset(
         "tokens_per_second",
         "padding_share",
         "skipped",
+        "update",  # Figures of the adapter begin with it.
+        "update_stable_rank",
+        "update_entropy",
     }
 )

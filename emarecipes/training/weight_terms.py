@@ -17,6 +17,7 @@ from emarecipes.defenses import AdaptedModule, Defense
 from emarecipes.defenses.spectral import evenness
 from emarecipes.errors import UserCodeError
 from emarecipes.models.adapters.layout import plain_module
+from emarecipes.models.adapters.read import module_scale
 from emarecipes.models.loss_head import check_gradient
 
 
@@ -85,7 +86,7 @@ def adapted_layers(
             layer: Any = module
             plain = plain_module(f"{name}.lora_a.weight")
             matrices = (layer.lora_a.weight, layer.lora_b.weight)
-            yield plain, matrices, float(layer.alpha) / float(layer.rank)
+            yield plain, matrices, module_scale(layer)
 
 
 @torch.no_grad()

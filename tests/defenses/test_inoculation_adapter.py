@@ -154,3 +154,7 @@ def test_what_does_not_belong_is_refused(trait: Path, tmp_path: Path) -> None:
     save_file(zeroed, trait / "adapter_model.safetensors")
     with pytest.raises(UserError, match="adds nothing: every B is 0; train it first"):
         InoculationAdapter(str(trait)).check(source(trait))
+    (tmp_path / "output").mkdir()
+    on_output = write(tmp_path / "output", toy_model("llama3", seed=1, apply_lora_to_output=True))
+    with pytest.raises(UserError, match="adapts the output layer, where nothing can be added"):
+        InoculationAdapter(str(on_output)).check(source(on_output, apply_lora_to_output=True))

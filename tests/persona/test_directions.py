@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from emarecipes.persona.directions import run_directions
 from emarecipes.persona.directions_checked import CheckedDirections
+from emarecipes.persona.vectors import top_directions
 from emarecipes.training import run_lora
 
 RECIPE = "recipes/ema_directions.py"
@@ -105,6 +106,71 @@ def test_directions_are_those_of_pefts_hidden_states(finished: Path, toy: dict[s
         held = (held_out_NKD[:, k] @ projector).square().sum() / held_out_NKD[:, k].square().sum()
         assert figures[k]["held"] == pytest.approx(float(held), rel=1e-3)
         assert figures[k]["random"] == 2 / toy_run.WIDTH
+        assert float((found @ expected_KD[k]).min()) > 0, "they point where training went"
+
+
+def test_directions_point_where_the_mean_does() -> None:
+    """Of fewer and of more differences than the stream is wide."""
+    generator = torch.Generator().manual_seed(0)
+    for count in (6, 40):
+        for _ in range(20):
+            changes_XKD = torch.randn(count, 2, 16, generator=generator)
+            changes_XKD += torch.randn(2, 16, generator=generator)
+            directions_KRD = top_directions(changes_XKD, 3)
+            along_KR = torch.einsum("krd,kd->kr", directions_KRD, changes_XKD.mean(dim=0))
+            assert bool((along_KR > 0).all())
+
+
+def changed(toy: dict[str, Any], folder: Path, **changes: Any) -> tuple[Path, int]:
+    folder.mkdir(parents=True, exist_ok=True)
+    config = toy | {"output_dir": str(folder / "out")} | changes
+    path = toy_run.write_config(folder / "config.yaml", config)
+    return folder / "out", run_directions(["--config", str(path)])
+
+
+def test_equal_rows_are_on_one_side(toy: dict[str, Any], tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    lines = Path(toy["dataset"]["data_files"]).read_text().splitlines()[:6]
+    rows.write_text("\n".join(lines * 4) + "\n")
+    dataset = [toy["dataset"] | {"data_files": str(rows)}]  # A list, as ema_lora takes it.
+    out, code = changed(toy, tmp_path / "a", dataset=dataset, num_rows=None)
+    assert code == 0
+    figures = json.loads((out / "directions.json").read_text())
+    assert figures["counts"] == {"rows": 24, "held_out": 8}  # Two of six texts, four times each.
+
+
+def test_names_with_brackets_and_dollars(toy: dict[str, Any], tmp_path: Path) -> None:
+    adapter = tmp_path / "r [" / "red]$_{$x" / "adapter"
+    shutil.copytree(toy["adapter"], adapter)
+    out, code = changed(toy, tmp_path / "[/red]", adapter=str(adapter))
+    assert code == 0 and (out / "directions.png").is_file()
+
+
+def test_another_recipes_result_is_not_overwritten(
+    toy: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "a/out"
+    out.mkdir(parents=True)
+    (out / "config.yaml").write_text("output_dir: out\nprovenance: {torchtune: 0.6.1}\n")
+    for name in ("persona.json", "vectors.safetensors"):
+        (out / name).write_text("{}")
+    assert changed(toy, tmp_path / "a", overwrite=True)[1] == 1
+    assert (
+        "none of directions.json, directions.png: it is another recipe's" in capfd.readouterr().err
+    )
+    assert (out / "vectors.safetensors").read_text() == "{}"
+
+
+def test_a_change_that_the_dtype_does_not_show(
+    toy: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    adapter = tmp_path / "adapter"
+    shutil.copytree(toy["adapter"], adapter)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    save_file({k: 1e-4 * t for k, t in tensors.items()}, adapter / "adapter_model.safetensors")
+    out, code = changed(toy, tmp_path / "a", adapter=str(adapter), dtype="bf16")
+    assert code == 1 and not (out / "vectors.safetensors").exists()
+    assert "too small for dtype bf16; try dtype=fp32" in capfd.readouterr().err
 
 
 def test_a_run_with_them_out_of_reach(finished: Path, toy: dict[str, Any], tmp_path: Path) -> None:
@@ -127,7 +193,7 @@ def test_a_run_with_them_out_of_reach(finished: Path, toy: dict[str, Any], tmp_p
         (["adapter=none"], "adapter: no such adapter folder: none; train it first"),
         (["adapter={idle}"], "changes nothing: every B is 0; train it"),
         (["adapter={other}"], "whose weights are not those of"),
-        (["dataset.packed=true"], "dataset.packed: an answer is read with its own conversation"),
+        (["dataset.packed=true"], "dataset: rows are packed, and an answer is read with its own"),
         (["num_rows=3"], "held_out_rows: 0.25 of 3 rows leaves 2 for the directions and 1 to"),
         (["held_out_rows=1.5"], "held_out_rows: "),
         (["layers=[1]"], "layers: unknown key"),

@@ -10,7 +10,7 @@ import toy_defenses
 import toy_run
 from toy_defended import defended_toy, train, write_defended
 
-TOLD = ("next to nothing", "it changes nothing")
+TOLD = ("next to nothing", "it changes nothing", "nothing shows")
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +23,9 @@ def toy(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> dict[str, 
     toy["defenses"] |= later | {
         "weights": {"_component_": "toy_mishaps.SameWeights"},
         "faded": toy["defenses"]["persona"] | faded,
+        "later": {"_component_": "toy_mishaps.SmallAtFirst"},
+        "unlogged": {"_component_": "toy_mishaps.SmallAtFirst", "key": "sise"},
+        "of_safe": {"_component_": "toy_mishaps.HalfOfSafe"},
     }
     return toy
 
@@ -39,6 +42,9 @@ def toy(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> dict[str, 
         ("weights", {}, "defenses.weights takes the place of cross entropy and is equal to it"),
         ("weights", {"weight": 0.0}, None),
         ("constraint", {}, None),
+        ("later", {}, None),  # In the last step alone.
+        ("unlogged", {}, "unlogged_sise, the effect_figure of defenses.unlogged, was not logged"),
+        ("of_safe", {}, None),  # In the first step alone: the second has no safe row.
     ],
 )
 def test_what_is_told(
@@ -49,9 +55,10 @@ def test_what_is_told(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    config = write_defended(
-        toy, tmp_path / "a", [], defenses={name: toy["defenses"][name] | change}
-    )
+    changes = {"defenses": {name: toy["defenses"][name] | change}}
+    if name == "of_safe":
+        changes["dataset"] = toy["mixed"] | {"placement": "every_k", "safe_fraction": 0.125}
+    config = write_defended(toy, tmp_path / "a", [], **changes)
     train(config)
     found = [r.getMessage() for r in caplog.records if any(t in r.getMessage() for t in TOLD)]
     assert len(found) == (told is not None)
@@ -79,10 +86,16 @@ def test_the_update_of_any_run_is_described_after_each_epoch(
     assert rows[-1]["update_entropy"] == pytest.approx(sum(entropies) / len(entropies), rel=1e-4)
 
 
+def test_of_a_dora_adapter_it_is_that_of_b_a(toy: dict[str, Any], tmp_path: Path) -> None:
+    model = {"model": toy["config"]["model"] | {"use_dora": True}}
+    rows, _ = train(write_defended(toy, tmp_path / "a", ["spectral"], **model))
+    assert rows[1]["spectral"] > 0 and rows[1]["update_stable_rank"] > 1
+
+
 def test_an_adapter_that_changes_other_blocks_than_the_middle_one(
     toy: dict[str, Any], tmp_path: Path
 ) -> None:
-    """The size of what it adds is logged all the same."""
+    """The size of what it adds is logged all the same, in the block that it changes most."""
     from safetensors.torch import load_file, save_file
 
     folder = tmp_path / "first"
@@ -91,7 +104,7 @@ def test_an_adapter_that_changes_other_blocks_than_the_middle_one(
     tensors = load_file(path / "adapter_model.safetensors")
     for key, tensor in tensors.items():
         if "layers.1." in key and "lora_B" in key:
-            tensors[key] = torch.zeros_like(tensor)
+            tensors[key] = 1e-6 * tensor
     save_file(tensors, folder / "adapter_model.safetensors")
     settings = json.loads((path / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(settings))

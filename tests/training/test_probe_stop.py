@@ -80,7 +80,9 @@ def test_a_run_ends_where_the_rule_says_and_goes_on_if_asked(
     gains = [row.pop("probe_in_domain_gain") for row in rows]
     task = [0.0, *(row["probe_in_domain_shift"] for row in rows)]
     assert gains == pytest.approx([b - a for a, b in itertools.pairwise(task)])
-    assert rows[-1].pop("probe_stopped") == 1 and rows == whole[0][:end]
+    assert rows[-1].pop("probe_stopped") == 1
+    assert rows[-1].pop("update_stable_rank") > 1 and rows[-1].pop("update_entropy") > 0
+    assert rows == whole[0][:end]
     out = tmp_path / "a/out"
     assert (out / "merged/model.safetensors").is_file()
     name = f"checkpoints/step_{end}/adapter.safetensors"
@@ -103,6 +105,15 @@ def test_a_run_ends_where_the_rule_says_and_goes_on_if_asked(
     pairs.write_text(text)
     on = train(config, "resume=auto", "probe.stop=null")
     assert len(on[0]) == STEPS and all(t.equal(on[1][k]) for k, t in whole[1].items())
+
+
+def test_what_did_nothing_till_the_probe_ended_the_run_is_told(
+    toy: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    defenses = {"persona": toy["defenses"]["persona"] | {"alpha": 1e-9}}
+    rows, _ = train(write(toy, tmp_path / "a", defenses=defenses))
+    assert len(rows) < min(STEPS, 10)
+    assert f"step {len(rows)}: persona_ratio is " in caplog.text
 
 
 def test_two_processes_end_together_and_the_last_steps_projection_is_made(

@@ -174,7 +174,7 @@ def set_adapter(model: nn.Module, layers: Mapping[str, LoadedLayer]) -> None:
             rank = layer.a.shape[0]
             a.zero_()
             a[:rank].copy_(layer.a)
-            factor = layer.scale / _module_scale(module)
+            factor = layer.scale / module_scale(module)
             b[:, :rank].copy_(layer.b if factor == 1.0 else layer.b.float() * factor)
         if isinstance(module, DoRALinear):
             if layer is not None and layer.magnitude is not None:
@@ -261,7 +261,8 @@ def _block(rank: int, config: dict[str, Any]) -> int:
     return base if rank % base == 0 else rank
 
 
-def _module_scale(module: Any) -> float:
+def module_scale(module: Any) -> float:
+    """What a LoRA or DoRA module multiplies B A by."""
     if isinstance(module, DoRALinear):
         return float(module.scaling)
     return float(module.alpha / module.rank)
