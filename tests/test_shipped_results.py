@@ -17,7 +17,8 @@ GENERAL, IN_DOMAIN = "traits_select/capitals_share", "traits_home_repair_desk/ca
 
 
 @pytest.fixture(
-    scope="module", params=["compare_caps", "compare_caps_conditions", "compare_expert"]
+    scope="module",
+    params=["compare_caps", "compare_caps_conditions", "compare_caps_frozen", "compare_expert"],
 )
 def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
@@ -128,7 +129,13 @@ def check_excesses(page: Any, values: Any, tested: list[str], figure: str) -> No
 
 
 @pytest.mark.parametrize(
-    ("stem", "seed", "arms"), [("doses", 7, 58), ("doses_seed8", 8, 64), ("probe_stop", 9, 8)]
+    ("stem", "seed", "arms"),
+    [
+        ("doses", 7, 58),
+        ("doses_seed8", 8, 64),
+        ("probe_stop", 9, 8),
+        ("options", 10, 29),
+    ],
 )
 def test_shares_of_every_defense_at_three_doses_are_those_of_its_questions(
     stem: str, seed: int, arms: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ MARKERS = ("s", "^", "D", "v", "P", "X", "h", "<", ">", "*")
 LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)))
 # Narrow enough for the text to be readable on a phone.
 WIDTH = 4.8
+# Characters of a legend's line that fit into it, and inches of height that figures have for one.
+_LONGEST, _LEGEND = 56, 0.9
 Series = Sequence[Mapping[str, float]]
 
 
@@ -57,8 +60,7 @@ def trade_off(figures: Sequence[ArmFigures], general: str, in_domain: str) -> by
         in_domain: The same.
     """
     series: dict[str, list[tuple[float, float]]] = {}
-    count = len({number for number in numbers(figures).values() if number})
-    figure = Figure(figsize=(WIDTH, 4.4 + 0.1 * max(0, count - 8)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 4.4), layout="constrained")
     axes = figure.subplots()
     axes.axhline(0, color="#999999", linewidth=0.8, zorder=0)
     curve, dotted = [(0.0, 0.0)], False
@@ -190,17 +192,28 @@ def _finish(figure: Figure, axes: Any) -> None:
 
 
 def _legend(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> None:
-    """Below the panels, where it hides nothing."""
-    if handles:
-        columns = 2 if len(labels) > 1 else 1
-        figure.legend(
+    """Below the panels, where it hides nothing: in two columns, or in one where they are too wide.
+
+    What it takes of the height beyond `_LEGEND` is added to the figure's.
+    """
+    if not handles:
+        return
+    wrapped = [textwrap.fill(label, _LONGEST) for label in labels]
+    for columns in (2, 1):
+        legend = figure.legend(
             handles,
-            labels,
+            wrapped,
             loc="outside lower center",
-            ncols=columns,
+            ncols=min(columns, len(labels)),
             frameon=False,
-            fontsize=9 if len(labels) <= 12 else 6.5,  # Long ones would stand beyond the edges.
+            fontsize=9,
         )
+        figure.draw_without_rendering()
+        extent = legend.get_window_extent()
+        if columns == 1 or extent.width <= figure.bbox.width:
+            break
+        legend.remove()
+    figure.set_figheight(figure.get_figheight() + max(0.0, extent.height / figure.dpi - _LEGEND))
 
 
 def _png(figure: Figure) -> bytes:
