@@ -88,10 +88,13 @@ def claim(folder: Path, where: str) -> Callable[[], None]:
         What gives it back.
 
     Raises:
-        UserError: Another process has it.
+        UserError: Another process has it, or it cannot be made.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"{where}: {error.strerror}: {folder}") from None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from emarecipes.errors import UserError
+from emarecipes.export import main as export
 from emarecipes.files import ended_lines, json_lines, sync, whole, write_json, write_text
 from emarecipes.fingerprint import sha256
+from emarecipes.output_dir import claim
 
 
 def test_a_body_that_fails_leaves_the_file_as_it_was(tmp_path: Path) -> None:
@@ -73,3 +76,13 @@ def test_sha256_is_sha256sums(tmp_path: Path, size: int) -> None:
     said = subprocess.run(["sha256sum", path], capture_output=True, text=True, check=True).stdout
     assert sha256(path, told.append) == said.split()[0]
     assert sum(told) == size and len(told) == -(-size // 2**20)
+
+
+def test_folders_that_are_not_there_and_cannot_be(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"output_dir: Not a directory: .*file/out"):
+        claim(tmp_path / "file/out", "output_dir")
+    assert export(["gguf", str(tmp_path), "--output", str(tmp_path / "none/a.gguf")]) == 1
+    assert capsys.readouterr().err == f"error: --output: no such folder: {tmp_path / 'none'}\n"

@@ -24,6 +24,9 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     folder = Path(args.adapter)
     output = Path(args.output) if args.output else folder / "adapter.gguf"
+    if not output.parent.is_dir():
+        print(f"error: --output: no such folder: {output.parent}", file=sys.stderr)
+        return 1
     try:
         save_gguf(folder, output, None if args.base is None else Path(args.base))
     except UserError as error:
