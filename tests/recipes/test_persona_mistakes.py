@@ -164,6 +164,7 @@ def test_a_result_that_cannot_be_written_leaves_the_old_one(
     monkeypatch.setattr("emarecipes.persona.report.plot", full)
     (tmp_path / "out").mkdir()
     (tmp_path / "out/config.yaml").write_text("seed: 0\nprovenance: {}\n")
+    (tmp_path / "out/persona.json").write_text("{}")
     (tmp_path / "out/vectors.safetensors").write_text("old")
     message = error_of(tmp_path, persona_config(tmp_path, toy_model_dir), "overwrite=true")
     assert "cannot write the result: No space left on device" in message
