@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 from collections import Counter
 from pathlib import Path
 
@@ -47,10 +48,13 @@ def gathers(folder: Path, model: Path, defenses: object, **changes: object) -> C
 
 def _sent(trace: Path) -> Counter[int]:
     events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
-    sent = [e for e in events if e["name"] == "c10d::_allgather_base_"]
+    of_fsdp = [e for e in events if e["name"] == "c10d::_allgather_base_"]
+    of_tensors = [e for e in events if e["name"] == "_c10d_functional::all_gather_into_tensor"]
+    sent = Counter(e["args"]["Input Dims"][1][0] for e in of_fsdp)
+    sent += Counter(math.prod(e["args"]["Input Dims"][0]) for e in of_tensors)
     # Nothing is gathered by another operator.
-    assert len(sent) == sum(e["name"].startswith("gloo:all_gather") for e in events)
-    return Counter(e["args"]["Input Dims"][1][0] for e in sent)
+    assert sent.total() == sum(e["name"].startswith("gloo:all_gather") for e in events)
+    return sent
 
 
 def test_the_reference_gathers_each_layer_once_and_no_logits(
@@ -64,6 +68,20 @@ def test_the_reference_gathers_each_layer_once_and_no_logits(
     # Forward and backward, which does not read the root; with both defenses one forward more.
     assert plain == {root: 1, layer: 2 * toy_run.LAYERS}
     assert defended == {root: 2, layer: 3 * toy_run.LAYERS}
+
+
+def test_a_term_on_the_matrices_gathers_each_of_them_once(model_dir: Path, tmp_path: Path) -> None:
+    """And no weight: halves of rank x (in + out) numbers a layer."""
+    model = toy_run.write_toy_model(tmp_path / "model", model_dir)
+    plain = gathers(tmp_path / "plain", model, {})
+    spectral = {"spectral": {"_component_": "emarecipes.defenses.SpectralPenalty", "weight": 0.5}}
+    more = gathers(tmp_path / "spectral", model, spectral) - plain
+    rank, kv = 4, toy_run.WIDTH // toy_run.HEADS * toy_run.KV_HEADS
+    width, mlp = toy_run.WIDTH, toy_run.MLP
+    shapes = [(width, width), (width, kv), (width, kv), (width, width)]  # In, out.
+    shapes += [(width, mlp), (width, mlp), (mlp, width)]
+    halves = [rank * side // 2 for shape in shapes for side in shape]
+    assert more == Counter({n: toy_run.LAYERS * halves.count(n) for n in set(halves)})
 
 
 def test_a_trained_root_is_gathered_for_the_backward_too(model_dir: Path, tmp_path: Path) -> None:
