@@ -3,7 +3,7 @@
 Dense: C = V V^T / |V|_F is made once and held, which is not counted; every step forms the update
 s B A (out x in) and (1 - C) s B A, and takes the gradient of A and B through both. Matrix-free:
 `AsFT.weight_term`. Values and gradients are compared. Memory is what a step allocates beside C or
-V. The least of three processor times each, in turns.
+V. The least of some processor times each, in turns.
 """
 
 from __future__ import annotations
@@ -53,24 +53,28 @@ def on_meta(rows: int, columns: int) -> tuple[Trace, Trace]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--size", type=int, default=4096, help="of the square matrix that is timed")
-    size = parser.parse_args().size
+    parser.add_argument(
+        "--shape", type=int, nargs=2, default=(4096, 4096), metavar=("OUT", "IN"), help="timed"
+    )
+    parser.add_argument("--repetitions", type=int, default=3)
+    options = parser.parse_args()
+    out, inner = options.shape
     torch.manual_seed(0)
-    v, norm = torch.randn(size, size), float(size)
+    v, norm = torch.randn(out, inner), float(inner)
     v *= norm / v.norm()
     c = v @ v.T / norm
-    a, b = torch.randn(RANK, size, requires_grad=True), torch.randn(size, RANK, requires_grad=True)
+    a, b = torch.randn(RANK, inner, requires_grad=True), torch.randn(out, RANK, requires_grad=True)
     forms = [lambda: matrix_free(a, b, v, norm), lambda: dense(a, b, c)]
     values = [form() for form in forms]
     gradients = [torch.autograd.grad(value, (a, b)) for value in values]
     torch.testing.assert_close(values[0], values[1], rtol=1e-4, atol=0.0)
     for one, other in zip(*gradients, strict=True):
         assert float((one - other).norm() / other.norm()) < 1e-4
-    times = [[seconds(form, (a, b)) for form in forms] for _ in range(3)]
+    times = [[seconds(form, (a, b)) for form in forms] for _ in range(options.repetitions)]
     free, whole = (min(column) for column in zip(*times, strict=True))
     verdict = "met" if free <= LIMIT * whole else "NOT met"
     print(
-        f"{size} x {size}, rank {RANK}, fp32: {free:.3f} s over {whole:.3f} s: {free / whole:.3f}"
+        f"{out} x {inner}, rank {RANK}, fp32: {free:.3f} s over {whole:.3f} s: {free / whole:.3f}"
     )
     print(f"  time at most {LIMIT}: {verdict}")
     for name, (rows, columns) in SHAPES.items():
