@@ -67,6 +67,7 @@ def _is_read_as(text: str, value: Any) -> bool:
     if text == "None":
         return value is None
     try:
+        yaml.compose(text, Loader=yaml.SafeLoader)  # As `load_config` looks at it beforehand.
         plain: Any = OmegaConf.to_container(_parsed(text))
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError, RecursionError):
         return False
