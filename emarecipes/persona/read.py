@@ -40,7 +40,7 @@ class Reading:
 
 @torch.no_grad()
 def read_activations(
-    head: LossHead, rows: ByNumber, *, batch_size: int, label: str, reference: bool = True
+    head: LossHead, rows: ByNumber, *, batch_size: int, label: str, reference: bool
 ) -> Reading:
     """Read each row's answer, which is what it has labels on.
 

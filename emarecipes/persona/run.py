@@ -72,11 +72,11 @@ def extract(run: CheckedExtraction) -> None:
     head = LossHead(model)
     with disable_adapter(model):
         answers = _sample(run, head)
-        answered = [answer for answer in answers if answer.tokens]
-        _check_sides(answered, "answers are not empty")
-        if cfg.keep == "judge":
-            _grade(run, answered)
-        activations = _read(run, head, answered)
+    answered = [answer for answer in answers if answer.tokens]
+    _check_sides(answered, "answers are not empty")
+    if cfg.keep == "judge":
+        _grade(run, answered)
+    activations = _read(run, head, answered)
     _check_sides([answer for answer in answered if answer.kept], "answers were kept")
 
     positive = torch.tensor([answer.side == "positive" for answer in answered])
@@ -141,7 +141,8 @@ def _read(run: CheckedExtraction, head: LossHead, answers: list[SideAnswer]) -> 
 
     def read(chosen: list[SideAnswer], prompts: list[list[int]], label: str) -> Any:
         rows = [answer_row(p, answer.tokens) for p, answer in zip(prompts, chosen, strict=True)]
-        return read_activations(head, rows, batch_size=run.cfg.batch_size, label=label)
+        batch_size = run.cfg.batch_size
+        return read_activations(head, rows, batch_size=batch_size, label=label, reference=True)
 
     own = read(answers, [_prompt(run, a, a.side) for a in answers], "own prompt")
     opposite_prompts = [_prompt(run, a, _OPPOSITE[a.side]) for a in answers]

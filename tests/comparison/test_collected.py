@@ -90,18 +90,24 @@ def test_a_summary_whose_figures_lack_a_key(
     assert "Traceback" not in err
 
 
+def trained(run: Path, **entry: str) -> Path:
+    """Weights in the run's folder, of which its evaluation is; what else its entry says."""
+    (run / "adapter").mkdir()
+    weights = run / "adapter/adapter_model.safetensors"
+    weights.write_bytes(b"trained")
+    summary = json.loads((run / "summary.json").read_text())
+    summary["adapters"]["kl"] |= {"fingerprint": digest(weights)} | entry
+    (run / "summary.json").write_text(json.dumps(summary))
+    return weights
+
+
 def test_an_adapter_that_changed_since_it_was_evaluated(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As after `ema_lora overwrite=true` in a folder that holds an evaluation."""
     config, runs = collected(tmp_path)
     run = Path(runs["kl"][1])
-    (run / "adapter").mkdir()
-    weights = run / "adapter/adapter_model.safetensors"
-    weights.write_bytes(b"trained")
-    summary = json.loads((run / "summary.json").read_text())
-    summary["adapters"]["kl"]["fingerprint"] = digest(weights)
-    (run / "summary.json").write_text(json.dumps(summary))
+    weights = trained(run)
     assert run_compare(["--config", str(config)]) == 0
     shutil.rmtree(tmp_path / "out")
     weights.write_bytes(b"trained anew")
@@ -132,12 +138,7 @@ def test_a_run_that_was_moved_is_known_by_its_content(
     """Its evaluation names a folder that is not here; trained anew where it is now, it is told."""
     config, runs = collected(tmp_path)
     run = Path(runs["kl"][1])
-    (run / "adapter").mkdir()
-    weights = run / "adapter/adapter_model.safetensors"
-    weights.write_bytes(b"trained")
-    summary = json.loads((run / "summary.json").read_text())
-    summary["adapters"]["kl"] |= {"fingerprint": digest(weights), "folder": "elsewhere/adapter"}
-    (run / "summary.json").write_text(json.dumps(summary))
+    weights = trained(run, folder="elsewhere/adapter")
     if not moved:
         weights.write_bytes(b"trained anew")
     assert run_compare(["--config", str(config)]) == int(not moved)

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from emarecipes.models.chat.dates import adapter_date
 from emarecipes.persona.directions import run_directions
 from emarecipes.persona.directions_checked import CheckedDirections
 from emarecipes.persona.vectors import top_directions
@@ -80,16 +82,19 @@ def test_directions_are_those_of_pefts_hidden_states(finished: Path, toy: dict[s
     )
 
     @torch.no_grad()
-    def means(row: dict[str, list[int]]) -> torch.Tensor:
+    def read(row: dict[str, list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         last.clear()
         found = model(torch.tensor([row["tokens"]]), output_hidden_states=True).hidden_states
         stream = [h.reshape(-1, toy_run.WIDTH) for h in (*found[:-1], last[0])]
         answer = torch.tensor(row["labels"]) != -100
-        return torch.stack([h[answer].mean(dim=0) for h in stream])
+        squares = torch.stack([h[answer].square().sum(dim=1).mean() for h in stream])
+        return torch.stack([h[answer].mean(dim=0) for h in stream]), squares
 
-    tuned = torch.stack([means(row) for row in run.rows])
+    tuned = [read(row) for row in run.rows]
     with model.disable_adapter():
-        change_NKD = tuned - torch.stack([means(row) for row in run.rows])
+        plain = [read(row) for row in run.rows]
+    change_NKD = torch.stack([a - b for (a, _), (b, _) in zip(tuned, plain, strict=True)])
+    rms_K = torch.stack([square for _, square in plain]).mean(dim=0).sqrt()
     vectors, _ = tensors_of(finished)
     used_NKD, held_out_NKD = change_NKD[~run.held_out_N], change_NKD[run.held_out_N]
     scale = float(change_NKD.abs().max())
@@ -106,6 +111,10 @@ def test_directions_are_those_of_pefts_hidden_states(finished: Path, toy: dict[s
         held = (held_out_NKD[:, k] @ projector).square().sum() / held_out_NKD[:, k].square().sum()
         assert figures[k]["held"] == pytest.approx(float(held), rel=1e-3)
         assert figures[k]["random"] == 2 / toy_run.WIDTH
+        change = held_out_NKD[:, k].square().sum(dim=1).mean().sqrt() / rms_K[k]
+        assert figures[k]["change"] == pytest.approx(float(change), rel=1e-3)
+        mean = expected_KD[k].norm() / rms_K[k]
+        assert figures[k]["mean_change"] == pytest.approx(float(mean), rel=1e-3)
         assert float((found @ expected_KD[k]).min()) > 0, "they point where training went"
 
 
@@ -173,6 +182,31 @@ def test_a_change_that_the_dtype_does_not_show(
     assert "too small for dtype bf16; try dtype=fp32" in capfd.readouterr().err
 
 
+def test_a_dora_adapter_that_changes_magnitudes_alone(toy: dict[str, Any], tmp_path: Path) -> None:
+    dora = {"model": toy["model"] | {"use_dora": True}}
+    training = toy_run.toy_config(
+        Path(toy["model_dir"]), Path(toy["dataset"]["data_files"]), tmp_path / "run"
+    )
+    training |= {"model": training["model"] | {"use_dora": True}, "max_steps_per_epoch": 1}
+    assert run_lora(["--config", str(toy_run.write_config(tmp_path / "c.yaml", training))]) == 0
+    weights = tmp_path / "run/adapter/adapter_model.safetensors"
+    tensors = load_file(weights)
+    parts = {"lora_B": 0.0, "magnitude": 1.5, "lora_A": 1.0}
+    factor = {key: next(f for part, f in parts.items() if part in key) for key in tensors}
+    save_file({key: factor[key] * tensor for key, tensor in tensors.items()}, weights)
+    out, code = changed(toy, tmp_path / "a", adapter=str(weights.parent), **dora)
+    assert code == 0
+    layers = json.loads((out / "directions.json").read_text())["layers"]
+    assert layers[1]["change"] > 0.01
+
+
+def test_the_day_is_the_adapters(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("tokenizer: {date: 2026-01-02}\n")
+    found: Any = SimpleNamespace(cfg=SimpleNamespace(adapter=str(tmp_path / "adapter")))
+    assert CheckedDirections.kept_dates(found) == {"adapter": adapter_date(tmp_path / "adapter")}
+    assert str(adapter_date(tmp_path / "adapter")) == "2026-01-02"
+
+
 def test_a_run_with_them_out_of_reach(finished: Path, toy: dict[str, Any], tmp_path: Path) -> None:
     training = toy_run.toy_config(Path(toy["model_dir"]), finished / "rows.jsonl", tmp_path / "out")
     training["defenses"] = {
@@ -197,6 +231,7 @@ def test_a_run_with_them_out_of_reach(finished: Path, toy: dict[str, Any], tmp_p
         (["num_rows=3"], "held_out_rows: 0.25 of 3 rows leaves 2 for the directions and 1 to"),
         (["held_out_rows=1.5"], "held_out_rows: "),
         (["layers=[1]"], "layers: unknown key"),
+        (["overwrite=true", "output_dir={adapter}"], "which lies in its own output folder"),
         (["dataset.data_files=none.jsonl"], "dataset.data_files: no such file"),
         (["model.lora_rank=1"], "adapter: "),
         ([], "already holds a run; choose another output_dir, or say overwrite=true"),
@@ -224,8 +259,8 @@ def test_what_is_refused(
     settings = json.loads((other / "adapter_config.json").read_text())
     settings["base_model_name_or_path"] = str(tmp_path / "base")
     (other / "adapter_config.json").write_text(json.dumps(settings))
-    changes = [o.format(idle=idle, other=other) for o in overrides]
-    if overrides:
+    changes = [o.format(idle=idle, other=other, adapter=adapter) for o in overrides]
+    if overrides and "output_dir" not in overrides[-1]:
         changes.append(f"output_dir={tmp_path / 'out'}")
     assert run_directions(["--config", str(finished / "config.yaml"), *changes]) == 1
     (line,) = [x for x in capfd.readouterr().err.splitlines() if x.startswith("error: ")]

@@ -40,6 +40,16 @@ WRONG: list[tuple[str, Any, str]] = [
     ("defenses.persona.alpha", 0.0, "alpha 0 adds nothing: leave the defense out"),
     ("defenses.feature_l2.weight", -1.0, "weight must be a finite number >= 0"),
     ("defenses.feature_l2.layer", 3, "unknown key (did you mean layers?)"),
+    (
+        "defenses.update",
+        {"_component_": "emarecipes.defenses.SpectralPenalty"},
+        "name update is taken",
+    ),
+    (
+        "defenses.update_entropy",
+        {"_component_": "emarecipes.defenses.KLToReference"},
+        "is taken by a",
+    ),
     ("defenses.persona.layer", 0, "layer must be from 1 to 2"),
     ("defenses.persona.layer", 3, "layer must be from 1 to 2"),
     ("defenses.persona.vectors", "{folder}/wide.safetensors", "holds 3x64 numbers, the model"),

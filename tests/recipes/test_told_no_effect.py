@@ -1,6 +1,6 @@
 """A defense without a gradient of its own that does next to nothing is told, in a run."""
 
-import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +8,7 @@ import pytest
 import torch
 import toy_defenses
 import toy_run
+from safetensors.torch import load_file, save_file
 from toy_defended import defended_toy, train, write_defended
 
 TOLD = ("next to nothing", "it changes nothing", "nothing shows")
@@ -44,7 +45,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> dict[str, 
         ("constraint", {}, None),
         ("later", {}, None),  # In the last step alone.
         ("unlogged", {}, "unlogged_sise, the effect_figure of defenses.unlogged, was not logged"),
-        ("of_safe", {}, None),  # In the first step alone: the second has no safe row.
+        ("of_safe", {}, None),  # In the second of three steps alone: the others have no safe row.
     ],
 )
 def test_what_is_told(
@@ -58,8 +59,11 @@ def test_what_is_told(
     changes = {"defenses": {name: toy["defenses"][name] | change}}
     if name == "of_safe":
         changes["dataset"] = toy["mixed"] | {"placement": "every_k", "safe_fraction": 0.125}
+        changes |= {"shuffle": False, "max_steps_per_epoch": 3}
     config = write_defended(toy, tmp_path / "a", [], **changes)
-    train(config)
+    rows, _ = train(config)
+    if name == "of_safe":
+        assert ["ce_safe" in row for row in rows] == [False, True, False]
     found = [r.getMessage() for r in caplog.records if any(t in r.getMessage() for t in TOLD)]
     assert len(found) == (told is not None)
     if told is not None:
@@ -96,18 +100,18 @@ def test_an_adapter_that_changes_other_blocks_than_the_middle_one(
     toy: dict[str, Any], tmp_path: Path
 ) -> None:
     """The size of what it adds is logged all the same, in the block that it changes most."""
-    from safetensors.torch import load_file, save_file
 
-    folder = tmp_path / "first"
-    folder.mkdir()
     path = Path(toy["defenses"]["trait"]["adapter"])
     tensors = load_file(path / "adapter_model.safetensors")
-    for key, tensor in tensors.items():
-        if "layers.1." in key and "lora_B" in key:
-            tensors[key] = 1e-6 * tensor
-    save_file(tensors, folder / "adapter_model.safetensors")
-    settings = json.loads((path / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps(settings))
-    entry = toy["defenses"]["trait"] | {"adapter": str(folder)}
-    rows, _ = train(write_defended(toy, tmp_path / "a", [], defenses={"trait": entry}))
-    assert rows[0]["trait_ratio"] > 0.01
+    ratios = []
+    for name, factor in (("faint", 1e-6), ("none", 0.0)):
+        folder = tmp_path / name / "adapter"
+        shutil.copytree(path, folder)
+        faint = {
+            k: factor * t if "layers.1." in k and "lora_B" in k else t for k, t in tensors.items()
+        }
+        save_file(faint, folder / "adapter_model.safetensors")
+        entry = toy["defenses"]["trait"] | {"adapter": str(folder)}
+        rows, _ = train(write_defended(toy, tmp_path / name, [], defenses={"trait": entry}))
+        ratios.append(rows[0]["trait_ratio"])
+    assert ratios[0] > 0.01 and ratios[0] == pytest.approx(ratios[1], rel=1e-3)
