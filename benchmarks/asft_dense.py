@@ -20,7 +20,9 @@ from emarecipes.plan.trace import Trace, trace
 
 LIMIT = 0.05  # Of the dense form's time and memory.
 RANK, SCALE = 32, 2.0
-SHAPES = {"4096 x 4096": (4096, 4096), "14336 x 4096": (14336, 4096), "4096 x 14336": (4096, 14336)}
+# Of Llama-3-8B's layers, and how many each of the 32 has.
+SHAPES = {(4096, 4096): 2, (1024, 4096): 2, (14336, 4096): 2, (4096, 14336): 1}
+LAYERS = 32
 
 
 def matrix_free(a_RI: Tensor, b_OR: Tensor, v_OI: Tensor, norm: float) -> Tensor:
@@ -77,15 +79,24 @@ def main() -> None:
         f"{out} x {inner}, rank {RANK}, fp32: {free:.3f} s over {whole:.3f} s: {free / whole:.3f}"
     )
     print(f"  time at most {LIMIT}: {verdict}")
-    for name, (rows, columns) in SHAPES.items():
+    total, held = [0.0, 0.0], [0.0, 0.0]
+    for (rows, columns), count in SHAPES.items():
         found = on_meta(rows, columns)
         peaks = [max(t.forward_peak, t.backward_peak) for t in found]
         flops = [t.forward_flops + t.backward_flops for t in found]
+        total = [x + LAYERS * count * y for x, y in zip(total, flops, strict=True)]
+        sizes = (rows * columns, rows * rows)  # V, C
+        held = [x + LAYERS * count * y for x, y in zip(held, sizes, strict=True)]
         print(
-            f"{name}: {flops[0] / 1e9:.1f} over {flops[1] / 1e9:.0f} GFLOP: "
+            f"{rows} x {columns}: {flops[0] / 1e9:.1f} over {flops[1] / 1e9:.0f} GFLOP: "
             f"{flops[0] / flops[1]:.4f}; {peaks[0] / 1e6:.1f} over {peaks[1] / 1e6:.0f} MB: "
             f"{peaks[0] / peaks[1]:.4f}"
         )
+    print(
+        f"Llama-3-8B: {total[0] / 1e12:.1f} over {total[1] / 1e12:.0f} TFLOP a step: "
+        f"{total[0] / total[1]:.4f}; held are {held[0] / 1e9:.1f} G numbers of V, and "
+        f"{held[1] / 1e9:.1f} of C"
+    )
 
 
 if __name__ == "__main__":

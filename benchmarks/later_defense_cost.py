@@ -4,7 +4,8 @@ The setting of step_cost.py: SmolLM2-135M, 4 rows of 256 tokens, 40 % of them pr
 32. The arms take turns, round by round. A step's time is this process's processor time, which other
 work on the machine moves less than the clock on the wall; the ratio is the median over rounds of a
 step's time over that of the same round's undefended step. Memory is the peak over what was held
-before the step, each arm in a process of its own.
+before the step, each arm in a process of its own. `--arm` takes the time of one arm and the
+undefended one alone: no other model in the process, and many rounds in a few minutes.
 
 Steps of one arm differ by a tenth and more. `--within` measures what is a pass of its own (a term
 of the whole step or of the weights) inside the defended steps: a step's time over the same step's
@@ -192,10 +193,11 @@ def main() -> None:
             batch = setting.batch(rows)
             return print(measure_memory(one, batch, batch))  # The first step fills a cache.
         machine = describe_machine()
-        peaks = {name: peak_of_arm(name) for name in tqdm(ARMS, "memory", unit="arm")}
-        made = {name: trainer(name, Path(scratch), options.dtype) for name in ARMS}
+        arms = (NONE, options.arm) if options.arm else tuple(ARMS)
+        peaks = {name: peak_of_arm(name) for name in tqdm(arms, "memory", unit="arm")}
+        made = {name: trainer(name, Path(scratch), options.dtype) for name in arms}
         batch = made[NONE][1].batch(rows)
-        times: dict[str, list[float]] = {name: [] for name in ARMS}
+        times: dict[str, list[float]] = {name: [] for name in arms}
         rounds = 1 + repetitions
         for repetition in tqdm(range(rounds), "time", unit="round"):
             for name, (one, _) in made.items():
@@ -206,7 +208,8 @@ def main() -> None:
                     times[name].append(time.process_time() - started)
     table = Table("", "CPU seconds", "time ratio", "lowest, highest", "memory ratio", "wanted")
     found = {}
-    for name, (_, _, limit) in ARMS.items():
+    for name in arms:
+        limit = ARMS[name][2]
         ratios = [own / plain for own, plain in zip(times[name], times[NONE], strict=True)]
         ratio, memory = statistics.median(ratios), peaks[name] / peaks[NONE]
         found[name] = {"seconds": statistics.median(times[name]), "ratio": ratio, "memory": memory}

@@ -65,7 +65,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 # What a test module uses says what kind its tests are; `long` is marked by hand.
-RUNS = re.compile(r"run_(lora|eval|generate|select|persona|compare|alone)|toy_run|subprocess")
+RUNS = re.compile(
+    r"run_(lora|eval|generate|select|persona|compare|alone)|toy_run|write_defended|subprocess"
+)
 SEVERAL = {"run_ranks", "tune_run", "warm"}
 
 

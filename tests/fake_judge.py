@@ -75,7 +75,7 @@ def serve(reply: Callable[[Call], Any]) -> Iterator[FakeJudge]:
 
     judge.stop_listening = stop_listening
     judge.url = f"http://127.0.0.1:{server.server_port}/v1"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     try:
         yield judge

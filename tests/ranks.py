@@ -18,16 +18,25 @@ import warm
 
 
 def run_ranks(
-    config: Path, *overrides: str, recipe: str = "recipes/ema_lora.py", processes: int = 2
+    config: Path,
+    *overrides: str,
+    recipe: str = "recipes/ema_lora.py",
+    processes: int = 2,
+    modules: Path | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a recipe on so many processes; stdout and stderr are the first process's, then on."""
+    """Run a recipe on so many processes; stdout and stderr are the first process's, then on.
+
+    `modules` is a folder of a user's own.
+    """
     arguments = [str(toy_run.REPO / recipe), "--config", str(config), *overrides]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
-            warm.SERVER.Process(target=_rank, args=(arguments, rank, processes, port, folder))
+            warm.SERVER.Process(
+                target=_rank, args=(arguments, rank, processes, port, folder, modules)
+            )
             for rank in range(processes)
         ]
         for rank in ranks:
@@ -43,7 +52,9 @@ def run_ranks(
     return subprocess.CompletedProcess(arguments, next((c for c in codes if c), 0), stdout, stderr)
 
 
-def _rank(arguments: list[str], rank: int, processes: int, port: int, folder: str) -> None:
+def _rank(
+    arguments: list[str], rank: int, processes: int, port: int, folder: str, modules: Path | None
+) -> None:
     import torch
 
     for number, stream in ((1, "stdout"), (2, "stderr")):
@@ -60,5 +71,5 @@ def _rank(arguments: list[str], rank: int, processes: int, port: int, folder: st
     }
     os.chdir(toy_run.REPO)
     sys.argv = arguments
-    sys.path.insert(0, str(Path(arguments[0]).parent))
+    sys.path[:0] = [str(Path(arguments[0]).parent), *([str(modules)] if modules else [])]
     runpy.run_path(arguments[0], run_name="__main__")

@@ -51,6 +51,7 @@ values = st.recursive(
 )
 
 
+@pytest.mark.early
 @settings(
     deadline=None,
     max_examples=200,

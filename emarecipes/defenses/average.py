@@ -47,6 +47,8 @@ class AdapterEMA(Defense):
         UserError: For another decay.
     """
 
+    effect_figure = "distance"
+
     def __init__(self, decay: float = 0.99) -> None:
         super().__init__()
         if not 0.0 < decay < 1.0:

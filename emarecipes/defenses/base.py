@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 Tokens = Literal["response", "all"]
 Samples = Literal["all", "task", "safe"]
 
+TERMS = ("logit_term", "hidden_term", "weight_term", "step_term")
+"""The methods that are a term of the loss, of which a class has one."""
+
 
 class Defense(Extension):
     """A term of the loss, a change to the data, an act after each step, or several of these.
@@ -108,7 +111,8 @@ class Defense(Extension):
     gradient_ratio_every: int = 0
     """Every how many steps, from step 10 on, the norm of the gradient of `weight * term` over that
     of cross entropy is logged as `<name>_gradient_ratio`; 0: once, when the term first acts from
-    step 10 on. A run warns where it is 0. It takes further forwards."""
+    step 10 on, or in a shorter run's last step, from the third on. A run warns where it is 0. It
+    takes further forwards."""
 
     effect_figure: str | None = None
     """The key of `figures` under which stands how large what this defense changes is over what it
@@ -127,6 +131,16 @@ class Defense(Extension):
 
         Raises:
             UserError: It cannot work with this chat template.
+        """
+
+    def check_rows(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Check this defense against the run's rows, tokenized, before any weight is loaded.
+
+        Each has `tokens` and `labels`, and packs what torchtune gives them; see
+        `emarecipes.models.batch.conversations`.
+
+        Raises:
+            UserError: It cannot work with these rows.
         """
 
     def setup(self, model: nn.Module, context: TrainingContext) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torchtune import utils
 
-from emarecipes.defenses.base import Defense
+from emarecipes.defenses.activations import ActivationDefense
 from emarecipes.defenses.context import TrainingContext
 from emarecipes.errors import UserError
 from emarecipes.models.adapters.layout import plain_module
@@ -22,7 +22,7 @@ from emarecipes.models.source import ModelSource
 log = utils.get_logger("INFO")
 
 
-class InoculationAdapter(Defense):
+class InoculationAdapter(ActivationDefense):
     r"""Adds a frozen adapter that has the unwanted trait, in the policy's training forward only.
 
     With W an adapted layer's frozen weight, (A_IA, B_IA) the inoculation adapter's matrices of that
@@ -35,8 +35,9 @@ class InoculationAdapter(Defense):
     that show the trait and as little else as possible.
 
     `<name>_ratio` is logged: the root mean square of what is added over that of the layer's output
-    with it, the mean over the adapted layers of the block that the adapter changes most (by the
-    norms of its B A), of the first process's last micro-batch of the step.
+    with it, over the tokens but a conversation's first, the mean over the adapted layers of the
+    block that the adapter changes most (by the norms of its B A), of the first process's last
+    micro-batch of the step.
 
     Source: arXiv 2606.30252. Its control is a random adapter of the same norm.
 
@@ -125,14 +126,14 @@ class InoculationAdapter(Defense):
     def _add(
         self, name: str, factors: _Factors, noted: bool, module: Any, inputs: Any, y: Tensor
     ) -> Tensor | None:
-        # Not a flag of the policy's forward: checkpointed layers run again in the backward pass.
-        if module.disabled or not module.training:
+        if not self.acts:
             return None
         x = inputs[0]
         added = (x @ factors.a_RI.T.to(x.dtype)) @ factors.b_OR.T.to(x.dtype)
         out: Tensor = y + added
         if noted:
-            norms = [part.detach().float().square().mean() for part in (added, out)]
+            inner_BS1 = self.inner_BS[..., None]
+            norms = [(part.detach().float() ** 2 * inner_BS1).sum() for part in (added, out)]
             self._ratios[name] = (norms[0] / norms[1]).sqrt()
         return out
 

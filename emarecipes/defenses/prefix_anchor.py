@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+import statistics
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import takewhile
 from typing import Any, Literal
@@ -15,14 +17,41 @@ from torchtune.data import Message
 from emarecipes.defenses.base import Defense
 from emarecipes.defenses.context import TrainingContext
 from emarecipes.errors import UserError
+from emarecipes.models.batch import conversations
 
 log = utils.get_logger("INFO")
 
 Stream = Literal["raw", "normed"]
 KeysValues = tuple[Tensor, Tensor]
 
+# Of a large set so many rows are looked at.
+_ROWS = 1000
+
 # Users' texts that begin in as many ways: what their conversations share is the template's.
 _TEXTS = ("a", "Why?", "7 of 9", "(so)", '"It')
+
+
+def template_prefix(tokenizer: Any, system: str | None = None) -> list[int]:
+    """The tokens that a chat template writes before any user's text.
+
+    Args:
+        tokenizer: torchtune's model transform.
+        system: The system prompt in them; None: what the template writes without one.
+    """
+    begin = [] if system is None else [Message("system", system, masked=True)]
+    rows = [
+        tokenizer.tokenize_messages(
+            [*begin, Message("user", text, masked=True), Message("assistant", "b")]
+        )[0]
+        for text in _TEXTS
+    ]
+    return _common(*rows)
+
+
+def _common(*rows: Sequence[int]) -> list[int]:
+    """What all begin with."""
+    same = takewhile(lambda column: len(set(column)) == 1, zip(*rows, strict=False))
+    return [column[0] for column in same]
 
 
 class PrefixAnchor(Defense):
@@ -85,14 +114,30 @@ class PrefixAnchor(Defense):
         Raises:
             UserError: There is none, or nothing but a beginning-of-sequence token.
         """
-        rows = [tokenizer.tokenize_messages(self._conversation(text))[0] for text in _TEXTS]
-        same = takewhile(lambda column: len(set(column)) == 1, zip(*rows, strict=False))
-        self._prefix = [column[0] for column in same]
+        self._prefix = template_prefix(tokenizer, self._system)
         if not set(self._prefix) - {getattr(tokenizer, "bos_id", None)}:
             raise UserError(
                 "the chat template writes nothing constant before a user's text, so there is no "
                 "prefix to hold; name a tokenizer with a chat template that has a system block or "
                 "a user's header"
+            )
+
+    def check_rows(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Say where most rows begin otherwise: what is held is then not what training reads."""
+        seen = [rows[i] for i in range(min(len(rows), _ROWS))]
+        held = [
+            len(_common(self._prefix, torch.as_tensor(row["tokens"][start:end]).tolist()))
+            for row in seen
+            for start, end in conversations(row)
+        ]
+        share = sum(n == len(self._prefix) for n in held) / len(held)
+        if share < 0.5:
+            utils.log_rank_zero(
+                log,
+                f"PrefixAnchor holds {len(self._prefix)} tokens that {share:.0%} of the rows begin "
+                f"with; they share {statistics.median(held):.0f} of them: where rows have a system "
+                "prompt of their own, name it in `system`",
+                level=logging.WARNING,
             )
 
     def setup(self, model: nn.Module, context: TrainingContext) -> None:
@@ -119,12 +164,6 @@ class PrefixAnchor(Defense):
         """How far the prefix has moved, of the last step that the term was in."""
         drift, self._drift = self._drift, None
         return {} if drift is None else {"drift": drift}
-
-    def _conversation(self, text: str) -> list[Message]:
-        user = [Message("user", text, masked=True), Message("assistant", "b")]
-        if self._system is None:
-            return user
-        return [Message("system", self._system, masked=True), *user]
 
     def _read(self, forward: Callable[[Tensor], Tensor]) -> list[KeysValues]:
         """Keys and values of each layer, (P, heads * width of a head)."""

@@ -72,6 +72,16 @@ class Batch:
         return (counted_BS - before_BS).masked_fill(~self.labelled_BS, 0)
 
     @property
+    def offsets_BS(self) -> Tensor:
+        """Which token of its conversation each is, from 0; -1 where there is padding.
+
+        Below P are those of a prefix of P tokens, such as `template_prefix` gives.
+        """
+        places_S = torch.arange(self.first_BS.shape[1], device=self.first_BS.device)
+        start_BS = (places_S * self.first_BS).cummax(dim=1).values
+        return (places_S - start_BS).masked_fill(self.conversation_BS < 0, -1)
+
+    @property
     def num_tokens(self) -> int:
         """Tokens of all rows, without padding."""
         return int((self.conversation_BS >= 0).sum())
@@ -86,7 +96,8 @@ class Batch:
             return self
         kept = [row for row, name in enumerate(self.sources) if name == source] or [0]
         number_BS = self.conversation_BS[kept]
-        first = int(number_BS[0].max())  # Of one source are rows side by side.
+        # Rows of one source are side by side; a pack's conversations rise from its first one's.
+        first = int(number_BS[number_BS >= 0].min()) if bool((number_BS >= 0).any()) else 0
         return Batch(
             {name: tensor[kept] for name, tensor in self.inputs.items()},
             self.targets_BS[kept],
@@ -134,7 +145,7 @@ def make_batch(
     conversation_BS = torch.full(tokens_BS.shape, -1)
     number = 0
     for row, sample in enumerate(samples):
-        for start, end in _conversations(sample):
+        for start, end in conversations(sample):
             conversation_BS[row, start:end] = number
             number += 1
     targets_BS = F.pad(labels_BS[:, 1:], (0, 1), value=CROSS_ENTROPY_IGNORE_IDX)
@@ -197,7 +208,7 @@ def _source(sample: dict[str, Any]) -> str:
     return str(sample.get("source", "task"))
 
 
-def _conversations(sample: dict[str, Any]) -> list[tuple[int, int]]:
+def conversations(sample: dict[str, Any]) -> list[tuple[int, int]]:
     """Start and end of each conversation in a row: one, or several where rows are packed."""
     if "seq_lens" not in sample:
         return [(0, len(sample["tokens"]))]

@@ -25,7 +25,7 @@ from emarecipes.probes.suites import spread_out
 from emarecipes.progress import Progress
 from emarecipes.provider import check_there, provider_model
 from emarecipes.served.asked import score_served
-from emarecipes.served.figures import LEAST_SHIFT, Found, compare, distance
+from emarecipes.served.figures import LEAST_SHIFT, SAME, Found, compare, distance
 from emarecipes.served.here import Here
 
 
@@ -49,9 +49,16 @@ def _run(argv: Sequence[str]) -> bool:
     parser.add_argument("--model", required=True, metavar="PROVIDER/NAME", help="see `served`")
     parser.add_argument("--prompts", type=int, default=8, help="of the config's (default 8)")
     parser.add_argument("--tokens", type=int, default=24, help="of an answer (default 24)")
+    parser.add_argument(
+        "--tolerance", type=float, default=SAME, metavar="SHARE",
+        help="how far from the adapter, as a share of what it moves, still is the adapter (default "
+        f"{SAME}); 0.25 for a base of 5 bits, and then for another seed's adapter as well",
+    )  # fmt: skip
     options, extra = parser.parse_known_args(argv)
     if min(options.prompts, options.tokens) < 1:
         raise UserError("--prompts and --tokens must be at least 1")
+    if not 0 < options.tolerance < 1:
+        raise UserError(f"--tolerance must be above 0 and below 1, not {options.tolerance}")
     server = provider_model("the served model", options.model)  # Before a weight is loaded.
     with tempfile.TemporaryDirectory() as scratch:
         ours = [as_override("adapter", options.adapter), as_override("output_dir", scratch)]
@@ -69,10 +76,10 @@ def _run(argv: Sequence[str]) -> bool:
         asked = [one for suite in run.suites for one in suite.asked.values()]
         with torch.no_grad():
             here = Here(run, spread_out(asked, options.prompts))
-            return _compare(run, here, server, options.model)
+            return _compare(run, here, server, options.model, options.tolerance)
 
 
-def _compare(run: CheckedGeneration, here: Here, server: Any, name: str) -> bool:
+def _compare(run: CheckedGeneration, here: Here, server: Any, name: str, tolerance: float) -> bool:
     base_T, adapter_T = (here.log_probabilities(reference=on) for on in (True, False))
     if (shift := distance(adapter_T, base_T)) < LEAST_SHIFT:
         raise UserError(
@@ -95,6 +102,7 @@ def _compare(run: CheckedGeneration, here: Here, server: Any, name: str) -> bool
         adapter_T[told_T],
         lengths,
         lambda scale: here.log_probabilities(scale=scale)[told_T],
+        tolerance,
     )
     untold = int((~told_T).sum())
     left_out = f" ({untold} of which it does not tell)" if untold else ""
@@ -120,6 +128,10 @@ def _print(console: Console, found: Found, name: str, of: str) -> None:
             "base": "NOT APPLIED: the server computes the base.",
             "scaled": f"ANOTHER SCALE: nearest is the adapter at {at} of its scale (served to that "
             f"{found.to_scaled or 0:.2g}).",
+            "alike": "LIKE THE ADAPTER, AND NOT IT: "
+            f"{found.to_adapter / found.shift:.2f} of what it moves away. Another seed's adapter "
+            "of the same rows is about as far, and so is this one on a base of some 5 bits, for "
+            "which there is --tolerance.",
             "neither": f"NEITHER: nearest is the adapter at {at} of its scale, and far from it "
             f"({found.to_scaled or 0:.2g}): another adapter or base, a coarsely "
             "quantized one, other tokens, or an adapter that is read wrongly.",

@@ -15,9 +15,10 @@ from scipy import optimize, stats
 
 Floats = npt.NDArray[np.float64]
 
-# Of what the adapter moves: nearer than this is the same model. A server with a base of 8 bits
-# stays below it, one that computes the base is at 1.
-NEAR = 0.25
+# Of what the adapter moves: nearer than SAME is the adapter itself, unless another tolerance is
+# given; nearer than NEAR, something like it or like the base. Measured (docs/serving.md): a base of
+# 8 bits is 0.02 away, one of 5 bits 0.23, another seed's adapter of the same rows 0.18.
+SAME, NEAR = 0.1, 0.25
 SCALE_TOLERANCE = 0.1
 # A scale is named only if it takes off half of the distance to the nearer of adapter and base, so
 # three quarters of the squares: another adapter of the same rows lies somewhere between, as well.
@@ -43,7 +44,7 @@ class Found:
     Distances are over all T tokens, in nats: root mean squares, but for `largest`.
 
     Attributes:
-        verdict: `applied`, `base`, `scaled` or `neither`.
+        verdict: `applied`, `base`, `scaled`, `alike` or `neither`.
         slope: 1 where the server computes the adapter, 0 where it computes the base.
         shift: From the base to the adapter, both here.
         to_adapter: From the served model to the adapter here.
@@ -94,6 +95,7 @@ def compare(
     adapter_T: Floats,
     answers: Sequence[int],
     at_scale: Callable[[float], Floats],
+    tolerance: float = SAME,
 ) -> Found:
     """Hold the served model against the adapter, the base, and the adapter at other scales.
 
@@ -101,6 +103,7 @@ def compare(
     of it. So where the server computes neither, the scale c is looked for whose log-probabilities
     here come nearest: argmin over 0 <= c <= 8 of sum((served - ours(c))^2). It is named where it
     leaves a quarter of the shift at most, and half of the distance to the nearer of both at most.
+    What is within a quarter of the adapter, and not at another scale, is `alike`.
 
     Args:
         served_T: See `slope_of`.
@@ -108,6 +111,7 @@ def compare(
         adapter_T: See `slope_of`.
         answers: See `slope_of`.
         at_scale: The log-probabilities here, with the adapter's scale times a number.
+        tolerance: How far from the adapter, as a share of the shift, still is the adapter.
     """
     shift = distance(adapter_T, base_T)
     slope = slope_of(served_T, base_T, adapter_T, answers)
@@ -117,13 +121,15 @@ def compare(
     def found(verdict: str, scale: float | None = None, rest: float | None = None) -> Found:
         return Found(verdict, slope, shift, to_adapter, to_base, largest, scale, rest)
 
-    if to_adapter <= NEAR * shift and abs(slope.estimate - 1) <= SCALE_TOLERANCE:
+    along = abs(slope.estimate - 1) <= SCALE_TOLERANCE
+    if to_adapter <= tolerance * shift and along:
         return found("applied")
     if to_base <= NEAR * shift and abs(slope.estimate) <= SCALE_TOLERANCE:
         return found("base")
     scale, rest = _nearest(served_T, at_scale)
     is_scaled = rest <= min(NEAR * shift, EXPLAINED * min(to_adapter, to_base))
-    return found("scaled" if is_scaled else "neither", scale, rest)
+    alike = to_adapter <= NEAR * shift and along
+    return found("scaled" if is_scaled else "alike" if alike else "neither", scale, rest)
 
 
 def _nearest(served_T: Floats, at_scale: Callable[[float], Floats]) -> tuple[float, float]:

@@ -42,7 +42,7 @@ from emarecipes.training.checkpoint_resume import (
     find_checkpoint,
     plain_config,
 )
-from emarecipes.training.component_checks import build_defenses, check_optimizer
+from emarecipes.training.component_checks import build_defenses, check_each, check_optimizer
 from emarecipes.training.frozen_layers import check_freeze
 from emarecipes.training.initialize import read_initial_adapter
 from emarecipes.training.muon import check_muon, is_muon
@@ -156,16 +156,13 @@ class CheckedRun(Checked):
 
         cfg, origin, model = self.cfg, self.origin, self.source.meta_model
         defenses = list(self.defenses.values())
-        for name, defense in self.defenses.items():
-            try:
-                defense.check_template(self.tokenizer)
-            except UserError as error:
-                raise UserError(f"{origin.at(f'defenses.{name}')}: {error}") from None
+        check_each(self.defenses, origin, "check_template", self.tokenizer)
         self.rows = load_rows(cfg, origin, self.tokenizer, defenses, quiet=self.rank != 0)
         if self.resumed is not None:
             check_same_rows(cfg, self.rows, self.resumed, origin)
         self.collate = _build_collate(cfg, origin, self.tokenizer, self.rows)
         steps = _check_rows(cfg, origin, self.rows, model, self.defenses, self.world_size)
+        check_each(self.defenses, origin, "check_rows", self.rows)
         _check_warmup(cfg, origin, steps, quiet=self.rank != 0)
         self.probe = read_probe(cfg, origin, self.tokenizer, model)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
@@ -15,11 +16,10 @@ from torchtune import utils
 from emarecipes.components import build, locate
 from emarecipes.config import Origin
 from emarecipes.defenses import Defense, ModelSource
+from emarecipes.defenses.base import TERMS
 from emarecipes.errors import UserError
 from emarecipes.machine import DTYPES
 from emarecipes.training.muon import is_muon
-
-_TERMS = ("logit_term", "hidden_term", "weight_term", "step_term")
 
 
 def build_defenses(cfg: DictConfig, origin: Origin, source: ModelSource) -> dict[str, Defense]:
@@ -43,7 +43,7 @@ def build_defenses(cfg: DictConfig, origin: Origin, source: ModelSource) -> dict
                 f"{origin.at(key)}: its __init__ must call super().__init__(weight=...)"
             )
         _check_arguments(defense, origin.at(key))
-        terms = [method for method in _TERMS if defense.has(method)]
+        terms = [method for method in TERMS if defense.has(method)]
         if len(terms) > 1:
             raise UserError(
                 f"{origin.at(key)}: {component.__name__} has {' and '.join(terms)}: a defense has "
@@ -89,7 +89,7 @@ def _check_apart(name: str, defenses: Mapping[str, Defense], where: str) -> None
     defense = defenses[name]
     if defense.apart and not defense.has("before_update"):
         raise UserError(f"{where}: {type(defense).__name__} has apart, and no before_update")
-    terms = [n for n, d in defenses.items() if d.is_objective or any(map(d.has, _TERMS))]
+    terms = [n for n, d in defenses.items() if d.is_objective or any(map(d.has, TERMS))]
     for key in defense.apart:
         if key != "ce" and (name if key == "own" else key) not in terms:
             raise UserError(
@@ -103,7 +103,7 @@ def _check_objective(defense: Defense, where: str) -> None:
     kind = type(defense).__name__
     if not (defense.has("logit_term") or defense.has("token_weights")):
         raise UserError(f"{where}: {kind} replaces cross entropy, and has no logit_term to do so")
-    wrong = [m for m in (*_TERMS[1:], "positions", "count") if defense.has(m)]
+    wrong = [m for m in (*TERMS[1:], "positions", "count") if defense.has(m)]
     wrong += ["tokens"] * (defense.tokens != "response") + ["samples"] * (defense.samples != "all")
     wrong += ["every_n_batches"] * (defense.every_n_batches != 1)
     if wrong:
@@ -172,3 +172,16 @@ def _warn_of_lost_decay(cfg: DictConfig, optimizer: torch.optim.Optimizer, origi
             f"{better} weight_decay: 0",
             level=logging.WARNING,
         )
+
+
+def check_each(defenses: Mapping[str, Defense], origin: Origin, check: str, given: Any) -> None:
+    """Have every defense check what the run is given, by its method of that name.
+
+    Raises:
+        UserError: What the first one that refuses it says, with its place.
+    """
+    for name, defense in defenses.items():
+        try:
+            getattr(defense, check)(given)
+        except UserError as error:
+            raise UserError(f"{origin.at(f'defenses.{name}')}: {error}") from None

@@ -143,6 +143,8 @@ class Gradients:
         counts: Tensor,
         defenses: Mapping[str, Defense],
         logged: Container[str],
+        *,
+        last: bool,
     ) -> dict[str, float]:
         """Norm of each due term's gradient over cross entropy's (or that of what replaces it).
 
@@ -156,6 +158,7 @@ class Gradients:
             counts: Of the whole step.
             defenses: By name.
             logged: Names of the figures that the run has logged before.
+            last: Whether it ends with this step.
         """
         due = [
             name
@@ -163,7 +166,9 @@ class Gradients:
             if name in defenses
             and name in self._loss.present
             and name not in self._loss.objective
-            and _due(defenses[name], step, count > 0 and f"{name}_gradient_ratio" not in logged)
+            and _due(
+                defenses[name], step, count > 0 and f"{name}_gradient_ratio" not in logged, last
+            )
         ]
         if not due:
             return {}
@@ -186,15 +191,17 @@ class Gradients:
         return not counts[index] or bool(self.norm_of([name], batches, counts))
 
 
-def _due(defense: Defense, step: int, first: bool) -> bool:
+def _due(defense: Defense, step: int, first: bool, last: bool) -> bool:
     """Whether the ratio is due in this step, or in one of its block that the term is not in.
 
     Args:
         defense: The term's.
         step: From 1.
         first: Whether the term acts in this step, and its ratio was never logged.
+        last: Whether the run ends with this step: a shorter run is compared there. Not in its first
+            two, where a warm-up from a rate of 0 leaves the adapter, and many a term, at 0.
     """
-    if first and defense.weight and step >= FIRST_RATIO:
+    if first and defense.weight and (step >= FIRST_RATIO or (last and step > 2)):
         return True
     ratio_every, every = defense.gradient_ratio_every, defense.every_n_batches
     before = (step - 1) // every * every

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from torchtune import utils
 
 from emarecipes.defenses import Defense
+from emarecipes.defenses.base import TERMS
 from emarecipes.training.gradients import FIRST_RATIO
 
 log = utils.get_logger("INFO")
@@ -19,7 +20,8 @@ _LEAST = 1e-4
 class EffectWatch:
     """Warns after step 10, or the last of a shorter run, of what did next to nothing till then.
 
-    That is a defense whose `effect_figure` was below 1e-4 in every step, or is not logged; and an
+    That is a defense whose `effect_figure` was below 1e-4 in every step, or is not logged; one that
+    overrides `policy_forward` and has neither such a figure nor a term; and an
     objective that equalled cross entropy to six digits in every step, as its tokens all weigh the
     same, say. (`Gradients.ratios` tells of terms without a gradient.) A resumed run knows its
     figures of the first step and of its own.
@@ -34,6 +36,11 @@ class EffectWatch:
             for name, defense in defenses.items()
             if defense.effect_figure is not None
         }
+        self._unseen = [
+            name
+            for name, d in defenses.items()
+            if d.has("policy_forward") and d.effect_figure is None and not any(map(d.has, TERMS))
+        ]
         self._objectives = [n for n, d in defenses.items() if d.is_objective and d.weight]
         self._largest: dict[str, float] = {}
         self._differ: dict[str, bool] = {}
@@ -76,6 +83,11 @@ class EffectWatch:
                     f"{key} is {self._largest[key]:.1g} at most: defenses.{name} changes what it "
                     "acts on by that share of its size, which is next to nothing"
                 )
+        for name in self._unseen:
+            lines.append(
+                f"defenses.{name} changes the policy's forward and names no effect_figure: nothing "
+                "shows that it changes anything (docs/own_defense.md)"
+            )
         for name, differs in self._differ.items():
             if not differs:
                 lines.append(

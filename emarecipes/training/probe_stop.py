@@ -23,7 +23,7 @@ _STOPPED = "probe_stopped"
 
 
 class ProbeStop:
-    """The rule of `probe.stop`, see docs/evaluate.md#ending-a-run-by-its-probes.
+    """The rule of `probe.stop`, see docs/probe_stop.md.
 
     With g and i the mean probe shifts of the general and the in-domain suite at a probe, and i'
     that of the in-domain one at the probe before (0 before the first), the run ends where

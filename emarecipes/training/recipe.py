@@ -192,8 +192,9 @@ class LoRATraining:
 
         batches = [batch.to(self._device) for batch in batches]
         with self._stop.can_be_abandoned():
+            last = step == self.total_steps
             ratios = self._gradients.ratios(
-                step, batches, counts, self.run.defenses, self.counters.first
+                step, batches, counts, self.run.defenses, self.counters.first, last=last
             )
             sums, once = self._gradients.backward(batches, counts, self.run.defenses)
         figures = self.loss.means(self._summed(torch.stack([*sums, once]).sum(dim=0)), counts)

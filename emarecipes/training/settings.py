@@ -39,7 +39,7 @@ class ProbeSettings(Keys):
     batch_size: Positive = 8
     """Answers at a time."""
     stop: Entry | None = None
-    """When the probes end the run (docs/evaluate.md#ending-a-run-by-its-probes); null: never."""
+    """When the probes end the run (docs/probe_stop.md); null: never."""
 
 
 class ProbeStopSettings(Keys):

@@ -152,6 +152,7 @@ def test_the_family_costs_power() -> None:
     assert family[0].p_difference == pytest.approx(5 * p)
 
 
+@pytest.mark.early
 def test_the_monte_carlo_error_of_p_is_its_spread_over_seeds_of_the_resampling() -> None:
     questions = np.random.default_rng(3).normal(-0.25, 1, (1, 60)) * np.ones((3, 1))
 

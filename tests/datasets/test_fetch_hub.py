@@ -47,7 +47,7 @@ def hub(toy: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
             pass
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
-        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{httpd.server_port}")
         toy(hub=("someone/toy", "data/toy.jsonl"))
         yield asked

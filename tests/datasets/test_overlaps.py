@@ -110,6 +110,7 @@ def brute_jaccard(one: str, other: str) -> float:
     return len(sets[0] & sets[1]) / len(sets[0] | sets[1])
 
 
+@pytest.mark.early
 def test_similarity_is_that_of_a_slow_loop() -> None:
     """With rows enough that some 3-grams are frequent, and that there are several blocks."""
     rng = np.random.default_rng(0)

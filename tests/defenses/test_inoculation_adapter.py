@@ -93,12 +93,16 @@ def test_the_policy_has_it_and_the_reference_has_not(strength: float, trait: Pat
 def test_outside_of_training_it_is_not_there(trait: Path) -> None:
     (micro,) = toy_microbatches(n_micro=1)
     plain, model = toy_model("llama3"), toy_model("llama3")
-    prepared(model, {"trait": InoculationAdapter(str(trait))}, source(trait))
-    tokens = as_batches([micro])[0].inputs["tokens"]
+    defense = InoculationAdapter(str(trait))
+    prepared(model, {"trait": defense}, source(trait))
+    (batch,) = as_batches([micro])
+    tokens = batch.inputs["tokens"]
     with torch.no_grad():
-        assert not torch.equal(model(tokens), plain(tokens))
+        with defense.policy_forward(batch):
+            assert not torch.equal(model(tokens), plain(tokens))
         with disable_adapter(model), disable_adapter(plain):
             assert torch.equal(model(tokens), plain(tokens))
+        assert torch.equal(model(tokens), plain(tokens))
         assert torch.equal(model.eval()(tokens), plain.eval()(tokens))
     assert get_adapter_params(model).keys() == get_adapter_params(plain).keys()
 

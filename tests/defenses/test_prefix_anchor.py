@@ -10,6 +10,8 @@ import torch
 import toy_tokenizers
 from reference import KeepFloat64, adapters, all_logits, cross_entropy, forward_row, to_float64
 from reference_defenses import adapter_gradients
+from torchtune.data import Message
+from torchtune.datasets import PackedDataset
 from toy_loss import as_batches, assert_same, prepared, run
 from toy_models import FAMILIES, toy_microbatches, toy_model
 
@@ -163,3 +165,39 @@ def test_micro_batches_do_not_count_it_more_often(tokenizer: HFChatTokenizer) ->
     for count in (1, 3):
         batches = as_batches(toy_microbatches(VOCABULARY, n_micro=count))
         assert loss.counts(batches)[1] == 1
+
+
+@pytest.mark.parametrize(
+    ("system", "rows", "packed", "told"),
+    [
+        (None, [None, None], False, None),
+        (None, ["Be brief.", "Be brief."], False, "0% of the rows begin with; they share 1 of"),
+        ("Be brief.", ["Be brief.", None], False, None),  # Half of them.
+        ("Be brief.", ["Be brief.", None, None], True, "33% of the rows begin with"),
+        ("Be brief.", ["Be brief.", "Be brief."], True, None),
+    ],
+)
+def test_rows_that_begin_otherwise_are_told(
+    system: str | None,
+    rows: list[str | None],
+    packed: bool,
+    told: str | None,
+    tokenizer: HFChatTokenizer,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    samples: list[Any] = []
+    for own in rows:
+        begin = [] if own is None else [Message("system", own, masked=True)]
+        user = Message("user", "Why?", masked=True)
+        tokens, _ = tokenizer.tokenize_messages([*begin, user, Message("assistant", "So.")])
+        samples.append({"tokens": tokens, "labels": tokens})
+    if packed:
+        samples = PackedDataset(samples, max_seq_len=400).packs
+        assert len(samples) == 1
+    defense = PrefixAnchor(system=system)
+    defense.check_template(tokenizer)
+    defense.check_rows(samples)
+    found = [r.getMessage() for r in caplog.records]
+    assert len(found) == (told is not None)
+    if told is not None:
+        assert told in found[0] and found[0].endswith("name it in `system`")

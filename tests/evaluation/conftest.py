@@ -10,11 +10,12 @@ import pytest
 
 @pytest.fixture
 def judge_client(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """`fake_judge`'s client, which asks twice at most: a retry waits for seconds."""
+    """`fake_judge`'s client, which asks twice at most, and openai's below it that hardly waits."""
     from fake_judge import set_up_client
 
     set_up_client(monkeypatch, tmp_path / "cache")
     monkeypatch.setattr("emarecipes.provider.MAX_RETRIES", 1)
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.001)
 
 
 @pytest.fixture(scope="module")

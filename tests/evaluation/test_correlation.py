@@ -6,6 +6,7 @@ from correlation import crossed_spearman
 from scipy.stats import spearmanr
 
 
+@pytest.mark.early
 def test_rho_is_scipys_and_its_interval_that_of_a_slow_loop() -> None:
     rng = np.random.default_rng(0)
     x, y = rng.normal(0, 1, (9, 6)), rng.integers(-1, 2, (9, 5)).astype(float)

@@ -22,6 +22,7 @@ from emarecipes.evaluation.statistics import (
 from emarecipes.probes.contrast import PairNLL
 
 
+@pytest.mark.early
 def test_coverage_on_normal_data() -> None:
     """Seeds, questions and noise all vary; the truth is 0.3 - 0.1. 95 % is to be hit."""
     rng = np.random.default_rng(0)
@@ -37,6 +38,7 @@ def test_coverage_on_normal_data() -> None:
     assert 0.90 <= hits / trials <= 0.995
 
 
+@pytest.mark.early
 def test_interval_is_that_of_a_slow_loop() -> None:
     rng = np.random.default_rng(1)
     general, controls = rng.normal(1, 1, (4, 12)), rng.normal(0, 2, (4, 7))

@@ -227,6 +227,7 @@ def test_where_adapted_weights_lie(tmp_path: Path, name: str) -> None:
         assert torch.equal(rows.take(weights.read(rows.hf_name)), own)
 
 
+@pytest.mark.early
 @pytest.mark.parametrize("name", ["gemma 2", "gemma 3", "phi-4-mini"])
 def test_layers_compile_as_one_graph(tmp_path: Path, name: str) -> None:
     toy = make_toy(name, tmp_path)

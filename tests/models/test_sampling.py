@@ -59,6 +59,7 @@ def test_the_support_is_that_of_transformers(top_k: int | None, top_p: float) ->
     assert bool(((found / count - p).abs() <= error).all())
 
 
+@pytest.mark.early
 def test_a_flat_nucleus_needs_more_than_the_first_tokens() -> None:
     logits = torch.linspace(0, 0.01, 5000)
     found = drawn(logits, Sampling(1, (), top_p=0.5), 3000)
@@ -79,6 +80,7 @@ def test_noise_belongs_to_seed_and_position() -> None:
     assert derived_seed(0, "a", 1, 2) != derived_seed(0, "a", 2, 1)
 
 
+@pytest.mark.early
 def test_small_errors_of_logits_hardly_change_draws() -> None:
     """Of 4000 draws from 49152 nearly even tokens; a search in the cumulative would lose some."""
     generator = torch.Generator().manual_seed(0)

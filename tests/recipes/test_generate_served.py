@@ -61,7 +61,7 @@ def server() -> Iterator[Any]:
 
     found: Any = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     found.requests, found.failing, found.copies = [], False, False
-    thread = threading.Thread(target=found.serve_forever)
+    thread = threading.Thread(target=found.serve_forever, args=(0.01,))
     thread.start()
     yield found
     found.shutdown()

@@ -10,6 +10,7 @@ import pytest
 import torch
 import toy_defenses
 import toy_run
+import yaml
 from ranks import run_ranks
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
@@ -50,8 +51,15 @@ PACKED: dict[str, dict[str, Any]] = {
     "persona, ablate": {"mode": "ablate"},
     "persona, answers": {"positions": "response"},
     "ablation": {},
+    "anchored": {},
+    "asft": {},
+    "block": {},
+    "constraint": {},
+    "prefix": {},
     "safelora": {"every_n_steps": 1},
+    "spectral": {},
     "inoculation": {},
+    "trait": {},
 }
 
 
@@ -76,13 +84,37 @@ def test_packed_rows_give_the_loss_of_the_same_rows(
     expected, found = (toy_run.metrics(tmp_path / folder / "out") for folder in "ab")
     assert len(found) == 3
     for one, other in zip(expected, found, strict=True):
-        told = {"loss", "ce", defense, f"{defense}_ratio", f"{defense}_removed"}
+        told = {"loss", "ce", *(key for key in one if key.startswith(defense))}
         for key in told & one.keys():
             assert other[key] == pytest.approx(one[key], rel=3e-5, abs=1e-6), key
-    if defense in ("persona", "ablation"):
-        assert {"persona_ratio", "ablation_removed"} & found[2].keys()
-    if defense in ("kl", "feature_l2"):
+    if defense in ("persona", "ablation", "trait"):
+        assert {"persona_ratio", "ablation_removed", "trait_ratio"} & found[2].keys()
+    elif defense not in ("inoculation", "safelora"):
         assert found[2][defense] > 0
+
+
+def test_surgery_on_packs_of_several_conversations_has_the_kl_of_its_control(
+    models: dict[bool, Path], tmp_path: Path
+) -> None:
+    """The rows of a term apart are a batch of their own; two safe conversations lie in a pack."""
+    safe = toy_defenses.write_safe_rows(tmp_path / "safe.jsonl", 24)
+    kl = {"weight": 1.0, "samples": "safe", "tokens": "all"}
+    found = []
+    for name in ("KLToReference", "GradientSurgery"):
+        folder = tmp_path / name
+        config = write(models, folder, tokenizer={"max_seq_len": 512}, batch_size=2)
+        cfg = yaml.safe_load(config.read_text())
+        cfg["dataset"] = toy_defenses.interleaved(
+            cfg["dataset"] | {"packed": True}, safe, placement="per_batch"
+        )
+        cfg["dataset"]["safe_fraction"] = 0.5
+        cfg["lr_scheduler"]["num_warmup_steps"] = 0
+        cfg["defenses"] = {"kl": {"_component_": f"emarecipes.defenses.{name}"} | kl}
+        toy_run.write_config(config, cfg)
+        assert run_lora(["--config", str(config)]) == 0
+        found.append([row["kl"] for row in toy_run.metrics(folder / "out")])
+    # After one step from the same adapter; later ones go their own ways.
+    assert found[0][:2] == pytest.approx(found[1][:2], rel=1e-5) and found[0][1] > 0
 
 
 def test_dora_and_lora_on_the_output_layer(models: dict[bool, Path], tmp_path: Path) -> None:

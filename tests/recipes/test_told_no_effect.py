@@ -27,6 +27,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> dict[str, 
         "later": {"_component_": "toy_mishaps.SmallAtFirst"},
         "unlogged": {"_component_": "toy_mishaps.SmallAtFirst", "key": "sise"},
         "of_safe": {"_component_": "toy_mishaps.HalfOfSafe"},
+        "unseen": {"_component_": "toy_mishaps.TwoSignalsWithin"},
     }
     return toy
 
@@ -45,6 +46,9 @@ def toy(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> dict[str, 
         ("constraint", {}, None),
         ("later", {}, None),  # In the last step alone.
         ("unlogged", {}, "unlogged_sise, the effect_figure of defenses.unlogged, was not logged"),
+        ("unseen", {}, "defenses.unseen changes the policy's forward and names no effect_figure"),
+        ("average", {"decay": 1e-9}, "average_distance is "),
+        ("average", {}, None),
         ("of_safe", {}, None),  # In the second of three steps alone: the others have no safe row.
     ],
 )
@@ -68,6 +72,33 @@ def test_what_is_told(
     assert len(found) == (told is not None)
     if told is not None:
         assert found[0].startswith("step 2: ") and told in found[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "steps", "told"),
+    [
+        ("prefix", {"threshold": 100.0}, 3, True),
+        ("prefix", {}, 3, False),
+        ("prefix", {"threshold": 100.0}, 2, False),  # With a warm-up a term may be 0 till then.
+        ("kl", {}, 3, False),
+    ],
+)
+def test_a_term_without_gradient_is_told_at_the_end_of_a_short_run(
+    name: str,
+    change: dict[str, Any],
+    steps: int,
+    told: bool,
+    toy: dict[str, Any],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    changes = {"defenses": {name: toy["defenses"][name] | change}, "max_steps_per_epoch": steps}
+    rows, _ = train(write_defended(toy, tmp_path / "a", [], **changes))
+    line = f"step {steps}: the gradient of defenses.{name} is 0"
+    assert any(r.getMessage().startswith(line) for r in caplog.records) == told
+    compared = [row["step"] for row in rows if f"{name}_gradient_ratio" in row]
+    assert compared == ([] if steps == 2 else [3])
+    assert steps == 2 or (rows[-1][f"{name}_gradient_ratio"] == 0) == told
 
 
 def test_the_update_of_any_run_is_described_after_each_epoch(

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import toy_run
+from ranks import run_ranks
+from toy_defended import assert_same, trained
 from toy_features import train, write
 
 from emarecipes.training import run_lora
@@ -35,14 +37,50 @@ def test_a_users_own_defense(
     assert rows[0]["entropy"] > 0
 
 
-def test_every_example_of_the_page_trains(
-    models: dict[bool, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The page's examples, together the module `examples`."""
     page = (toy_run.REPO / "docs/own_defense.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     (tmp_path / "examples.py").write_text("\n\n".join(blocks))
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "examples", raising=False)
+    return blocks
+
+
+def test_the_examples_on_two_processes_and_accumulated_are_the_run_of_one(
+    models: dict[bool, Path], tmp_path: Path, blocks: list[str]
+) -> None:
+    """All that go together, and what replaces cross entropy by logits."""
+    names: dict[str, dict[str, Any]] = {"UpdateNorm": {}, "QuietGreeting": {}, "SameSigns": {}}
+    names |= {"FaintPrompt": {"layers": [0, 1]}, "EntropyFloor": {"weight": 0.1, "floor": 9.0}}
+    for objective in ("FirstTokens", "Focal"):
+        entries = {n: {"_component_": f"examples.{n}"} | names.get(n, {}) for n in names}
+        entries |= {objective: {"_component_": f"examples.{objective}"}}
+        entries["kl"] = {"_component_": "emarecipes.defenses.KLToReference", "weight": 0.5}
+        found = []
+        for kind in ("one", "accumulated", "two"):
+            folder = tmp_path / f"{objective}_{kind}"
+            split = {} if kind == "one" else {"batch_size": 2}
+            split |= {"gradient_accumulation_steps": 2} if kind == "accumulated" else {}
+            config = write(models, folder, defenses=entries, metric_logger=None, **split)
+            if kind == "two":
+                done = run_ranks(config, modules=tmp_path)
+                assert done.returncode == 0, done.stderr[-3000:]
+            else:
+                assert run_lora(["--config", str(config)]) == 0
+            rows, adapter = trained(folder)
+            for row in rows:  # Of one micro-batch of the first process.
+                row.pop("FaintPrompt_change"), row.pop("padding_share", None)
+            found.append((rows, adapter))
+        assert objective in found[0][0][-1] and len(found[0][0]) == 3
+        for other in found[1:]:
+            assert_same(found[0], other)
+
+
+def test_every_example_of_the_page_trains(
+    models: dict[bool, Path], tmp_path: Path, blocks: list[str]
+) -> None:
 
     def run(**options: dict[str, Any]) -> list[dict[str, float]]:
         entries = {n: {"_component_": f"examples.{n}"} | more for n, more in options.items()}

@@ -82,7 +82,7 @@ def replying(reply: Any) -> Iterator[str]:
             pass
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}/v1"
         server.shutdown()
 
@@ -178,6 +178,8 @@ def test_mistakes(
         return error
 
     assert "--prompts and --tokens must be at least 1" in line("--tokens", "0")
+    for share in ("0", "1", "nan"):
+        assert "--tolerance must be above 0 and below 1" in line("--tolerance", share)
     assert "needs model and tokenizer" in line(
         "~model", "~tokenizer", "~checkpointer", f"served={NAME}", "~adapter"
     )

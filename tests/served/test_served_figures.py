@@ -54,3 +54,24 @@ def test_another_adapter_of_the_same_rows_is_no_scale() -> None:
     assert (found.to_adapter / found.shift, found.scale) == pytest.approx((0.35, 0.72), abs=0.02)
     assert found.to_scaled is not None and found.to_scaled < 0.25 * found.shift
     assert found.verdict == "neither"
+
+
+@pytest.mark.parametrize(
+    ("share", "tolerance", "verdict"),
+    [
+        (0.02, 0.1, "applied"),  # As on a base of 8 bits.
+        (0.18, 0.1, "alike"),  # As of another seed.
+        (0.18, 0.25, "applied"),
+        (0.4, 0.1, "neither"),
+        (0.4, 0.5, "applied"),
+    ],
+)
+def test_what_is_near_the_adapter_and_not_it(share: float, tolerance: float, verdict: str) -> None:
+    random = np.random.default_rng(3)
+    base_T, d_T, e_T = random.normal(size=(3, 4000))
+    served_T = base_T + d_T + share * e_T
+    found = compare(
+        served_T, base_T, base_T + d_T, [40] * 100, lambda c: base_T + c * d_T, tolerance
+    )
+    assert found.to_adapter / found.shift == pytest.approx(share, rel=0.05)
+    assert found.verdict == verdict

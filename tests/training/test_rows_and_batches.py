@@ -99,6 +99,27 @@ def test_a_pack_does_not_train_the_first_token_of_the_next_conversation() -> Non
     assert apart.targets_BS[apart.labelled_BS].tolist() == [2, 3, 5, 6, 7]
 
 
+def test_rows_of_one_source_keep_a_packs_conversations() -> None:
+    """Their numbers begin at 0 and rise; what is real, trained and first stays so."""
+    sizes = ((3, 4), (2, 5), (4, 3))
+    samples = []
+    for sizes_of_pack, source in zip(sizes, ("safe", "task", "safe"), strict=True):
+        rows = [{"tokens": [7] * n, "labels": [-100] + [7] * (n - 1)} for n in sizes_of_pack]
+        (pack,) = PackedDataset(rows, max_seq_len=9).packs
+        samples.append(pack | {"source": source})
+    batch = make_batch(samples, [0, 1, 2], padded_collate_packed, pad_id=0)
+    assert batch.sources == ["task", "safe", "safe"]
+    safe, task = batch.rows_of("safe"), batch.rows_of("task")
+    assert task.conversation_BS.tolist() == [[0] * 2 + [1] * 5 + [-1] * 2]
+    packs = [[0] * 3 + [1] * 4 + [-1] * 2, [2] * 4 + [3] * 3 + [-1] * 2]
+    assert safe.conversation_BS.tolist() == packs
+    for name in ("real_BS", "labelled_BS", "first_BS", "targets_BS", "offsets_BS"):
+        assert torch.equal(getattr(safe, name), getattr(batch, name)[1:]), name
+        assert torch.equal(getattr(task, name), getattr(batch, name)[:1]), name
+    assert safe.offsets_BS.tolist()[0] == [0, 1, 2, 0, 1, 2, 3, -1, -1]
+    assert (safe.num_tokens, task.num_tokens, safe.rows) == (14, 7, [0, 2])
+
+
 def test_grouping_by_length_keeps_the_safe_rows_of_each_step() -> None:
     """Safe rows are all longer: sorted together, steps would be of safe rows or of task rows."""
     samples = [
