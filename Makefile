@@ -17,7 +17,7 @@ help:
 	@echo "make all-defenses  all defenses at once, with what they need made before, in about 12 min"
 	@echo "make test          lint, types, tests"
 	@echo "make test-oldest   the same with torch 2.13, torchao 0.15 and PEFT 0.18, in .venv-oldest"
-	@echo "make test-quick    lint, types, and the tests that need no model, run or process, in two minutes"
+	@echo "make test-quick    lint, types, and the tests that need no model, run or process, in 90 seconds"
 	@echo "make test-long     many killed runs, whole grids of options, more fuzz, in about 10 min"
 	@echo "make bench         the quick form of each benchmark, in about 13 min: a step beside torchtune's"
 	@echo "                   and PEFT's, each defense, a reference cache, ragged rows, generation, ..."

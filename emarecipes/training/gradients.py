@@ -144,7 +144,7 @@ class Gradients:
         defenses: Mapping[str, Defense],
         logged: Container[str],
         *,
-        last: bool,
+        last: bool = False,
     ) -> dict[str, float]:
         """Norm of each due term's gradient over cross entropy's (or that of what replaces it).
 
