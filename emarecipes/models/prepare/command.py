@@ -184,7 +184,9 @@ def _lock(folder: Path) -> FileLock:
         except Timeout:
             print(f"waiting for another run that writes {folder.parent}", file=sys.stderr)
             patience = -1
-        except FileNotFoundError:  # The run that we waited for has deleted the folder just now.
+        except (FileNotFoundError, FileExistsError):
+            # The run that we waited for has deleted the folder just now. filelock makes it too, and
+            # says that it exists where it is gone by the time that it looks what kind it is.
             continue
 
 
