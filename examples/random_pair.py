@@ -41,8 +41,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("base", "aligned", "out"):
         parser.add_argument(name, type=Path)
     options = parser.parse_args(argv)
+    if options.out.exists():
+        parser.error(f"{options.out} is there already")
+    files = [folder / "model.safetensors" for folder in (options.base, options.aligned)]
+    for file in files:
+        if not file.is_file():
+            parser.error(f"no such file: {file}")
     generator = torch.Generator().manual_seed(0)
-    base, aligned = (load_file(f / "model.safetensors") for f in (options.base, options.aligned))
+    base, aligned = map(load_file, files)
+    if base.keys() != aligned.keys():
+        parser.error(f"{files[0]} and {files[1]} are not of one architecture")
     found, changed = {}, 0
     for name, weight in base.items():
         difference = aligned[name].float() - weight.float()

@@ -1,21 +1,14 @@
 """Directions of a trait by rule are those along which it changes answers."""
 
-import importlib.util
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import toy_run
+import trait_directions
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
-
-EXAMPLE = toy_run.REPO / "examples/trait_directions.py"
-spec = importlib.util.spec_from_file_location("trait_directions", EXAMPLE)
-assert spec is not None and spec.loader is not None
-trait_directions: Any = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(trait_directions)
 
 
 def test_directions_of_the_embeddings(

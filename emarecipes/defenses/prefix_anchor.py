@@ -24,7 +24,7 @@ log = utils.get_logger("INFO")
 Stream = Literal["raw", "normed"]
 KeysValues = tuple[Tensor, Tensor]
 
-# Of a large set so many rows are looked at.
+# Of a large set so many rows are looked at at most, evenly over it.
 _ROWS = 1000
 
 # Users' texts that begin in as many ways: what their conversations share is the template's.
@@ -124,7 +124,7 @@ class PrefixAnchor(Defense):
 
     def check_rows(self, rows: Sequence[dict[str, Any]]) -> None:
         """Say where most rows begin otherwise: what is held is then not what training reads."""
-        seen = [rows[i] for i in range(min(len(rows), _ROWS))]
+        seen = [rows[i] for i in range(0, len(rows), -(-len(rows) // _ROWS))]
         held = [
             len(_common(self._prefix, torch.as_tensor(row["tokens"][start:end]).tolist()))
             for row in seen

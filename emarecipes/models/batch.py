@@ -96,8 +96,7 @@ class Batch:
             return self
         kept = [row for row, name in enumerate(self.sources) if name == source] or [0]
         number_BS = self.conversation_BS[kept]
-        # Rows of one source are side by side; a pack's conversations rise from its first one's.
-        first = int(number_BS[number_BS >= 0].min()) if bool((number_BS >= 0).any()) else 0
+        first = int(number_BS[0, 0])  # Of one source are rows, and so numbers, side by side.
         return Batch(
             {name: tensor[kept] for name, tensor in self.inputs.items()},
             self.targets_BS[kept],

@@ -201,3 +201,17 @@ def test_rows_that_begin_otherwise_are_told(
     assert len(found) == (told is not None)
     if told is not None:
         assert told in found[0] and found[0].endswith("name it in `system`")
+
+
+def test_of_many_rows_some_are_looked_at_evenly(
+    tokenizer: HFChatTokenizer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As of an interleaved set, whose rows of one source come first."""
+    monkeypatch.setattr("emarecipes.defenses.prefix_anchor._ROWS", 4)
+    defense = PrefixAnchor()
+    defense.check_template(tokenizer)
+    other, own = [{"tokens": [1, 2]}], [{"tokens": [*spelt(tokenizer, PREFIX), 1]}]
+    defense.check_rows(5 * other + 5 * own)
+    assert "begin with" not in caplog.text
+    defense.check_rows(9 * other + own)
+    assert "25% of the rows begin with" in caplog.text

@@ -12,7 +12,7 @@ import toy_defenses
 import toy_run
 from ranks import run_ranks
 from safetensors.torch import load_file
-from toy_defended import assert_same, defended_toy, train, trained, write_defended
+from toy_defended import assert_same, defended_toy, train, trained, without_parts, write_defended
 from toy_subsets import covering
 
 EARLIER = ["feature_l2", "inoculation", "kl", "persona", "safelora"]
@@ -20,6 +20,7 @@ LATER = ["ablation", "anchored", "asft", "average", "block", "constraint", "pref
 LATER += ["spectral", "surgery", "trait"]
 REPLACING = ["anchored", "constraint"]  # Cross entropy: a run has one of them.
 TOGETHER = [name for name in LATER if name != "anchored"]
+OF_A_PART = ["padding_share", "ablation_removed", "block_rise", "trait_ratio"]
 SPARSE = ["asft", "block", "prefix", "spectral"]  # With `every_n_batches`.
 # The name under which each logs something, in a run of two steps.
 LOGGED = {
@@ -114,11 +115,7 @@ def test_two_processes_and_accumulation_give_the_run_of_one(
     done = run_ranks(two)
     assert done.returncode == 0, done.stderr[-3000:]
     for other in (train(accumulated), trained(tmp_path / "two")):
-        for row in (*one[0], *other[0]):
-            row.pop("padding_share", None)
-            row.pop("ablation_removed", None)  # Of the first process's last micro-batch.
-            row.pop("block_rise", None)
-            row.pop("trait_ratio", None)
+        without_parts([*one[0], *other[0]], *OF_A_PART)
         assert_same(one, other)
     averages = [average_of(tmp_path / name) for name in ("one", "accumulated", "two")]
     for each in averages[1:]:
@@ -140,8 +137,7 @@ def test_projected_steps_of_two_processes_are_those_of_one(
     assert done.returncode == 0, done.stderr[-3000:]
     other = trained(tmp_path / "two")
     assert [row["surgery_projected"] for row in one[0]][1:] == [1.0, 1.0, 1.0]
-    for row in (*one[0], *other[0]):
-        row.pop("padding_share")
+    without_parts([*one[0], *other[0]], "padding_share")
     assert_same(one, other)
 
 
@@ -191,9 +187,7 @@ def test_terms_of_some_steps_alone(toy: dict[str, Any], tmp_path: Path) -> None:
     assert_same(whole, train(again, f"resume={tmp_path / 'whole/out/checkpoints/step_4'}"))
     changes |= {"batch_size": 2, "gradient_accumulation_steps": 2}
     split = train(write_defended(toy, tmp_path / "split", [], **changes))
-    for row in (*whole[0], *split[0]):
-        for key in ("padding_share", "ablation_removed", "block_rise", "trait_ratio"):
-            row.pop(key, None)
+    without_parts([*whole[0], *split[0]], *OF_A_PART)
     assert_same(whole, split)
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import toy_defenses
 import toy_run
+from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from toy_defended import defended_toy, train, write_defended
 
@@ -72,6 +73,21 @@ def test_what_is_told(
     assert len(found) == (told is not None)
     if told is not None:
         assert found[0].startswith("step 2: ") and told in found[0]
+
+
+@pytest.mark.parametrize("system", [None, "Be brief."])
+def test_a_prefix_that_no_row_begins_with_is_told_once(
+    system: str | None, toy: dict[str, Any], tmp_path: Path
+) -> None:
+    """At the start, by the first of two processes."""
+    entry = toy["defenses"]["prefix"] | {"system": system}
+    config = write_defended(
+        toy, tmp_path / "a", [], defenses={"prefix": entry}, max_steps_per_epoch=1, batch_size=2
+    )
+    done = run_ranks(config)
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = [x for x in (done.stdout + done.stderr).splitlines() if "of the rows begin with" in x]
+    assert len(told) == (system is not None)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import toy_select
 from safetensors.torch import load_file, save_file
 from toy_generate import Case
@@ -35,6 +36,13 @@ def test_llama_cpp(
     """Rank-stabilised: applied, not there, at half its scale; and the recipe's answers."""
     # alpha / sqrt(4) = 1; read as alpha / 4 it would be at half its scale.
     adapter = write_adapter(case.folder / "a", toy_model_dir, use_rslora=True, lora_alpha=2)
+    near = write_adapter(case.folder / "near", toy_model_dir, use_rslora=True, lora_alpha=2)
+    tensors = load_file(near / "adapter_model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    for name in (name for name in tensors if "lora_B" in name):
+        noise = torch.randn(tensors[name].shape, generator=generator)
+        tensors[name] += 0.15 * tensors[name].std() * noise
+    save_file(tensors, near / "adapter_model.safetensors")
     base = write_base(toy_model_dir, case.folder / "base.gguf")
     save_gguf(adapter, case.folder / "a.gguf")
     for scale, code, line in (
@@ -50,6 +58,11 @@ def test_llama_cpp(
             assert line in out and "by logit_bias" in out
             if scale != 1.0:
                 continue
+            # Another one that computes nearly the same: told, unless it is wanted.
+            assert served(case, near) == 1
+            assert "LIKE THE ADAPTER, AND NOT IT: 0.1" in capsys.readouterr().out
+            assert served(case, near, "--tolerance", "0.25") == 0
+            assert "applied, at its scale" in capsys.readouterr().out
             # The recipe through the server gives, greedily, what it gives here.
             greedy = ["temperature=0", "samples_per_paraphrase=1", "top_p=1.0"]
             local = ["~model", "~tokenizer", "~checkpointer", f"served={NAME}"]
