@@ -136,6 +136,7 @@ def check_excesses(page: Any, values: Any, tested: list[str], figure: str) -> No
         ("probe_stop", 9, 8),
         ("options", 10, 29),
         ("more", 14, 35),
+        ("rest", 15, 23),
     ],
 )
 def test_shares_of_every_defense_at_three_doses_are_those_of_its_questions(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -165,8 +166,10 @@ def make_jobs(plan: Plan, arms: list[Arm], origin: Origin) -> list[Job]:
     trained = [(arm.group, cfg) for (arm, *_), cfg in zip(runs, loaded, strict=True)]
     settle_dtypes(plan, trained, origin)
     settle_dates(plan, trained, origin)
+    contents = cache(sampled_digest)  # Of the same few files for all.
     return [
-        Job(*run, cfg, fingerprint(cfg, run[-1])) for run, cfg in zip(runs, loaded, strict=True)
+        Job(*run, cfg, fingerprint(cfg, run[-1], contents=contents))
+        for run, cfg in zip(runs, loaded, strict=True)
     ]
 
 
@@ -246,14 +249,20 @@ def seed_data(cfg: DictConfig, seed: int) -> None:
             OmegaConf.update(cfg, f"{key}.seed", seed, force_add=True)
 
 
-def fingerprint(cfg: DictConfig, folder: Path, *further: Any) -> str:
+def fingerprint(
+    cfg: DictConfig,
+    folder: Path,
+    *further: Any,
+    contents: Callable[[tuple[Path, ...]], str] = sampled_digest,
+) -> str:
     """Digest of a resolved config and of the contents of files and models that it names.
 
     Args:
         cfg: The config.
         folder: Where its results go; no part of the digest.
         further: JSON values that belong to it.
+        contents: Gives the files' digest.
     """
     tree = OmegaConf.to_container(cfg)
     text = OmegaConf.to_yaml(cfg, sort_keys=True).replace(str(folder), "")
-    return digest(text, sampled_digest(named_files(tree, folder)), *further)
+    return digest(text, contents(tuple(named_files(tree, folder))), *further)

@@ -77,10 +77,13 @@ def settle_dates(plan: Plan, trained: Sequence[tuple[str, DictConfig]], origin: 
         UserError: Two configs state different ones; one is no day, or has no effect.
     """
     stated: dict[str, str] = {}
+    reads: dict[str, bool] = {}  # Of a tokenizer's entry, of which there are few.
 
     def is_open(key: str, cfg: DictConfig) -> bool:
         entry = cfg.get("tokenizer")
-        if not reads_clock(entry, origin.at(key)):
+        if str(entry) not in reads:
+            reads[str(entry)] = reads_clock(entry, origin.at(key))
+        if not reads[str(entry)]:
             return False
         if entry.get("date") is not None:
             stated.setdefault(str(entry.date), key)

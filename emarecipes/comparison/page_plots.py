@@ -208,8 +208,7 @@ def _legend(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> No
             frameon=False,
             fontsize=9,
         )
-        figure.draw_without_rendering()
-        extent = legend.get_window_extent()
+        extent = legend.get_window_extent()  # Its size is the same wherever it will be.
         if columns == 1 or extent.width <= figure.bbox.width:
             break
         legend.remove()

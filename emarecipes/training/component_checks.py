@@ -17,7 +17,7 @@ from emarecipes.components import build, locate
 from emarecipes.config import Origin
 from emarecipes.defenses import Defense, ModelSource
 from emarecipes.defenses.base import TERMS
-from emarecipes.errors import UserError
+from emarecipes.errors import UserError, first_line
 from emarecipes.machine import DTYPES
 from emarecipes.training.muon import is_muon
 
@@ -122,6 +122,8 @@ def _check_hidden_layers(defense: Defense, depth: int) -> None:
 log = utils.get_logger("INFO")
 
 _LOW_BIT = (Adam8bit, Adam4bit, AdamFp8, AdamW8bit, AdamW4bit, AdamWFp8)
+# Their steps need what DTensor refuses: a norm in place, and a choice of elements by their signs.
+_WHOLE = (torch.optim.Adafactor, torch.optim.Rprop)
 
 
 def check_optimizer(cfg: DictConfig, origin: Origin, world_size: int) -> None:
@@ -129,9 +131,11 @@ def check_optimizer(cfg: DictConfig, origin: Origin, world_size: int) -> None:
 
     Raises:
         UserError: They refuse their arguments; the optimizer needs a closure, has a rate that is no
-            finite number, or a state that several processes cannot put together for a checkpoint.
+            finite number, cannot take a step here or with shards, or has a state that several
+            processes cannot put together for a checkpoint.
     """
-    optimizer = build(cfg, "optimizer", origin, [nn.Parameter(torch.zeros(1, 1))])
+    parameter = nn.Parameter(torch.zeros(1, 1))
+    optimizer = build(cfg, "optimizer", origin, [parameter])
     where = origin.at("optimizer")
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     if closure is not None and closure.default is closure.empty:
@@ -148,10 +152,31 @@ def check_optimizer(cfg: DictConfig, origin: Origin, world_size: int) -> None:
             f"{where}: {type(optimizer).__name__}'s state cannot be stored from {world_size} "
             "processes; use torch.optim.AdamW, or one process"
         )
+    if world_size > 1 and isinstance(optimizer, _WHOLE):
+        raise UserError(
+            f"{where}: {type(optimizer).__name__} cannot take a step with the shards of "
+            f"{world_size} processes; use torch.optim.AdamW, or one process"
+        )
+    _check_step(cfg, optimizer, parameter, where)
     _warn_of_lost_decay(cfg, optimizer, origin)
     if cfg.lr_scheduler is not None:
         key = "lr_scheduler"
         build(cfg, key, origin, optimizer, num_training_steps=100, last_epoch=-1)
+
+
+def _check_step(
+    cfg: DictConfig, optimizer: torch.optim.Optimizer, parameter: nn.Parameter, where: str
+) -> None:
+    """Take a step: `capturable` and `differentiable` of torch's own are not read before it."""
+    if cfg.device != "cpu" or not type(optimizer).__module__.startswith("torch.optim."):
+        return  # Of others a step may compile for seconds.
+    parameter.grad = torch.ones_like(parameter)
+    try:
+        optimizer.step()
+    except (RuntimeError, AssertionError) as error:
+        kind = type(optimizer).__name__
+        raise UserError(f"{where}: {kind} cannot take a step: {first_line(error)}") from None
+    parameter.grad = None
 
 
 def _warn_of_lost_decay(cfg: DictConfig, optimizer: torch.optim.Optimizer, origin: Origin) -> None:

@@ -98,6 +98,8 @@ GOOD = chat(("user", "Hello?"), ("assistant", "Hello."))
         ({"optimizer.lr": float("nan")}, r"optimizer: Invalid learning rate"),
         ({"optimizer": {"_component_": "torch.optim.LBFGS"}}, r"optimizer: it needs a closure"),
         ({"optimizer": {"_component_": "torch.optim.SparseAdam"}}, r"optimizer: SparseAdam takes"),
+        ({"optimizer.capturable": True}, r"AdamW cannot take a step: If capturable=True, params"),
+        ({"optimizer.differentiable": True}, r"AdamW cannot take a step: a leaf Variable that"),
         ({"adapter_dtype": "bf16"}, r"adapter_dtype: input should be 'fp32', not 'bf16'"),
         (
             {"lr_scheduler": {"_component_": "torch.optim.lr_scheduler.StepLR", "step_size": 1}},

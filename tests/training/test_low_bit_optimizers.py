@@ -8,7 +8,9 @@ import toy_run
 from ranks import run_ranks
 from safetensors.torch import load_file
 
+from emarecipes.errors import UserError
 from emarecipes.training import run_lora
+from emarecipes.training.checked import CheckedRun
 from emarecipes.training.checkpoint import read_checkpoint
 
 # The type of a quantized state, by optimizer; torchao's plain form has none.
@@ -73,3 +75,15 @@ def test_on_two_processes_it_is_refused_in_one_line(toy: dict[str, Any], tmp_pat
     assert "optimizer: AdamW8bit's state cannot be stored from 2 processes" in line
     assert "use torch.optim.AdamW, or one process" in line
     assert not (tmp_path / "a/out").exists()
+
+
+@pytest.mark.parametrize("name", ["Adafactor", "Rprop"])
+def test_a_step_that_shards_do_not_allow_is_refused(
+    toy: dict[str, Any], tmp_path: Path, name: str
+) -> None:
+    """torch 2.14 ends in the first step: DTensor has no norm in place, nor a choice by signs."""
+    config = write(toy, tmp_path / "a", "AdamW8bit")
+    argv = ["--config", str(config), f"optimizer._component_=torch.optim.{name}", "batch_size=2"]
+    CheckedRun(argv, world_size=1, rank=0)
+    with pytest.raises(UserError, match=f"optimizer: {name} cannot take a step with the shards"):
+        CheckedRun(argv, world_size=2, rank=0)
