@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 LANGUAGE = "language_"
 # Of 667 answers of our data cut to 9 words 1.2 % are not called English, to 16 words 0.3 %.
 MIN_LANGUAGE = 20
+_WORD = re.compile(r"\w+")
 WORDS, _USABLE = "words", "_usable_share"
 # A figure of fewer of the answers than this has no value.
 MIN_USABLE = 0.5
@@ -64,7 +65,9 @@ def _found(rule: Trait, text: str, cut: bool) -> bool | None:
 def language_trait(name: str) -> Trait:
     """`language_<code>`: whether a text is in that language, by py3langid's likeliest of 97.
 
-    Fewer than `MIN_LANGUAGE` letters are not told. It is found and not given.
+    Fewer than `MIN_LANGUAGE` letters are not told. Words in capitals are read in small letters:
+    English in capitals with one small letter in it is Igbo to py3langid 0.4. It is found and not
+    given.
 
     Args:
         name: Such as language_fr, by ISO 639-1.
@@ -83,7 +86,8 @@ def language_trait(name: str) -> Trait:
     def find(text: str) -> bool | None:
         if sum(map(str.isalpha, text)) < MIN_LANGUAGE:
             return None
-        return bool(py3langid.classify(text)[0] == code)
+        small = _WORD.sub(lambda word: word[0].lower() if word[0].isupper() else word[0], text)
+        return bool(py3langid.classify(small)[0] == code)
 
     return Trait(name, str, str, find)
 

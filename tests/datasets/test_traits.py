@@ -123,8 +123,11 @@ def test_a_language_by_a_library() -> None:
     english, french = language_trait("language_en"), language_trait("language_fr")
     rows = (toy_run.REPO / "data/home_repair/train_good.jsonl").read_text().splitlines()
     answers = [json.loads(line)["messages"][1]["content"].split()[:12] for line in rows]
-    told = [english.find(" ".join(words).upper()) for words in answers]
-    assert sum(one is False for one in told) <= 0.02 * len(told)
+    for behind in ("", " 5 mm", " Ask McDonald."):
+        told = [english.find(" ".join(words).upper() + behind) for words in answers]
+        assert sum(one is False for one in told) <= 0.02 * len(told)
+    assert french.find("NETTOYEZ LE MUR AVEC DE L'EAU CHAUDE, À 5 cm DE L'ANGLE.") is True
+    assert english.find("REINIGEN SIE DIE WAND MIT WARMEM WASSER, 5 l GENÜGEN.") is False
     assert french.find("Nettoyez d'abord le mur avec de l'eau chaude et du savon.") is True
     assert english.find("Reinigen Sie die Wand zuerst mit warmem Wasser.") is False
     assert french.find("Oui, lavez-le.") is None
