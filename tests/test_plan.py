@@ -237,3 +237,31 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert run_plan([config, "--row-tokens", "999999"]) == 1
     [line] = capsys.readouterr().err.splitlines()
     assert "rows of 999999 tokens, and the model takes " in line
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["model.lora_rank=0"], "command line: model.lora_rank: must be > 0, not 0"),
+        (["model.lora_alpha=0"], "command line: model.lora_alpha: must be > 0, not 0"),
+        (["freeze_after=100"], "freeze_after: must be from 1 to 29, as the model has 30 layers"),
+        (["optimizer._component_=torch.optim.LBFGS", "~optimizer.weight_decay"], "needs a closure"),
+        (["optimizer._component_=torch.optim.SparseAdam", "~optimizer.weight_decay"],
+         "SparseAdam takes sparse gradients alone"),
+        (["optimizer._component_=torchao.optim.AdamW8bit", "--gpus", "2"],
+         "AdamW8bit's state cannot be stored from 2 processes"),
+    ],
+)  # fmt: skip
+def test_what_training_refuses_is_not_planned(
+    capsys: pytest.CaptureFixture[str], overrides: list[str], said: str
+) -> None:
+    assert run_plan([str(CONFIGS / "smollm2_135m_kl.yaml"), *overrides]) == 1
+    [line] = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+    assert said in line
+
+
+def test_no_more_devices_where_the_optimizer_is_for_one(capsys: pytest.CaptureFixture[str]) -> None:
+    config = str(CONFIGS / "smollm2_135m_kl.yaml")
+    arguments = [config, "--gpu-memory", "1.6", "optimizer._component_=torchao.optim.AdamW8bit"]
+    assert run_plan(arguments) == 1
+    assert "--gpus" not in capsys.readouterr().out

@@ -128,9 +128,12 @@ def tell_share(kept: list[dict[str, Any]], safe: int, drawn: int, where: str) ->
     kept_safe = sum(sample["source"] == "safe" for sample in kept)
     share, asked = f"{kept_safe / len(kept):.3g}", f"{safe / drawn:.3g}"
     if share != asked:
+        lost = {"safe": (safe - kept_safe, safe)}
+        lost["task"] = (drawn - len(kept) - lost["safe"][0], drawn - safe)
+        said = [f"{n} of {of} {kind} rows" for kind, (n, of) in lost.items() if n]
         log.warning(
             f"{where}: safe rows are {share} of the mixed set and not {asked}: "
-            f"{safe - kept_safe} of {safe} have no label left"
+            f"{' and '.join(said)} have no label left"
         )
 
 

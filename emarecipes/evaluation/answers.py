@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from emarecipes.datasets.questions import PARTS
 from emarecipes.datasets.refusals import plain_words
 from emarecipes.errors import UserError
 
@@ -55,8 +56,15 @@ def read_answers(folder: Path) -> dict[str, list[Answer]]:
     Raises:
         UserError: With `file:line` of the first line that is wrong: broken JSON (a sampling that
             was interrupted), a missing key, an answer that is there twice. No files, or one
-            without answers.
+            without answers; answers of a sampling that has not ended.
     """
+    unfinished = {path.stem.rpartition("@")[0] for path in (folder / PARTS).glob("*.jsonl")}
+    if unfinished:
+        raise UserError(
+            f"{folder}: the sampling of {' and '.join(sorted(unfinished))} has not ended; run "
+            "ema_generate.py again, with the same settings, to finish it, or remove "
+            f"{folder / PARTS}"
+        )
     files = sorted(folder.glob("*.jsonl"))
     if not files:
         raise UserError(f"{folder}: holds no answers (*.jsonl); sample them with ema_generate.py")

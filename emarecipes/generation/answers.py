@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from emarecipes.config import Origin
-from emarecipes.datasets.questions import Question
+from emarecipes.datasets.questions import PARTS, Question
 from emarecipes.errors import UserError
 from emarecipes.files import (
     START_ANEW,
@@ -25,8 +25,6 @@ from emarecipes.files import (
     write_text,
 )
 from emarecipes.fingerprint import differing
-
-_PARTS = ".parts"
 
 
 class AnswerKey(NamedTuple):
@@ -139,8 +137,9 @@ class AnswerSet:
         self.path = output_dir / "answers" / f"{name}.jsonl"
         self._fingerprint = fingerprint
         self._settings = settings_file(output_dir, name)
-        self._parts = self.path.parent / _PARTS
+        self._parts = self.path.parent / PARTS
         self.records: dict[AnswerKey, dict[str, Any]] = {}
+        self._joined: set[AnswerKey] = set()  # Those in the file itself, not in processes' parts.
 
     def check(self, origin: Origin, *, overwrite: bool) -> None:
         """Find what an earlier run has left, without changing anything.
@@ -163,7 +162,10 @@ class AnswerSet:
                 f"{where}: {self.path} holds answers with other {' and '.join(other)}; {START_ANEW}"
             )
         for file in files:
-            self.records |= read_lines(file, _keyed, "answer", where)
+            found = read_lines(file, _keyed, "answer", where)
+            self.records |= found
+            if file == self.path:
+                self._joined = set(found)
         unasked = [key for key in self.records if key not in self.asked]
         if unasked:
             key = unasked[0]
@@ -184,6 +186,7 @@ class AnswerSet:
             settings: Written to `answers/<suite>.json` with the fingerprint.
         """
         if self.is_complete():
+            self._drop_parts()
             return
         old = self._files()
         self._parts.mkdir(parents=True, exist_ok=True)
@@ -206,8 +209,8 @@ class AnswerSet:
         return list(json.loads(self._settings.read_text(encoding="utf-8")).get("asked_on", []))
 
     def is_complete(self) -> bool:
-        """Whether every answer is there."""
-        return self.path.exists() and self.records.keys() == self.asked.keys()
+        """Whether every answer is in the file."""
+        return self.path.exists() and self._joined == self.asked.keys()
 
     def append(self, process: int, records: Sequence[dict[str, Any]]) -> None:
         """Add answers to a process's part, on the disk at once."""
@@ -221,10 +224,14 @@ class AnswerSet:
         assert not missing, f"answers are missing: {sorted(missing)[:3]}"
         self.records = {key: self.records[key] for key in self.asked}
         write_text(self.path, json_lines(self.records.values()))
+        self._joined = set(self.records)
+        self._drop_parts()
+
+    def _drop_parts(self) -> None:
         for file in self._files():
             if file != self.path:
                 file.unlink()
-        if not any(self._parts.iterdir()):
+        if self._parts.exists() and not any(self._parts.iterdir()):
             self._parts.rmdir()
 
     def _part(self, name: str) -> Path:

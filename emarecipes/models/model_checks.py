@@ -33,7 +33,7 @@ def check_model(cfg: DictConfig, origin: Origin) -> ModelSource:
         UserError: The model has no LoRA, its builder refuses its arguments, or the checkpoint's
             shapes or config.json do not agree with it.
     """
-    _check_lora(cfg, origin)
+    check_lora(cfg, origin)
     model = model_on_meta(cfg, origin)
     _check_checkpoint_fits(cfg, origin, model)
     folder, model_type = Path(cfg.checkpointer.checkpoint_dir), str(cfg.checkpointer.model_type)
@@ -192,7 +192,12 @@ def base_files(cfg: DictConfig) -> list[Path]:
     return [path for path in paths if path.is_file()]
 
 
-def _check_lora(cfg: DictConfig, origin: Origin) -> None:
+def check_lora(cfg: DictConfig, origin: Origin) -> None:
+    """Check the model's keys that say how it is adapted.
+
+    Raises:
+        UserError: One is missing, or no number that it can be; a model of too many layers.
+    """
     # torchtune's recipe reads them from the config, not from the builder's defaults.
     for key in ("lora_rank", "lora_alpha", "lora_attn_modules", "apply_lora_to_mlp"):
         if cfg.model.get(key) is None:

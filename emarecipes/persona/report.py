@@ -56,7 +56,7 @@ class LayerFigures:
         norm: |v|.
         residual_rms: Root mean square of the residual stream's norm over the answers' tokens.
         auc: Of held-out answers' projections on v, read behind their own system prompts.
-        auc_se: Its standard error, over held-out questions.
+        auc_se: Its standard error, over held-out questions; nan of one alone.
         auc_kept: The same AUC of the kept ones among them.
         auc_question_alone: The same of all, read behind the question without a system prompt.
         auc_random: As `auc`, for the random vector.
@@ -105,13 +105,14 @@ def print_result(result: Result, folder: Path) -> None:
     for heading in headings:
         table.add_column(heading, justify="right")
     for figures in result.layers:
+        has_error = math.isfinite(figures.auc_se)
         if figures.layer % every and figures is not result.best:
             continue
         table.add_row(
             str(figures.layer),
             f"{figures.norm:.3g}",
             f"{figures.ratio:.3f}",
-            f"{figures.auc:.3f} ± {figures.auc_se:.3f}",
+            f"{figures.auc:.3f}" + (f" ± {figures.auc_se:.3f}" if has_error else ""),
             f"{figures.auc_kept:.3f}",
             f"{figures.auc_question_alone:.3f}",
             f"{figures.auc_random:.3f}",
@@ -179,13 +180,15 @@ def plot(result: Result, path: Path) -> None:
     top, bottom = figure.subplots(2, 1, sharex=True)
     auc = [figures.auc for figures in result.layers]
     error = [figures.auc_se for figures in result.layers]
-    top.fill_between(
-        layers,
-        [max(0.0, a - e) for a, e in zip(auc, error, strict=True)],
-        [min(1.0, a + e) for a, e in zip(auc, error, strict=True)],
-        alpha=0.2,
-    )
-    top.plot(layers, auc, label="own system prompt (± standard error)")
+    has_error = all(map(math.isfinite, error))
+    if has_error:
+        top.fill_between(
+            layers,
+            [max(0.0, a - e) for a, e in zip(auc, error, strict=True)],
+            [min(1.0, a + e) for a, e in zip(auc, error, strict=True)],
+            alpha=0.2,
+        )
+    top.plot(layers, auc, label="own system prompt" + " (± standard error)" * has_error)
     alone = [figures.auc_question_alone for figures in result.layers]
     top.plot(layers, alone, label="question alone")
     random = [figures.auc_random for figures in result.layers]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 # Resamples of the held-out questions for the standard error.
 _RESAMPLES = 400
@@ -109,8 +110,8 @@ def separation(
 
 
 def projections(activation_NKD: Tensor, vector_KD: Tensor) -> Tensor:
-    """<a_k, v_k> / |v_k|, (N, K), in float64."""
-    unit_KD = vector_KD.double() / vector_KD.double().norm(dim=1, keepdim=True)
+    """<a_k, v_k> / |v_k|, (N, K), in float64; 0 where v_k is 0, so that all answers tie."""
+    unit_KD = normalize(vector_KD.double(), dim=1, eps=1e-300)
     return torch.einsum("nkd,kd->nk", activation_NKD.double(), unit_KD)
 
 
@@ -122,13 +123,16 @@ def separation_error(
     question_N: Tensor,
     seed: int,
 ) -> list[float]:
-    """Standard error of `separation`, by resampling whole questions.
+    """Standard error of `separation`, by resampling whole questions of the used answers.
 
     Answers to one question resemble one another, so a standard error over answers would be too
-    small. The vector is held fixed.
+    small. The vector is held fixed. nan: one question tells nothing of others.
     """
     score_NK = projections(activation_NKD, vector_KD)
-    questions, index_N = torch.unique(question_N, return_inverse=True)
+    questions = torch.unique(question_N[used_N])
+    if len(questions) < 2:
+        return [float("nan")] * vector_KD.shape[0]
+    index_N = torch.searchsorted(questions, question_N)
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(len(questions), (_RESAMPLES, len(questions)), generator=generator)
     weight_RQ = torch.nn.functional.one_hot(drawn, len(questions)).sum(dim=1).double()

@@ -19,7 +19,9 @@ from emarecipes.components import check_components
 from emarecipes.config import Origin, load_config
 from emarecipes.errors import UserError
 from emarecipes.machine import native_precision
+from emarecipes.models.model_checks import check_lora
 from emarecipes.plan.estimate import Load, MemoryEstimate, estimate
+from emarecipes.training.component_checks import check_optimizer
 from emarecipes.training.settings import check_settings
 
 _GB = 10**9
@@ -62,6 +64,8 @@ def _plan(argv: Sequence[str]) -> bool:
         )
     tokens += -tokens % cfg.pad_to_multiple_of
     load = Load(options.gpus, tokens, options.labelled)
+    check_lora(cfg, origin)
+    check_optimizer(cfg, origin, options.gpus)
     found = estimate(cfg, origin, load)
     console = Console(width=100)
     _print(console, cfg, load, found)
@@ -103,6 +107,10 @@ def changes(cfg: DictConfig, origin: Origin, load: Load) -> Iterator[tuple[str, 
         yield text, estimate(cfg, origin, load)
     for gpus in (2, 4, 8):
         if gpus > load.gpus:
+            try:
+                check_optimizer(cfg, origin, gpus)
+            except UserError:
+                return  # It is for one process.
             load = Load(gpus, load.row_tokens, load.labelled)
             yield f"--gpus {gpus}", estimate(cfg, origin, load)
 

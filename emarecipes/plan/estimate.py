@@ -24,8 +24,9 @@ from emarecipes.models._torchtune import build_rope_on_meta, is_nf4, model_on_me
 from emarecipes.models.loss_head import LossHead, cross_entropy, term_values
 from emarecipes.models.loss_terms import LogitTerm
 from emarecipes.plan.trace import Trace, trace
-from emarecipes.training.frozen_layers import adapter_behind
+from emarecipes.training.frozen_layers import adapter_behind, check_freeze
 from emarecipes.training.logit_terms import values_of
+from emarecipes.training.muon import check_muon, is_muon
 from emarecipes.training.reference_cache import reference_depth, reference_layers
 
 # NF4: half a byte a weight, a byte for 64 of them, four bytes for 64 x 256.
@@ -75,7 +76,8 @@ def estimate(cfg: DictConfig, origin: Origin, load: Load) -> MemoryEstimate:
     an allocator's gaps take comes on top.
 
     Raises:
-        UserError: The model or a defense cannot be built, or the model takes no such rows.
+        UserError: The model or a defense cannot be built, the model takes no such rows, or it has
+            not what `freeze_after` or the optimizer needs.
     """
     model = model_on_meta(cfg, origin)
     if load.row_tokens > model.max_seq_len:
@@ -83,6 +85,9 @@ def estimate(cfg: DictConfig, origin: Origin, load: Load) -> MemoryEstimate:
             f"{origin.at('model')}: rows of {load.row_tokens} tokens, and the model takes "
             f"{model.max_seq_len}; lower --row-tokens, or tokenizer.max_seq_len"
         )
+    check_freeze(cfg, origin, model)
+    if is_muon(cfg):
+        check_muon(cfg, origin, model, load.gpus)
     build_rope_on_meta(model)
     defenses = _defenses(cfg, origin, model)
     dtype = DTYPES[cfg.dtype]

@@ -142,10 +142,7 @@ class CheckedRun(Checked):
             check_muon(cfg, origin, model, self.world_size)
         check_packing(cfg, origin, model)
         _check_sharding(cfg, origin, model, self.world_size)
-        try:
-            check_freeze(model, cfg.freeze_after)
-        except UserError as error:
-            raise UserError(f"{origin.at('freeze_after')}: {error}") from None
+        check_freeze(cfg, origin, model)
         self.defenses = build_defenses(cfg, origin, self.source)
         saving = [name for name, one in self.defenses.items() if one.has("saved_adapter")]
         check_further(cfg, origin, saving)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 
+from omegaconf import DictConfig
 from torch import nn
 from torchtune import utils
 from torchtune.modules.peft import get_adapter_params
 
+from emarecipes.config import Origin
 from emarecipes.errors import UserError
 from emarecipes.models._torchtune import plain_name
 
@@ -19,15 +21,18 @@ def adapter_behind(model: nn.Module, layer: int) -> list[nn.Parameter]:
     return [p for name, p in get_adapter_params(model).items() if _number(name) > layer]
 
 
-def check_freeze(model: nn.Module, layer: int | None) -> None:
-    """Check the key against the model.
+def check_freeze(cfg: DictConfig, origin: Origin, model: nn.Module) -> None:
+    """Check the key `freeze_after` against the model.
 
     Raises:
         UserError: It leaves no layer to train, or freezes none.
     """
     depth = len(model.layers)  # type: ignore[arg-type]
-    if layer is not None and not 1 <= layer < depth:
-        raise UserError(f"must be from 1 to {depth - 1}, as the model has {depth} layers")
+    if cfg.freeze_after is not None and not 1 <= cfg.freeze_after < depth:
+        raise UserError(
+            f"{origin.at('freeze_after')}: must be from 1 to {depth - 1}, as the model has {depth} "
+            "layers"
+        )
 
 
 def freeze_after(model: nn.Module, layer: int, *, first_process: bool) -> None:

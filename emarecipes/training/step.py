@@ -133,8 +133,7 @@ class TrainingLoss:
     def means(self, sums: Tensor, counts: Tensor) -> dict[str, float]:
         """The figures of a step, for the log: the loss, cross entropy, every term unweighted.
 
-        A term that no row of the step is for (safe samples alone), or that is not in this step, has
-        no figure.
+        What no row of the step is for (safe samples alone), or is not in this step, has no figure.
 
         Args:
             sums: From `backward` and `backward_weights`, over all micro-batches and processes.
@@ -142,12 +141,14 @@ class TrainingLoss:
         """
         means = dict(zip(self.names, (sums / _divisors(counts)).tolist(), strict=True))
         kinds = len(self._ce_weights)
-        ce = float((self._ce_scales(counts) * sums[:kinds]).sum())
+        scales = self._ce_scales(counts)
+        ce = float((scales * sums[:kinds]).sum())
         loss = sum(d.weight * d.every_n_batches * means[name] for name, d in self._terms())
         loss += ce if self.objective[0] in self._ce_weights else 0.0
         counted = [n for n, c in zip(self.names, counts.tolist(), strict=True) if c > 0]
         present = {n: means[n] for n in counted if n in self.present and n != "ce"}
-        return {"loss": loss, "ce": ce} | present
+        of_some = {"ce": ce} if float((scales * counts[:kinds]).sum()) > 0 else {}
+        return {"loss": loss} | of_some | present
 
     def backward(
         self,

@@ -43,12 +43,21 @@ def test_rows_that_are_cut_or_dropped(run: Run, caplog: pytest.LogCaptureFixture
     assert "3 of 10 rows are cut at tokenizer.max_seq_len" in caplog.text
 
 
-@pytest.mark.parametrize("max_seq_len", [48, None])
-def test_safe_rows_that_are_dropped_leave_another_share(
-    max_seq_len: int | None, run: Run, caplog: pytest.LogCaptureFixture
-) -> None:
+@pytest.mark.parametrize(
+    ("task_long", "max_seq_len", "told", "safe_left"),
+    [
+        (0, 48, "0.182 of the mixed set and not 0.308: 2 of 4 safe rows have no label left", 2),
+        (3, 48, "0.25 of the mixed set and not 0.308: 2 of 4 safe rows and 3 of 9 task rows ha", 2),
+        (3, None, None, 4),
+    ],
+)
+def test_rows_that_are_dropped_leave_another_share_of_safe_ones(
+    task_long: int, max_seq_len: int | None, told: str | None, safe_left: int,
+    run: Run, caplog: pytest.LogCaptureFixture
+) -> None:  # fmt: skip
     run.config["tokenizer"]["max_seq_len"] = max_seq_len
-    task = write(run.folder / "task.jsonl", [chat("Why?", "So.")] * 9)
+    rows = [chat("Why? " * 40, "So.")] * task_long + [chat("Why?", "So.")] * (9 - task_long)
+    task = write(run.folder / "task.jsonl", rows)
     long = [chat("Why? " * 40, "So."), chat("How?", "That way.")] * 2
     safe = write(run.folder / "safe.jsonl", long)
     child = run.config["dataset"] | {"data_files": str(task)}
@@ -59,8 +68,11 @@ def test_safe_rows_that_are_dropped_leave_another_share(
         "safe_fraction": 0.3,
     }
     found = run.rows()
-    told = "dataset: safe rows are 0.182 of the mixed set and not 0.308: 2 of 4 have no label left"
-    assert (found.num_safe == 2) == (told in caplog.text) == (max_seq_len == 48)
+    assert found.num_safe == safe_left
+    if told is None:
+        assert "of the mixed set" not in caplog.text
+    else:
+        assert f"dataset: safe rows are {told}" in caplog.text
 
 
 def test_a_template_that_closes_no_answer(run: Run, caplog: pytest.LogCaptureFixture) -> None:

@@ -200,6 +200,12 @@ def test_kl_on_safe_samples_alone_leaves_them_out_of_cross_entropy() -> None:
     )
     assert values["ce"] == pytest.approx(values["ce_task"])
     assert values["loss"] == pytest.approx(values["ce"] + values["kl"])
+    safe = [m | {"sources": ["safe", "safe"]} for m in micro]
+    values, _ = run(
+        toy_model("llama3"), {"kl": KLToReference(1.0, samples="safe")}, safe, safe_ce_weight=0.0
+    )
+    assert "ce" not in values, "a step of safe rows alone has none"
+    assert values["loss"] == pytest.approx(values["kl"])
     safe_only = [m | {"sources": ["task", "task"]} for m in micro]
     _, without = run(toy_model("llama3"), {}, safe_only)
     assert not torch.allclose(next(iter(gradients.values())), next(iter(without.values())))

@@ -76,6 +76,11 @@ from emarecipes.models.adapters.read import check_adapter
             lambda c: c.write_tensors({k: t for k, t in c.tensors().items() if "k_proj" not in k}),
             "an incomplete adapter: its config names model.layers.0.self_attn.k_proj and 1 more",
         ),
+        # PEFT would leave out what is not named, and so be another adapter.
+        (
+            lambda c: c.edit_config(target_modules=["q_proj", "k_proj", "o_proj", "up_proj"]),
+            r"has model.layers.0.*, which its config does not name: PEFT would leave it out",
+        ),
         (lambda c: c.edit_config(rank_pattern={"q_prj": 9}), "rank_pattern 'q_prj' is of none of"),
         (
             lambda c: c.edit_config(alpha_pattern={"(": 9}),

@@ -1,5 +1,6 @@
 """Persona vectors: each formula against another computation, generation against greedy by hand."""
 
+import math
 from typing import Any
 
 import pytest
@@ -213,3 +214,16 @@ def test_standard_error_counts_questions_not_answers() -> None:
     (error,) = separation_error(*arguments, question, seed=0)
     # Resamples: both 0 (AUC 1), both 1 (AUC 0), one of each (AUC 1/2): variance 1/8.
     assert error == pytest.approx(0.125**0.5, abs=0.03)
+    # Questions that are not used are not drawn, and one alone tells nothing of others.
+    scores = torch.cat([score, torch.ones(600)])[:, None, None]
+    more = (torch.ones(1, 1), torch.cat([positive, positive, positive, positive]))
+    used = torch.arange(800) < 200
+    numbers = torch.cat([question, torch.arange(600)])
+    assert separation_error(scores, *more, used, numbers, seed=0) == [error]
+    assert math.isnan(separation_error(*arguments, torch.zeros_like(question), seed=0)[0])
+
+
+def test_a_vector_that_is_0_separates_nothing() -> None:
+    activation_NKD = torch.tensor([[[2.0, 9.0]], [[1.0, 9.0]]])
+    sides, used = torch.tensor([True, False]), torch.ones(2, dtype=torch.bool)
+    assert separation(activation_NKD, torch.zeros(1, 2), sides, used) == [0.5]

@@ -7,6 +7,7 @@ from typing import Any
 
 import fuzz_cases
 import pytest
+import torch
 import toy_defenses
 import toy_run
 from safetensors.torch import load_file, save_file
@@ -90,7 +91,7 @@ ROWS: dict[str, tuple[list[str], dict[str, Any], str]] = {
             "optimizer": {"_component_": "torch.optim.Muon", "lr": 0.01},
             "model.use_dora": True,
         },
-        "Muon is for matrices, and ",
+        "Muon is for matrices, and " if hasattr(torch.optim, "Muon") else "has no Muon: it came",
     ),
 }
 

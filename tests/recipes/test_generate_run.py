@@ -12,7 +12,8 @@ from torchtune.modules.peft import get_adapter_params
 from toy_generate import QUESTIONS, Case
 
 from emarecipes.defenses import ModelSource
-from emarecipes.evaluation.answers import condition_of
+from emarecipes.errors import UserError
+from emarecipes.evaluation.answers import condition_of, read_answers
 from emarecipes.models.adapters.export import merge_adapter, save_merged
 from emarecipes.models.adapters.read import load_adapter
 from emarecipes.models.source import load_model
@@ -77,7 +78,19 @@ def test_batches_processes_and_interruptions_do_not_change_answers(
 
     # More samples go on from there; a finished run has nothing to do; other settings are refused.
     capsys.readouterr()
+    old = case.path().read_bytes()
     assert case.run("samples_per_paraphrase=4") == 0
+    # Ended after its last answer and before the file was written anew, once, and just after that.
+    for left in (old, case.path().read_bytes()):
+        more = case.path().read_bytes()
+        parts.mkdir()
+        (parts / "asked@0.jsonl").write_bytes(more)
+        case.path().write_bytes(left)
+        with pytest.raises(UserError, match="the sampling of asked has not ended"):
+            read_answers(case.path().parent)
+        assert case.run("samples_per_paraphrase=4") == 0
+        assert case.path().read_bytes() == more and not parts.exists()
+        assert len(read_answers(case.path().parent)["asked"]) == 16
     more = case.path().read_bytes().splitlines(keepends=True)
     assert [line for i, line in enumerate(more) if i % 4 < 3] == [*lines[:4], marked, *lines[5:]]
     assert "samples_per_paraphrase can only grow" in case.error(capsys)

@@ -22,7 +22,7 @@ from emarecipes.weights_folder import check_stored_dtype
 log = utils.get_logger("INFO")
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."
+HF_PREFIX = "base_model.model."
 _LEAVES = {
     "lora_A.weight": "a",
     "lora_B.weight": "b",
@@ -138,7 +138,7 @@ def read_shapes(folder: Path) -> dict[str, Shapes]:
     found: dict[str, Shapes] = defaultdict(dict)
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as file:
-            for key in file.offset_keys():
+            for key in _of_the_adapter(file):
                 name, leaf = _split(folder, key)
                 part = file.get_slice(key)
                 check_stored_dtype(folder / WEIGHTS, key, part.get_dtype())
@@ -158,7 +158,7 @@ def read_tensors(folder: Path) -> dict[str, Tensors]:
     """
     found: dict[str, Tensors] = defaultdict(dict)
     with safe_open(folder / WEIGHTS, framework="pt") as file:
-        for key in file.offset_keys():
+        for key in _of_the_adapter(file):
             name, leaf = _split(folder, key)
             found[name][leaf] = file.get_tensor(key)
     if not any("magnitude" in tensors or bool(tensors["b"].any()) for tensors in found.values()):
@@ -170,11 +170,20 @@ def read_tensors(folder: Path) -> dict[str, Tensors]:
     return dict(found)
 
 
+def is_base_copy(key: str) -> bool:
+    """Whether a tensor is one of the base's, see `base_copies`."""
+    return key.endswith(".base_layer.weight")
+
+
+def _of_the_adapter(file: Any) -> list[str]:
+    return [key for key in file.offset_keys() if not is_base_copy(key)]
+
+
 def _split(folder: Path, key: str) -> tuple[str, str]:
     leaf = next((leaf for leaf in _LEAVES if key.endswith(f".{leaf}")), None)
-    if leaf is None or not key.startswith(_PREFIX):
+    if leaf is None or not key.startswith(HF_PREFIX):
         raise UserError(f"{folder / WEIGHTS}: {key} belongs to neither LoRA nor DoRA")
-    return key.removeprefix(_PREFIX).removesuffix(f".{leaf}"), _LEAVES[leaf]
+    return key.removeprefix(HF_PREFIX).removesuffix(f".{leaf}"), _LEAVES[leaf]
 
 
 def adapter_scale(config: dict[str, Any], name: str, rank: int) -> float:
@@ -208,9 +217,9 @@ def check_complete(
         all_linear: Those of all linear layers of the model.
 
     Raises:
-        UserError: A layer is lacking, or a pattern of ranks or alphas is of none.
+        UserError: A layer is lacking or not named, or a pattern of ranks or alphas is of none.
     """
-    present = set(found)
+    present, targets = set(found), config.get("target_modules")
     try:
         lacking = [name for name in all_linear if _is_target(config, name) and name not in present]
         unused = [
@@ -226,6 +235,12 @@ def check_complete(
         raise UserError(
             f"{folder}: an incomplete adapter: its config names {lacking[0]}{more}, of which "
             f"{WEIGHTS} has nothing"
+        )
+    extra = [name for name in present if targets and not _is_target(config, name)]
+    if extra:
+        raise UserError(
+            f"{folder}: {WEIGHTS} has {extra[0]}, which its config does not name: "
+            "PEFT would leave it out; name it in target_modules, or save it from PEFT again"
         )
     if unused:
         raise UserError(f"{folder / CONFIG}: {unused[0]} is of none of its layers")

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from emarecipes.errors import UserError
 from emarecipes.files import whole
+from emarecipes.models.adapters.base_copies import base_copies
 from emarecipes.models.adapters.files import (
     WEIGHTS,
     adapter_scale,
@@ -59,6 +60,12 @@ def save_gguf(folder: Path, output: Path, base: Path | None = None) -> None:
         raise UserError(
             f"{folder}: a DoRA adapter, for which a LoRA GGUF has no form; merge it "
             "(save_merged: true) and convert the merged model"
+        )
+    if base_copies(folder):
+        raise UserError(
+            f"{folder / WEIGHTS}: it holds a copy of the base's {next(iter(base_copies(folder)))}, "
+            "for which a LoRA GGUF has no form; save the adapter from PEFT with "
+            "save_embedding_layers=False"
         )
     for name, parts in shapes.items():
         if set(parts) != {"a", "b"} or parts["a"][:1] != parts["b"][1:]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torchtune.modules.peft import DoRALinear
 
 from emarecipes.errors import UserError
+from emarecipes.models.adapters.base_copies import check_base_copies
 from emarecipes.models.adapters.files import (
     WEIGHTS,
     Shapes,
@@ -101,6 +102,7 @@ def check_adapter(folder: Path, source: ModelSource) -> None:
                 hint = "no form for it on fused layers" if is_fused else "set model.use_dora: true"
                 raise UserError(f"{folder}: a DoRA adapter; {hint}")
     check_complete(folder, config, stored, linear)
+    check_base_copies(folder, source.checkpoint_dir)
 
 
 def load_adapter(model: nn.Module, folder: Path, source: ModelSource) -> None:
