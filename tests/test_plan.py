@@ -262,6 +262,8 @@ def test_what_training_refuses_is_not_planned(
 
 def test_no_more_devices_where_the_optimizer_is_for_one(capsys: pytest.CaptureFixture[str]) -> None:
     config = str(CONFIGS / "smollm2_135m_kl.yaml")
-    arguments = [config, "--gpu-memory", "1.6", "optimizer._component_=torchao.optim.AdamW8bit"]
-    assert run_plan(arguments) == 1
-    assert "--gpus" not in capsys.readouterr().out
+    arguments = [config, "--gpu-memory", "1.6", "batch_size=1", "--row-tokens", "64"]
+    arguments += ["enable_activation_checkpointing=true"]
+    for optimizer, offered in (("torch.optim.AdamW", True), ("torchao.optim.AdamW8bit", False)):
+        assert run_plan([*arguments, f"optimizer._component_={optimizer}"]) == 1
+        assert ("--gpus 2: " in capsys.readouterr().out) == offered

@@ -236,7 +236,7 @@ def check_complete(
             f"{folder}: an incomplete adapter: its config names {lacking[0]}{more}, of which "
             f"{WEIGHTS} has nothing"
         )
-    extra = [name for name in present if targets and not _is_target(config, name)]
+    extra = [name for name in sorted(present) if targets and not _is_target(config, name)]
     if extra:
         raise UserError(
             f"{folder}: {WEIGHTS} has {extra[0]}, which its config does not name: "
