@@ -15,6 +15,8 @@ from emarecipes.config import Origin
 from emarecipes.errors import UserError
 
 CHECKPOINTS = "checkpoints"
+# In a folder of answers: where processes that sample put theirs until all are there.
+ANSWER_PARTS = ".parts"
 _RUN_FILES = (
     "config.yaml",
     "metrics.jsonl",

@@ -248,6 +248,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         (["optimizer._component_=torch.optim.LBFGS", "~optimizer.weight_decay"], "needs a closure"),
         (["optimizer._component_=torch.optim.SparseAdam", "~optimizer.weight_decay"],
          "SparseAdam takes sparse gradients alone"),
+        (["optimizer._component_=torch.optim.Muon", "model.use_dora=true"],
+         "Muon is for matrices" if hasattr(torch.optim, "Muon") else "has no Muon: it came"),
         (["optimizer._component_=torchao.optim.AdamW8bit", "--gpus", "2"],
          "AdamW8bit's state cannot be stored from 2 processes"),
     ],

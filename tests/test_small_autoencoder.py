@@ -62,3 +62,26 @@ def test_what_does_not_fit_is_said(tmp_path: Path, capsys: pytest.CaptureFixture
         with pytest.raises(SystemExit):
             small_autoencoder.main([str(out), "--adapter", str(adapter)])
         assert said in capsys.readouterr().err
+
+
+def test_it_is_at_the_streams_own_scale() -> None:
+    """Ten times the stream is ten times what is read and given back."""
+    torch.manual_seed(0)
+    hidden_TD = torch.rand(600, 20).square() @ torch.randn(20, 8) + 5.0
+    one, ten = (small_autoencoder.train(c * hidden_TD, 16, 0.05, 60) for c in (1.0, 10.0))
+    assert float(one["b_enc"].abs().max()) > 0.01
+    torch.testing.assert_close(ten["W_enc"], one["W_enc"], rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(ten["b_enc"], 10 * one["b_enc"], rtol=1e-2, atol=1e-3)
+    off = one["b_dec"] - hidden_TD.mean(0)
+    assert float(off.abs().max()) > 0.01
+    torch.testing.assert_close(
+        ten["b_dec"] - 10 * hidden_TD.mean(0), 10 * off, rtol=1e-2, atol=1e-2
+    )
+
+
+def test_the_control_is_drawn_from_what_is_on_at_times() -> None:
+    rise_J = torch.tensor([0.1, 5.0, -4.0, 0.0, 0.2, -0.1, 3.0, -6.0])
+    share_J = torch.tensor([0.0, 0.5, 0.5, 0.3, 0.0, 0.2, 0.5, 0.5])
+    found = small_autoencoder.order(rise_J, share_J, 2).tolist()
+    assert found[:4] == [1, 6, 7, 2]
+    assert set(found[4:6]) == {3, 5} and set(found[6:]) == {0, 4}

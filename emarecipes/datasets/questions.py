@@ -35,9 +35,6 @@ from emarecipes.datasets.row_keys import check_row_keys, is_trained
 from emarecipes.errors import UserError
 from emarecipes.yaml_nodes import parse_yaml
 
-# In a folder of answers, where processes that sample put theirs until all are there.
-PARTS = ".parts"
-
 
 @dataclass(frozen=True)
 class Question:

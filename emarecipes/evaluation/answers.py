@@ -15,9 +15,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from emarecipes.datasets.questions import PARTS
 from emarecipes.datasets.refusals import plain_words
 from emarecipes.errors import UserError
+from emarecipes.output_dir import ANSWER_PARTS
 
 Text = Annotated[str, Field(min_length=1)]
 
@@ -58,12 +58,12 @@ def read_answers(folder: Path) -> dict[str, list[Answer]]:
             was interrupted), a missing key, an answer that is there twice. No files, or one
             without answers; answers of a sampling that has not ended.
     """
-    unfinished = {path.stem.rpartition("@")[0] for path in (folder / PARTS).glob("*.jsonl")}
+    unfinished = {path.stem.rpartition("@")[0] for path in (folder / ANSWER_PARTS).glob("*.jsonl")}
     if unfinished:
         raise UserError(
             f"{folder}: the sampling of {' and '.join(sorted(unfinished))} has not ended; run "
             "ema_generate.py again, with the same settings, to finish it, or remove "
-            f"{folder / PARTS}"
+            f"{folder / ANSWER_PARTS}"
         )
     files = sorted(folder.glob("*.jsonl"))
     if not files:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from emarecipes.config import Origin
-from emarecipes.datasets.questions import PARTS, Question
+from emarecipes.datasets.questions import Question
 from emarecipes.errors import UserError
 from emarecipes.files import (
     START_ANEW,
@@ -25,6 +25,7 @@ from emarecipes.files import (
     write_text,
 )
 from emarecipes.fingerprint import differing
+from emarecipes.output_dir import ANSWER_PARTS
 
 
 class AnswerKey(NamedTuple):
@@ -137,7 +138,7 @@ class AnswerSet:
         self.path = output_dir / "answers" / f"{name}.jsonl"
         self._fingerprint = fingerprint
         self._settings = settings_file(output_dir, name)
-        self._parts = self.path.parent / PARTS
+        self._parts = self.path.parent / ANSWER_PARTS
         self.records: dict[AnswerKey, dict[str, Any]] = {}
         self._joined: set[AnswerKey] = set()  # Those in the file itself, not in processes' parts.
 

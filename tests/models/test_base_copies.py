@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from emarecipes.errors import UserError
-from emarecipes.models.adapters.base_copies import base_copies
+from emarecipes.models.adapters.base_copies import base_copies, check_base_copies
 from emarecipes.models.adapters.gguf import save_gguf
 from emarecipes.models.adapters.read import check_adapter, load_adapter
 from emarecipes.models.source import ModelSource, load_model
@@ -87,3 +87,16 @@ def test_a_lora_gguf_has_no_form_for_it(adapted: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"a copy of the base's lm_head.weight.*save_embedding_la"):
         save_gguf(folder, tmp_path / "a.gguf", base)
     assert not (tmp_path / "a.gguf").exists()
+
+
+@pytest.mark.parametrize("change", [0.0, 1e-3])
+def test_a_copy_beside_a_tied_base_is_of_its_embedding(
+    tmp_path: Path, model_dir: Path, change: float
+) -> None:
+    base = toy_run.write_toy_model(tmp_path / "base", model_dir)
+    embedding = load_file(base / "model.safetensors")["model.embed_tokens.weight"]
+    save_file({KEY: embedding + change}, tmp_path / "adapter_model.safetensors")
+    if not change:
+        return check_base_copies(tmp_path, base)
+    with pytest.raises(UserError, match=r"is not model.embed_tokens.weight of .*: the base was"):
+        check_base_copies(tmp_path, base)

@@ -4,10 +4,12 @@ import json
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 import toy_run
+from matplotlib.axes import Axes
 from ranks import run_ranks
 from safetensors import safe_open
 from toy_persona import persona_config
@@ -79,6 +81,23 @@ def test_files(finished: Path) -> None:
     for answer in answers:
         higher = answer["log_likelihood"] > answer["opposite_log_likelihood"]
         assert answer["kept"] == higher
+
+
+@pytest.mark.parametrize(("share", "questions"), [(0.17, 1), (0.34, 2)])
+def test_one_held_out_question_has_no_standard_error(
+    tmp_path: Path, toy_model_dir: Path, capsys: pytest.CaptureFixture[str],
+    share: float, questions: int,
+) -> None:  # fmt: skip
+    config = persona_config(tmp_path, toy_model_dir) | {"held_out_questions": share, "keep": "all"}
+    path = toy_run.write_config(tmp_path / "config.yaml", config)
+    with patch.object(Axes, "fill_between", autospec=True, side_effect=Axes.fill_between) as band:
+        assert run_persona(["--config", str(path)]) == 0
+    assert len({a["question"] for a in answers_of(tmp_path) if a["held_out"]}) == questions
+    layers = json.loads((tmp_path / "out/persona.json").read_text())["layers"]
+    has_error = questions > 1
+    assert all((row["auc_se"] is not None) == has_error for row in layers)
+    assert ("\u00b1" in capsys.readouterr().out) == has_error
+    assert band.called == has_error
 
 
 def test_vectors_are_those_of_the_saved_answers(finished: Path, toy_model_dir: Path) -> None:

@@ -33,18 +33,18 @@ def check_base_copies(folder: Path, base: Path) -> None:
         UserError: One is another, or of a matrix that the base does not have.
     """
     copies = base_copies(folder)
-    weights = WeightsFolder(base) if copies else None
-    for name, key in copies.items():
-        assert weights is not None
-        tied = weights.shape(name) is None and name == "lm_head.weight"
-        own = "model.embed_tokens.weight" if tied else name
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
-            copy = file.get_tensor(key)
-        if weights.shape(own) != tuple(copy.shape):
-            raise UserError(f"{folder}: an adapter of another base: it has a {name} of its own")
-        if not bool((weights.read(own).to(copy.dtype) == copy).all()):
-            raise UserError(
-                f"{folder / WEIGHTS}: {key} is not {own} of {base}: the base was changed, which is "
-                "more than an adapter; save the merged model and train on that, or save the "
-                "adapter from PEFT on this base"
-            )
+    if not copies:
+        return
+    weights = WeightsFolder(base)
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        for name, key in copies.items():
+            tied = weights.shape(name) is None and name == "lm_head.weight"
+            own, copy = "model.embed_tokens.weight" if tied else name, file.get_tensor(key)
+            if weights.shape(own) != tuple(copy.shape):
+                raise UserError(f"{folder}: an adapter of another base: it has a {name} of its own")
+            if not bool((weights.read(own).to(copy.dtype) == copy).all()):
+                raise UserError(
+                    f"{folder / WEIGHTS}: {key} is not {own} of {base}: the base was changed, "
+                    "which is more than an adapter; save the merged model and train on that, or "
+                    "save the adapter from PEFT on this base"
+                )

@@ -61,11 +61,10 @@ def save_gguf(folder: Path, output: Path, base: Path | None = None) -> None:
             f"{folder}: a DoRA adapter, for which a LoRA GGUF has no form; merge it "
             "(save_merged: true) and convert the merged model"
         )
-    if base_copies(folder):
+    if copies := list(base_copies(folder)):
         raise UserError(
-            f"{folder / WEIGHTS}: it holds a copy of the base's {next(iter(base_copies(folder)))}, "
-            "for which a LoRA GGUF has no form; save the adapter from PEFT with "
-            "save_embedding_layers=False"
+            f"{folder / WEIGHTS}: it holds a copy of the base's {copies[0]}, for which a LoRA "
+            "GGUF has no form; save the adapter from PEFT with save_embedding_layers=False"
         )
     for name, parts in shapes.items():
         if set(parts) != {"a", "b"} or parts["a"][:1] != parts["b"][1:]:
