@@ -24,7 +24,7 @@ from emarecipes.models._torchtune import final_norm_and_cap, unsharded
 from emarecipes.models.loss_terms import LogitTerm, Request, Term
 
 # Logits of one chunk, in elements. Several float32 copies of a chunk live at once.
-CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**25}
+CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**25}
 
 
 class LossHead:
