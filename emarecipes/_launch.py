@@ -3,8 +3,8 @@
 Installed beside site-packages' other modules as `_emarecipes_launch`, with a one-line .pth that
 imports it when Python starts; `import emarecipes` does it where there is no .pth. Start-up only
 registers finders (no other import); the work happens if and when torchtune's command line imports
-its recipe registry, torchtune's import asks torchao for what it no longer has, or anything imports
-torchao.
+its recipe registry or its downloads, torchtune's import asks torchao for what it no longer has, or
+anything imports torchao.
 
 Why not a recipe path alone: `tune run recipes/ema_lora.py` makes `recipes.ema_lora` of it, and
 torchtune's own top-level package `recipes` is found first. A recipe that the registry knows is run
@@ -85,6 +85,32 @@ def _refusal(name):  # type: ignore[no-untyped-def]
     return refuse
 
 
+def _load_without_kaggle(download, load_stock):  # type: ignore[no-untyped-def]
+    """Load `tune download`'s code in a `tune run` without kagglehub, which is 0.4 s to import.
+
+    A run makes that command's parser and calls nothing of it. Whoever imports kagglehub later gets
+    it: the stand-ins are there for this import alone.
+    """
+    from types import ModuleType
+
+    called = {
+        "kagglehub": "model_download",
+        "kagglehub.auth": "set_kaggle_credentials",
+        "kagglehub.exceptions": "KaggleApiHTTPError",
+        "kagglehub.handle": "parse_model_handle",
+    }
+    if sys.argv[1:2] != ["run"] or "kagglehub" in sys.modules:
+        return load_stock(download)
+    for module, name in called.items():
+        sys.modules[module] = ModuleType(module)
+        setattr(sys.modules[module], name, None)
+    try:
+        load_stock(download)
+    finally:
+        for module in called:
+            del sys.modules[module]
+
+
 def _load_without_collecting(module, load_stock):  # type: ignore[no-untyped-def]
     """Import torchtune, and with it torch, without looking for garbage in between: there is none.
 
@@ -107,6 +133,7 @@ def _load_without_collecting(module, load_stock):  # type: ignore[no-untyped-def
 
 _AT_IMPORT = {
     "torchtune": _load_without_collecting,
+    "torchtune._cli.download": _load_without_kaggle,
     "torchtune._recipe_registry": _add_our_recipes,
     "torchtune.training.quantization": _lend_gone_names,
 }

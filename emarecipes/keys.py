@@ -8,12 +8,15 @@ Types, defaults and meanings are those of the settings that the recipes check th
 from __future__ import annotations
 
 import argparse
+import ast
+import inspect
 import json
 import re
 import sys
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pkgutil import resolve_name
 from typing import Any
 
@@ -89,13 +92,13 @@ def keys(recipe: str, below: Sequence[str] = ()) -> list[Key]:
     found: list[Key] = []
     for entry, path in _SETTINGS[recipe].items():
         kind = resolve_name(f"emarecipes.{path}")
-        schema = kind.model_json_schema()["properties"]
+        schema, meaning = kind.model_json_schema()["properties"], _meanings(kind)
         of_entry = [
             Key(
                 f"{entry}.{name}".lstrip("."),
                 _kind(schema[name]),
                 "required" if field.is_required() else _yaml(field),
-                " ".join((field.description or "").split()),
+                " ".join(meaning.get(name, "").split()),
             )
             for name, field in kind.model_fields.items()
         ]
@@ -109,6 +112,20 @@ def keys(recipe: str, below: Sequence[str] = ()) -> list[Key]:
     if not below:
         return found
     return [k for name in below for k in found if f"{k.name}.".startswith(f"{name}.")]
+
+
+def _meanings(kind: type) -> dict[str, str]:
+    """The text below each key of a class of settings and of those that it extends."""
+    found = {}
+    for base in reversed(kind.__mro__):
+        if base.__module__.startswith("emarecipes."):
+            (defined,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+            assert isinstance(defined, ast.ClassDef)
+            for key, text in pairwise(defined.body):
+                match key, text:
+                    case ast.AnnAssign(target=ast.Name(name)), ast.Expr(ast.Constant(str(meaning))):
+                        found[name] = meaning
+    return found
 
 
 def with_tables(page: str) -> str:

@@ -32,12 +32,11 @@ Temperature = Annotated[float, Field(ge=0, allow_inf_nan=False), AfterValidator(
 class Keys(BaseModel):
     """Keys of a config, or of one of its entries; the text below a key is its meaning.
 
-    `python -m emarecipes.keys` prints it, and the tables in `docs/` are made of it.
+    `python -m emarecipes.keys` prints it, and the tables in `docs/` are made of it. It reads them
+    itself: pydantic would look for them at every import, a quarter of a second.
     """
 
-    model_config = ConfigDict(
-        strict=True, extra="allow", protected_namespaces=(), use_attribute_docstrings=True
-    )
+    model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
 
 
 class ModelSettings(Keys):

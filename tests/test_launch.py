@@ -186,3 +186,18 @@ if not before[1]:
         raise AssertionError
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(("command", "loaded"), [("run", False), ("download", True)])
+def test_a_run_does_without_what_downloads_need(command: str, loaded: bool) -> None:
+    """Whoever imports kagglehub later has the true one."""
+    code = """
+import sys
+sys.argv = ["tune", *sys.argv[1:]]
+from torchtune._cli import download, tune
+print("kagglehub" in sys.modules, download.model_download is not None)
+import kagglehub, kagglehub.auth
+print(callable(kagglehub.model_download), callable(kagglehub.auth.set_kaggle_credentials))
+"""
+    printed = subprocess.check_output([sys.executable, "-c", code, command], text=True).split()
+    assert printed == [str(loaded), str(loaded), "True", "True"]

@@ -9,12 +9,16 @@ import toy_models
 import toy_run
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchtune.modules.peft import DoRALinear
 
+from emarecipes.config import load_config
+from emarecipes.models._torchtune import model_on_meta
 from emarecipes.models._torchtune_recipe import StockRecipe
 from emarecipes.models._undrawn import Undrawn
 from emarecipes.models.source import load_model
 from emarecipes.training import run_lora
+from emarecipes.training.settings import check_settings
 
 
 def test_layers_begin_as_zeros_and_other_tensors_as_ever() -> None:
@@ -64,6 +68,29 @@ def test_an_evaluation_draws_nothing_for_the_base(tmp_path: Path, model_dir: Pat
     assert torch.equal(torch.get_rng_state(), before)
     stored = load_file(tmp_path / "model/model.safetensors")
     assert torch.equal(model.tok_embeddings.weight, stored["model.embed_tokens.weight"])
+
+
+def test_a_model_without_weights_is_built_without_a_draw(tmp_path: Path, model_dir: Path) -> None:
+    """Three quarters of the time were its layers' draws of numbers that are nowhere."""
+    file = toy_run.write_config(tmp_path / "c.yaml", toy_config(tmp_path, model_dir))
+    raw, origin = load_config(["--config", str(file)])
+    cfg = check_settings(raw, origin)
+    with Recorded() as recorded:
+        model_on_meta(cfg, origin)
+    assert "aten::zero_" in recorded.names
+    assert not {"aten::uniform_", "aten::uniform", "aten::normal_"} & recorded.names
+
+
+class Recorded(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.names.add(func._schema.name)
+        return func(*args, **(kwargs or {}))
 
 
 def toy_config(folder: Path, model_dir: Path) -> dict[str, Any]:
