@@ -28,6 +28,7 @@ from emarecipes.defenses.projection import ModuleProjection
 from emarecipes.defenses.safelora import REPORT, write_projection_report
 from emarecipes.errors import UserError, disk_errors
 from emarecipes.files import write_text
+from emarecipes.models.adapters.base_copies import check_base_copies
 from emarecipes.models.adapters.export import replacing
 from emarecipes.models.adapters.files import (
     check_complete,
@@ -124,14 +125,16 @@ class CheckedProjection(Checked):
             for name, (a, b) in self.lora.items()
         }
         base = Path(str(config.get("base_model_name_or_path")))
+        trained = base if any(base.glob("*.safetensors")) else None
         shapes = {rows.hf_name: rows.hf_shape for rows in self.modules.values()}
         try:
-            defense.open_folders(shapes, base if any(base.glob("*.safetensors")) else None)
+            defense.open_folders(shapes, trained)
         except UserError as error:
             raise UserError(f"{origin.at('safelora')}: {error}") from None
         linear = {*self.lora, *_linear(Path(str(cfg.safelora.base_dir)))}
         try:
             check_complete(Path(cfg.adapter), config, self.lora, sorted(linear))
+            check_base_copies(Path(cfg.adapter), trained or Path(str(cfg.safelora.aligned_dir)))
         except UserError as error:
             raise UserError(f"{origin.at('adapter')}: {error}") from None
 

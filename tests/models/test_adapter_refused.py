@@ -81,6 +81,10 @@ from emarecipes.models.adapters.read import check_adapter
             lambda c: c.edit_config(target_modules=["q_proj", "k_proj", "o_proj", "up_proj"]),
             r"has model.layers.0.*, which its config does not name: PEFT would leave it out",
         ),
+        *(
+            (lambda c, named=named: c.edit_config(target_modules=named), "names no layer: PEFT wou")
+            for named in (None, [], "")
+        ),
         (lambda c: c.edit_config(rank_pattern={"q_prj": 9}), "rank_pattern 'q_prj' is of none of"),
         (
             lambda c: c.edit_config(alpha_pattern={"(": 9}),
@@ -109,7 +113,6 @@ def test_what_does_not_belong_is_refused(tmp_path: Path, break_it: Any, message:
         ({"exclude_modules": ["k_proj"]}, "k_proj"),
         ({"layers_to_transform": [0]}, "layers.1"),
         ({"layers_to_transform": 1, "layers_pattern": "layers"}, "layers.0"),
-        ({"target_modules": None}, "k_proj"),
     ],
 )
 def test_which_layers_peft_would_adapt(
@@ -122,21 +125,29 @@ def test_which_layers_peft_would_adapt(
     case = saved(tmp_path, "llama3_2")
     case.edit_config(**config)
     stated = json.loads((case.folder / "adapter_config.json").read_text())
-    names = {key.removeprefix("base_model.model.").rpartition(".lora")[0] for key in case.tensors()}
-    if stated["target_modules"] is not None:
-        llama = transformers.LlamaForCausalLM(hf_toys.family("llama3_2").config)
-        keys = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
-        settings = {key: stated[key] for key in keys if key in stated}
-        tuned = peft.get_peft_model(llama, peft.LoraConfig(**settings))
-        names = set(tuned.base_model.targeted_module_names)
+    llama = transformers.LlamaForCausalLM(hf_toys.family("llama3_2").config)
+    keys = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+    settings = {key: stated[key] for key in keys if key in stated}
+    tuned = peft.get_peft_model(llama, peft.LoraConfig(**settings))
+    names = set(tuned.base_model.targeted_module_names)
     tensors = case.tensors()
     case.write_tensors({k: t for k, t in tensors.items() if not left_out or left_out not in k})
     check_adapter(case.folder, case.source)
     for name in sorted(names)[:1]:
         case.write_tensors({k: t for k, t in tensors.items() if f".{name}." not in k})
-        if stated["target_modules"] is not None:
-            with pytest.raises(UserError, match=f"its config names {name}"):
-                check_adapter(case.folder, case.source)
+        with pytest.raises(UserError, match=f"its config names {name}"):
+            check_adapter(case.folder, case.source)
+
+
+def test_without_a_named_layer_peft_adapts_those_of_its_own_choice() -> None:
+    """So such a config is refused: what else the weights have would be left out."""
+    import peft
+    import transformers
+
+    llama = transformers.LlamaForCausalLM(hf_toys.family("llama3_2").config)
+    tuned = peft.get_peft_model(llama, peft.LoraConfig(target_modules=None))
+    taken = {name.rpartition(".")[2] for name in tuned.base_model.targeted_module_names}
+    assert taken == {"q_proj", "v_proj"}
 
 
 def test_an_adapter_without_effect_is_told(

@@ -186,6 +186,25 @@ def test_what_is_refused(
     refused("belongs to neither LoRA nor DoRA", changed("foreign", **foreign))
 
 
+def test_a_copy_of_the_bases_output_layer_goes_with_the_adapter_if_it_is_the_bases(
+    finished: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """PEFT stores one beside an adapter on that layer, and a reader puts it in the base's place."""
+    key, name = "base_model.model.lm_head.base_layer.weight", "adapter_model.safetensors"
+    own = load_file(finished["model"] / "model.safetensors")["model.embed_tokens.weight"]
+    for folder, copy in (("same", own), ("other", own + 1)):
+        shutil.copytree(finished["adapter"], tmp_path / folder)
+        save_file(load_file(tmp_path / folder / name) | {key: copy}, tmp_path / folder / name)
+    config = str(write(finished, tmp_path, num_layers=4))
+    assert run_safelora(["--config", config, f"adapter={tmp_path / 'same'}"]) == 0
+    assert torch.equal(load_file(tmp_path / "out/adapter" / name)[key], own)
+    capfd.readouterr()
+    arguments = [f"adapter={tmp_path / 'other'}", f"output_dir={tmp_path / 'refused'}"]
+    assert run_safelora(["--config", config, *arguments]) == 1
+    assert f"{key} is not model.embed_tokens.weight of " in capfd.readouterr().err
+    assert not (tmp_path / "refused").exists()
+
+
 def test_a_result_is_not_overwritten_unasked(
     finished: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -217,9 +217,15 @@ def check_complete(
         all_linear: Those of all linear layers of the model.
 
     Raises:
-        UserError: A layer is lacking or not named, or a pattern of ranks or alphas is of none.
+        UserError: A layer is lacking or not named, or none is named, or a pattern of ranks or
+            alphas is of none.
     """
-    present, targets = set(found), config.get("target_modules")
+    present = set(found)
+    if not config.get("target_modules"):
+        raise UserError(
+            f"{folder / CONFIG}: target_modules names no layer: PEFT would adapt those of its own "
+            f"choice, whatever {WEIGHTS} has; name them there"
+        )
     try:
         lacking = [name for name in all_linear if _is_target(config, name) and name not in present]
         unused = [
@@ -236,7 +242,7 @@ def check_complete(
             f"{folder}: an incomplete adapter: its config names {lacking[0]}{more}, of which "
             f"{WEIGHTS} has nothing"
         )
-    extra = [name for name in sorted(present) if targets and not _is_target(config, name)]
+    extra = [name for name in sorted(present) if not _is_target(config, name)]
     if extra:
         raise UserError(
             f"{folder}: {WEIGHTS} has {extra[0]}, which its config does not name: "
@@ -249,7 +255,7 @@ def check_complete(
 def _is_target(config: dict[str, Any], name: str) -> bool:
     """Whether PEFT would put an adapter on a module of that name."""
     targets, excluded = config.get("target_modules"), config.get("exclude_modules")
-    if targets is None or (excluded and _names(excluded, name)):
+    if excluded and _names(excluded, name):
         return False
     if targets == "all-linear":
         return name != "lm_head"
