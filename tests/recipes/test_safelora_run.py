@@ -195,7 +195,8 @@ def test_a_copy_of_the_bases_output_layer_goes_with_the_adapter_if_it_is_the_bas
     for folder, copy in (("same", own), ("other", own + 1)):
         shutil.copytree(finished["adapter"], tmp_path / folder)
         save_file(load_file(tmp_path / folder / name) | {key: copy}, tmp_path / folder / name)
-    config = str(write(finished, tmp_path, num_layers=4))
+    base = edited(finished, tmp_path / "base", model__embed_tokens__weight=own + 2)
+    config = str(write(finished, tmp_path, num_layers=4, base_dir=str(base)))
     assert run_safelora(["--config", config, f"adapter={tmp_path / 'same'}"]) == 0
     assert torch.equal(load_file(tmp_path / "out/adapter" / name)[key], own)
     capfd.readouterr()
@@ -203,6 +204,12 @@ def test_a_copy_of_the_bases_output_layer_goes_with_the_adapter_if_it_is_the_bas
     assert run_safelora(["--config", config, *arguments]) == 1
     assert f"{key} is not model.embed_tokens.weight of " in capfd.readouterr().err
     assert not (tmp_path / "refused").exists()
+    # An adapter that names its base as a hub does is held against the aligned model.
+    stated = tmp_path / "same/adapter_config.json"
+    named = json.loads(stated.read_text()) | {"base_model_name_or_path": "org/name"}
+    stated.write_text(json.dumps(named))
+    arguments = [f"adapter={tmp_path / 'same'}", f"output_dir={tmp_path / 'again'}"]
+    assert run_safelora(["--config", config, *arguments]) == 0
 
 
 def test_a_result_is_not_overwritten_unasked(
