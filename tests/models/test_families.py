@@ -28,7 +28,7 @@ from emarecipes.models.sampling.sampler import sample_answers
 from emarecipes.weights_folder import WeightsFolder
 
 # fp32; logits are of 1 to 10, and the adapters move them by 0.2 to 6.
-TOLERANCE = 2e-5
+TOLERANCE = 5e-5  # Half of what is promised; rounding alone made 2.4e-5 on one kind of CPU.
 
 
 WINDOWED = ("mistral", "qwen2", "gemma 2", "gemma 3", "gemma 3, images", "phi-3")

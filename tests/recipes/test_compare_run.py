@@ -126,6 +126,7 @@ def test_runs_what_is_missing(
         {"config": str(tmp_path / "train.yaml"), "overrides": average, "adapter": "adapter_avg"}
     )
     again = ["~arms.broken", "arms.fewer.overrides=[optimizer.lr=1.0e-3]", f"arms.average={arm}"]
+    again.append("runs_at_a_time=2")  # As many threads as before: another number rounds otherwise.
     assert run_compare(["--config", str(config), *again]) == 0
     second = ended(out)
     assert {name for name in first if first[name] != second[name]} == {
