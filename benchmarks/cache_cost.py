@@ -133,7 +133,7 @@ def main() -> None:
             trainer = build(options.arm, setting, (small, batch))
             return print(measure_memory(trainer, small, batch))
         machine = describe_machine()
-        peaks = {name: peak_of_arm(name) for name in ARMS}
+        peaks = {name: peak_of_arm(name, options.dtype) for name in ARMS}
         timed = [*ARMS, *COMPILED] if options.compiled else ARMS
         trainers = {name: build(name, setting, [batch]) for name in timed}
         figures = measure_time(trainers, batch, 3 if options.quick else options.repetitions, peaks)

@@ -237,7 +237,7 @@ def main() -> None:
         machine = describe_machine()
         names = (NAMES[0], NAMES[1], NAMES[-1]) if options.quick else NAMES
         projections = compare_projections(setting.base, 1 if options.quick else options.repetitions)
-        peaks = {name: peak_of_arm(name) for name in names}
+        peaks = {name: peak_of_arm(name, options.dtype) for name in names}
         trainers = {name: Trainer(*ARMS[name](setting)) for name in names}
         steps = measure_time(trainers, batch, 3 if options.quick else options.repetitions, peaks)
     if options.json:

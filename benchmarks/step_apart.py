@@ -14,11 +14,9 @@ import json
 import logging
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import cache_cost
@@ -26,7 +24,7 @@ import step_cost
 from rich.console import Console
 from rich.table import Table
 from step_cost import DTYPES, Setting, Trainer
-from timing import describe_machine, native_dtype
+from timing import Turns, answer_turns, describe_machine, native_dtype
 
 from emarecipes.training.pages import keep_freed_pages
 
@@ -38,7 +36,6 @@ WANTED = [(OURS, STOCK, 0.60), (OURS, PEFT, 0.90), (KL, OURS, 1.45), (CACHED, OU
 
 
 def child(name: str, dtype: str) -> None:
-    """Take a step for each line that comes, and say its seconds on the wall and of processors."""
     logging.disable(logging.INFO)
     warnings.simplefilter("ignore")
     if name.startswith("ours"):
@@ -50,13 +47,7 @@ def child(name: str, dtype: str) -> None:
             trainer = cache_cost.build("KL, cached", setting, [batch])
         else:
             trainer = Trainer(*step_cost.ARMS[name](setting))
-        for _ in range(2):
-            trainer.step(batch)
-        print("ready", flush=True)
-        for _ in sys.stdin:
-            started, worked = time.perf_counter(), time.process_time()
-            trainer.step(batch)
-            print(time.perf_counter() - started, time.process_time() - worked, flush=True)
+        answer_turns(partial(trainer.step, batch))
 
 
 def main() -> None:
@@ -70,26 +61,15 @@ def main() -> None:
     if options.arm:
         return child(options.arm, options.dtype)
     machine = describe_machine()
-    started = []
-    for name in options.arms:  # One after the other, so that none warms up beside another.
-        command = [sys.executable, __file__, "--arm", name, "--dtype", options.dtype]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        process = subprocess.Popen(command, text=True, stderr=subprocess.DEVNULL, **pipes)
-        started.append(process)
-        if process.stdout.readline().strip() != "ready":
-            sys.exit(f"{name} did not start")
+    turns = Turns({n: ("--arm", n, "--dtype", options.dtype) for n in options.arms})
     seconds: dict[str, list[float]] = {name: [] for name in options.arms}
     worked: dict[str, list[float]] = {name: [] for name in options.arms}
     for _ in range(options.repetitions):
-        for name, process in zip(options.arms, started, strict=True):
-            process.stdin.write("\n")
-            process.stdin.flush()
-            wall, processors = process.stdout.readline().split()
-            seconds[name].append(float(wall))
-            worked[name].append(float(processors))
-    for process in started:
-        process.stdin.close()
-        process.wait()
+        for name in options.arms:
+            wall, processors = turns.step(name)
+            seconds[name].append(wall)
+            worked[name].append(processors)
+    turns.end()
     if options.json:
         found = {"machine": machine, "variables": _narrowed(), "seconds": seconds}
         found["processor_seconds"] = worked

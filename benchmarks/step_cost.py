@@ -51,6 +51,7 @@ from emarecipes.models._torchtune_cpu import with_fewer_passes
 from emarecipes.models._torchtune_recipe import stock_recipe
 from emarecipes.models.adapters.export import save_adapter
 from emarecipes.models.batch import Batch, make_batch
+from emarecipes.training.gradients import Gradients
 from emarecipes.training.reference_cache import ReferenceCache
 from emarecipes.training.settings import check_settings
 from emarecipes.training.step import TrainingLoss
@@ -83,10 +84,14 @@ class Setting:  # The same in every process.
         text = "\n".join(re.findall(r'"content": "([^"]*)"', data)[:200])
         self.tokens = Tokenizer.from_file(str(self.base / "tokenizer.json")).encode(text).ids
 
-    def batch(self, rows: int, length: int = 256) -> Batch:
+    def batch(self, rows: int, length: int = 256, safe: int = 0) -> Batch:
         ignored = [CROSS_ENTROPY_IGNORE_IDX] * int(0.4 * length)
         tokens = [self.tokens[row * length :][:length] for row in range(rows)]
-        samples = [{"tokens": row, "labels": ignored + row[len(ignored) :]} for row in tokens]
+        samples: list[dict[str, Any]] = [
+            {"tokens": row, "labels": ignored + row[len(ignored) :]} for row in tokens
+        ]
+        for sample in samples[rows - safe :]:
+            sample["source"] = "safe"
         return make_batch(samples, range(rows), padded_collate_sft, pad_id=0)
 
 
@@ -110,7 +115,7 @@ def in_torchtune(
         defenses = set_up(setting, model, defenses or {})
         cache = make_cache(defenses)
         loss = TrainingLoss(model, defenses, reference_cache=cache, compiled=compiled)
-        return model, partial(ours, loss)
+        return model, partial(ours, loss, Gradients(model, loss, 1, torch.device("cpu")), defenses)
     recipe._loss_fn = CEWithChunkedOutputLoss()  # As torchtune's configs have it.
     model.set_num_output_chunks(recipe._loss_fn.num_output_chunks)
     recipe.ignore_labels_cache = torch.full((cfg.batch_size, 1), CROSS_ENTROPY_IGNORE_IDX)
@@ -138,11 +143,11 @@ def stock(recipe: Any, batch: Batch) -> list[float]:
     return [loss.item() / int(count)]
 
 
-def ours(loss: TrainingLoss, batch: Batch) -> list[float]:
+def ours(loss: TrainingLoss, gradients: Gradients, defenses: Defenses, batch: Batch) -> list[float]:
     counts = loss.counts([batch])
-    figures = (loss.backward(batch, counts) / counts).tolist()
-    loss.backward_weights()
-    return figures  # type: ignore[no-any-return]
+    (sums,), _ = gradients.backward([batch], counts, defenses)
+    gradients.before_update(1, defenses)
+    return (sums / counts).tolist()
 
 
 def in_transformers(setting: Setting, naive: bool, compiled: bool = False) -> Model:
@@ -194,10 +199,10 @@ COMPILED: dict[str, Callable[[Setting], Model]] = {
 }
 
 
-def peak_of_arm(name: str) -> float:
+def peak_of_arm(name: str, dtype: str) -> float:
     """This script's `--memory --arm name`, in a process of its own."""
     command = ["env", "MALLOC_MMAP_THRESHOLD_=131072", sys.executable, *sys.argv, "--memory"]
-    return float(subprocess.check_output([*command, "--arm", name]))
+    return float(subprocess.check_output([*command, "--arm", name, "--dtype", dtype]))
 
 
 def measure_memory(trainer: Trainer, small: Batch, batch: Batch) -> float:
@@ -252,13 +257,16 @@ def print_report(figures: Any, quick: bool) -> None:
                 sys.exit(f"{name} computes something else: {key} {figure[key]}, not {like[key]}")
 
 
-def step_options(description: str, arms: Iterable[str]) -> argparse.ArgumentParser:
+def step_options(
+    description: str, arms: Iterable[str], several: bool = False
+) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--repetitions", type=int, default=7, help="timed steps of each arm")
     parser.add_argument("--quick", action="store_true", help="3 repetitions, half the rows")
     parser.add_argument("--dtype", choices=list(DTYPES), default=native_dtype(), help="%(default)s")
     parser.add_argument("--json", type=Path, help="file for all figures")
-    parser.add_argument("--arm", choices=list(arms), help="with --memory: the arm to measure")
+    help, more = ("an arm; again for more", "append") if several else ("with --memory", "store")
+    parser.add_argument("--arm", choices=list(arms), action=more, help=help)
     parser.add_argument("--memory", action="store_true", help="print the peak of one arm, in MB")
     return parser
 
@@ -276,7 +284,7 @@ def main() -> None:
             trainer = Trainer(*ARMS[options.arm](setting))
             return print(measure_memory(trainer, setting.batch(1, length=16), batch))
         machine = describe_machine()
-        peaks = {name: peak_of_arm(name) for name in ARMS}
+        peaks = {name: peak_of_arm(name, options.dtype) for name in ARMS}
         timed = ARMS | COMPILED if options.compiled else ARMS
         trainers = {name: Trainer(*build(setting)) for name, build in timed.items()}
         figures = measure_time(trainers, batch, 3 if options.quick else options.repetitions, peaks)

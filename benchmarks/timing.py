@@ -1,12 +1,18 @@
-"""Steps of arms in turns: what each takes, and on which machine."""
+"""Steps of arms in turns: what each takes, and on which machine.
+
+Either all arms in one process, or each in one of its own (`Turns`), as a user's is: it steps when
+its turn comes and sleeps else.
+"""
 
 from __future__ import annotations
 
 import gc
 import os
 import re
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +25,15 @@ from emarecipes.models.batch import Batch
 
 
 class Trainer:
-    def __init__(self, model: nn.Module, backward: Callable[[Batch], list[float]]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        backward: Callable[[Batch], list[float]],
+        optimizer: Callable[..., Any] = torch.optim.AdamW,
+    ) -> None:
         self._weights, self._backward = list(model.parameters()), backward
-        self._optimizer = torch.optim.AdamW(self._weights, lr=5e-4, weight_decay=0.01)
+        trained = [weight for weight in self._weights if weight.requires_grad]
+        self._optimizer = optimizer(trained, lr=5e-4, weight_decay=0.01)
 
     def step(self, batch: Batch) -> dict[str, float]:
         losses = dict(zip(("CE", "KL"), self._backward(batch), strict=False))
@@ -56,3 +68,45 @@ def measure_time(trainers: Any, batch: Batch, repetitions: int, peaks: dict[str,
         if name in peaks:
             figure["peak MB"] = peaks[name]
     return figures
+
+
+class Turns:
+    """Arms in processes of their own, each of which runs `answer_turns`; started one by one.
+
+    Args:
+        commands: Arguments of this script, by arm.
+    """
+
+    def __init__(self, commands: dict[str, Sequence[str]]) -> None:
+        self._processes = {}
+        for name, arguments in commands.items():
+            command = [sys.executable, sys.argv[0], *arguments]
+            pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+            process = subprocess.Popen(command, text=True, stderr=subprocess.DEVNULL, **pipes)
+            self._processes[name] = process
+            if process.stdout.readline().strip() != "ready":
+                sys.exit(f"{name} did not start")
+
+    def step(self, name: str) -> tuple[float, float]:
+        """A step of this arm: seconds on the wall, and of all its threads' processors."""
+        process = self._processes[name]
+        process.stdin.write("\n")
+        process.stdin.flush()
+        wall, processors = process.stdout.readline().split()
+        return float(wall), float(processors)
+
+    def end(self) -> None:
+        for process in self._processes.values():
+            process.stdin.close()
+            process.wait()
+
+
+def answer_turns(step: Callable[[], object]) -> None:
+    """Warm up with two steps; then take one for each line that comes, and say what it took."""
+    for _ in range(2):
+        step()
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        started, worked = time.perf_counter(), time.process_time()
+        step()
+        print(time.perf_counter() - started, time.process_time() - worked, flush=True)

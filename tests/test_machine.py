@@ -1,6 +1,8 @@
 """What is chosen for a machine: by faked flags and files, where this one has but one kind."""
 
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -110,9 +112,27 @@ def test_slow_bf16_is_possible_and_told(
 
 
 def test_the_measured_ratio_is_one_of_times() -> None:
-    x, w = torch.ones(64, 512), torch.ones(512, 512)
+    x, w = torch.ones(256, 512), torch.ones(512, 512)
     assert torch.equal((x.bfloat16() @ w.bfloat16()).float(), x @ w)  # Both do the same work.
     assert 0 < machine.bf16_speed() < 100
+
+
+def test_fresh_pages_do_not_decide_the_dtype() -> None:
+    """An allocator that gives each block back: with a smaller product bf16 units were not seen."""
+    command = (
+        "from emarecipes.machine import native_precision; print(native_precision('cpu').dtype)"
+    )
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", command],
+            env=os.environ | variables,
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+        for variables in ({}, {"MALLOC_MMAP_THRESHOLD_": "131072"})
+    }
+    assert len(found) == 1
 
 
 def test_waiting_is_no_part_of_a_rate(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,7 +149,7 @@ def test_waiting_is_no_part_of_a_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     machine.bf16_speed.cache_clear()
     torch.set_num_threads(2)
     try:
-        assert machine.bf16_speed() == pytest.approx(alone, rel=0.8)
+        assert alone / 8 < machine.bf16_speed() < alone * 8  # Of the waits it would be a hundredth.
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)

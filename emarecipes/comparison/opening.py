@@ -33,6 +33,7 @@ class Opening:
         seeds: The seeds.
         rules: See `rules_of`. In older files one fingerprint, that tells no file's content.
         values: What was swept of the chosen arm, by group; older files do not say it.
+        roles: Each arm's role; older files do not say it.
     """
 
     opened: str
@@ -41,6 +42,7 @@ class Opening:
     seeds: list[int]
     rules: str | dict[str, str]
     values: dict[str, list[str]] = field(default_factory=dict)
+    roles: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def now(
@@ -58,7 +60,8 @@ class Opening:
             arm.choice: _values(plan, arm) for arm in arms if chosen.get(arm.choice) == arm.name
         }
         swept = {group: found for group, found in values.items() if found}
-        return cls(time, chosen, marks, seeds, rules, swept)
+        roles = {arm.name: arm.role for arm in arms}
+        return cls(time, chosen, marks, seeds, rules, swept, roles)
 
     @classmethod
     def read(cls, path: Path) -> Opening | None:
@@ -96,6 +99,11 @@ class Opening:
             f"{labels[n]} (changed)" for n in now if n in self.arms and now[n] != self.arms[n]
         ]
         found += [f"{name} (removed)" for name in self.arms if name not in now]
+        found += [
+            f"{arm.label} ({self.roles[arm.name]} before, {arm.role} now)"
+            for arm in arms
+            if self.roles.get(arm.name, arm.role) != arm.role
+        ]
         if sorted(self.seeds) != sorted(plan.settings.seeds):
             before, after = (", ".join(map(str, s)) for s in (self.seeds, plan.settings.seeds))
             found.append(f"the seeds ({before} before, {after} now)")

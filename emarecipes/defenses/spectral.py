@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
@@ -12,6 +13,9 @@ from torch.autograd.function import once_differentiable
 
 from emarecipes.defenses.base import Defense
 from emarecipes.defenses.context import AdaptedModule
+
+# Squares lose half of the digits, so that 1e-8 of the largest singular value can be rounding.
+_EXACT, _ROUNDING = torch.float64, 1e-6
 
 
 class SpectralPenalty(Defense):
@@ -29,10 +33,12 @@ class SpectralPenalty(Defense):
     -sum_i p_i log p_i with p_i = s_i / sum_j s_j, in nats. Every run logs both after each epoch, as
     `update_stable_rank` and `update_entropy`; `weight: 0` logs them in every step.
 
-    B A is never formed: with B = Q S and A^T = P T its singular values are those of the r x r
-    matrix M = S T^T. All in float32. With M = U diag(s) V^T, over the s_i above s_1 max(O, I) eps,
+    B A is never formed: with S^T S = B^T B and T^T T = A A^T its singular values are those of the
+    r x r matrix M = S T^T. In float64, as squares lose half of the digits. With M = U diag(s) V^T,
+    F = |M|_F and N = |M|_*, for the s above 1e-6 s_1
 
-        d term / d (B A) = Q (M / (F N) - (F / N^2) U V^T) P^T,  F = |M|_F, N = |M|_*
+        d term / d B = B T^T V diag(c) V^T T        with c = (1 - F^2 / (N s)) / (F N),
+        d term / d A = S^T U diag(c) U^T S A        and 1 / (F N) for smaller s
 
     Source: arXiv 2606.31591. No weight has been published. With DoRA the term is of B A alone, not
     of the magnitudes.
@@ -51,25 +57,23 @@ class SpectralPenalty(Defense):
 
     def weight_term(self, module: AdaptedModule) -> Tensor | None:
         """The layer's |B A|_F / |B A|_*, None where B A is 0."""
-        a_RI, b_OR = module.a_RI, module.b_OR
-        if not (a_RI.isfinite().all() and b_OR.isfinite().all()):
-            return (a_RI.sum() + b_OR.sum()) * math.nan  # The run says so, with the step.
-        with torch.no_grad():
-            q, s = torch.linalg.qr(b_OR)
-            p, t = torch.linalg.qr(a_RI.T)
-            m = s @ t.T
-            u, singular, vh = torch.linalg.svd(m, full_matrices=False)
-            values: list[float] = singular.tolist()
-            if not any(values):
-                return None
-            kept = _above_rounding(values, a_RI, b_OR)
-            frobenius, nuclear = math.sqrt(sum(value**2 for value in values)), sum(values)
-            # Grouped so that it is 0 at rank 1, where the term is 1 whatever B A is.
-            inner = (m / frobenius - (frobenius / nuclear) * (u[:, :kept] @ vh[:kept])) / nuclear
-            # The gradient by B A, times A^T and B^T.
-            gradients = (s.T @ inner) @ p.T, q @ (inner @ t)
-        self._measured.append(_evenness(values, kept))
-        term: Tensor = _Known.apply(a_RI, b_OR, m.new_tensor(frobenius / nuclear), *gradients)
+        a_RI, b_OR = module.a_RI.detach().to(_EXACT), module.b_OR.detach().to(_EXACT)
+        found = _spectrum(a_RI, b_OR)
+        if found is None:
+            return (module.a_RI.sum() + module.b_OR.sum()) * math.nan  # The run says so.
+        if not any(found.values):
+            return None
+        squares, nuclear = sum(value**2 for value in found.values), sum(found.values)
+        # Written so that all is 0 at rank 1, where the term is 1 whatever B A is.
+        shares = [1 - squares / (nuclear * value) for value in found.values[: found.kept]]
+        shares += [1.0] * (len(found.values) - found.kept)
+        share_R = found.s_RR.new_tensor(shares) / (math.sqrt(squares) * nuclear)
+        from_s_RR, from_t_RR = found.u_RR.T @ found.s_RR, found.vh_RR @ found.t_RR
+        by_a = ((from_s_RR.T * share_R) @ from_s_RR @ a_RI).to(module.a_RI.dtype)
+        by_b = (b_OR @ ((from_t_RR.T * share_R) @ from_t_RR)).to(module.b_OR.dtype)
+        self._measured.append(_evenness(found))
+        value = by_a.new_tensor(math.sqrt(squares) / nuclear)
+        term: Tensor = _Known.apply(module.a_RI, module.b_OR, value, by_a, by_b)
         return term
 
     def figures(self) -> dict[str, float]:
@@ -86,24 +90,49 @@ def evenness(a_RI: Tensor, b_OR: Tensor) -> tuple[float, float] | None:
 
     See `SpectralPenalty` for both.
     """
-    if not (a_RI.isfinite().all() and b_OR.isfinite().all()):
+    found = _spectrum(a_RI.to(_EXACT), b_OR.to(_EXACT))
+    return None if found is None or not any(found.values) else _evenness(found)
+
+
+@dataclass(frozen=True)
+class _Spectrum:
+    """Of B A: its singular values, how many are more than rounding; the roots S, T; U, V^T of M."""
+
+    values: list[float]
+    kept: int
+    s_RR: Tensor
+    t_RR: Tensor
+    u_RR: Tensor
+    vh_RR: Tensor
+
+
+def _spectrum(a_RI: Tensor, b_OR: Tensor) -> _Spectrum | None:
+    """Of matrices in float64; None where A or B is not finite."""
+    grams_2RR = torch.stack([b_OR.T @ b_OR, a_RI @ a_RI.T])
+    if not math.isfinite(grams_2RR.sum()):
         return None
-    s, t = torch.linalg.qr(b_OR, mode="r")[1], torch.linalg.qr(a_RI.T, mode="r")[1]
-    values: list[float] = torch.linalg.svdvals(s @ t.T).tolist()
-    return _evenness(values, _above_rounding(values, a_RI, b_OR)) if any(values) else None
+    s_RR, t_RR = _roots(grams_2RR)
+    u_RR, singular_R, vh_RR = torch.linalg.svd(s_RR @ t_RR.T)
+    values: list[float] = singular_R.tolist()
+    kept = sum(value > _ROUNDING * values[0] for value in values)
+    return _Spectrum(values, kept, s_RR, t_RR, u_RR, vh_RR)
 
 
-def _evenness(values: list[float], kept: int) -> tuple[float, float]:
-    total = sum(values)
-    shares = [value / total for value in values[:kept]]
+def _roots(grams_NRR: Tensor) -> Tensor:
+    """X with X^T X = G of each G, which is positive semidefinite."""
+    lower_NRR, failed_N = torch.linalg.cholesky_ex(grams_NRR)
+    if failed_N.any():  # Of lower rank.
+        values_NR, vectors_NRR = torch.linalg.eigh(grams_NRR)
+        lower_NRR = vectors_NRR * values_NR.clamp(min=0).sqrt().unsqueeze(-2)
+    roots_NRR: Tensor = lower_NRR.mT
+    return roots_NRR
+
+
+def _evenness(found: _Spectrum) -> tuple[float, float]:
+    total = sum(found.values)
+    shares = [value / total for value in found.values[: found.kept]]
     entropy = -sum(share * math.log(share) for share in shares)
-    return sum((value / values[0]) ** 2 for value in values), entropy
-
-
-def _above_rounding(values: list[float], a_RI: Tensor, b_OR: Tensor) -> int:
-    """How many of the singular values, the largest first, are more than rounding."""
-    least = values[0] * max(len(b_OR), a_RI.shape[1]) * torch.finfo(a_RI.dtype).eps
-    return sum(value > least for value in values)
+    return sum((value / found.values[0]) ** 2 for value in found.values), entropy
 
 
 class _Known(torch.autograd.Function):

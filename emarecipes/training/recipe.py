@@ -29,7 +29,7 @@ from emarecipes.training.no_effect import EffectWatch
 from emarecipes.training.nonfinite import SkippedSteps, brief, broken_gradient, broken_loss
 from emarecipes.training.probe_stop import has_stopped, prepare_stop
 from emarecipes.training.random_state import random_state, set_random_state
-from emarecipes.training.run_log import RunLog
+from emarecipes.training.run_log import RunLog, add_figures
 from emarecipes.training.weight_terms import update_evenness
 from emarecipes.training.weights import save_weights
 
@@ -211,7 +211,8 @@ class LoRATraining:
             self._skipped.skip(step, broken)
             figures = {k: v for k, v in figures.items() if math.isfinite(v)} | {"skipped": 1.0}
         figures["lr"] = float(self._optimizer.param_groups[0]["lr"])
-        figures |= ratios | self._update(step, figures, skip=broken is not None)
+        figures |= ratios
+        self._update(step, figures, skip=broken is not None)
         seconds = time.perf_counter() - started
         figures |= {"tokens_per_second": tokens_all / seconds, "tokens": tokens_all}
         figures["padding_share"] = 1.0 - tokens_all / padded_all
@@ -231,19 +232,17 @@ class LoRATraining:
             for block in dealt
         ]
 
-    def _update(self, step: int, terms: dict[str, float], *, skip: bool) -> dict[str, float]:
-        figures: dict[str, float] = {}
+    def _update(self, step: int, figures: dict[str, float], *, skip: bool) -> None:
         if not skip:
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         if self._scheduler is not None:
             self._scheduler.step()
         for name, defense in self._in_order():
-            if name in terms and not skip:
-                defense.saw_term(terms[name])
+            if name in figures and not skip:
+                defense.saw_term(figures[name])
             defense.after_step(self._model, step)
-            figures |= {f"{name}_{key}": value for key, value in defense.figures().items()}
-        return figures
+            add_figures(figures, name, defense)
 
     def _in_order(self) -> list[tuple[str, Defense]]:
         """The defenses after a step: those that keep an adapter see what all others left."""

@@ -14,6 +14,8 @@ from rich.table import Table
 from torchtune.config import instantiate
 
 from emarecipes.datasets.rows import Rows, provenance_of
+from emarecipes.defenses import Defense
+from emarecipes.errors import UserError
 from emarecipes.files import write_text
 from emarecipes.output_dir import run_files
 from emarecipes.training.checked import CheckedRun
@@ -215,3 +217,18 @@ class RunLog:
         stop = None if self._run.probe is None else self._run.probe.stop
         last = self._counters.last
         return stop.why(last) if stop is not None and has_stopped(last) else None
+
+
+def add_figures(line: dict[str, float], name: str, defense: Defense) -> None:
+    """Add a defense's own figures to a step's, as `<name>_<key>`.
+
+    Raises:
+        UserError: There is a figure of that name already.
+    """
+    figures = {f"{name}_{key}": value for key, value in defense.figures().items()}
+    for taken in figures.keys() & line.keys():
+        raise UserError(
+            f"defenses.{name}: its figure {taken.removeprefix(f'{name}_')} is logged as {taken}, "
+            "which is another's name: give one of the two defenses another name"
+        )
+    line |= figures

@@ -172,6 +172,8 @@ def test_frozen_choices_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "slower (removed), the bounds." in found
     assert "slower, which was chosen for it, is not in the config any more" in found
     assert "the seeds (0, 1 before, 0, 2 now)" in changes(tmp_path, ["seeds=[0,2]"])
+    found = changes(tmp_path, ["arms.slower.role=control"])
+    assert "(defense before, control now)." in found
     assert run_compare(["--config", config, "frozen=false"]) == 0
     assert "has not been opened" not in (tmp_path / "out/report.html").read_text()
     capsys.readouterr()

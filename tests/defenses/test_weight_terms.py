@@ -178,7 +178,7 @@ def test_an_update_that_is_not_finite_makes_the_term_so() -> None:
 
 
 def test_singular_values_that_are_rounding_have_no_part_in_the_gradient() -> None:
-    """A fourth at 5e-7 of the first: which way it points is another with each order of sums."""
+    """A fourth at 5e-7 of the first counts as such."""
     generator = torch.Generator().manual_seed(0)
     q, _ = torch.linalg.qr(torch.randn(48, 4, generator=generator))
     p, _ = torch.linalg.qr(torch.randn(32, 4, generator=generator))
@@ -191,3 +191,19 @@ def test_singular_values_that_are_rounding_have_no_part_in_the_gradient() -> Non
         found.append((value.detach(), *torch.autograd.grad(value, (a, b))))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+def test_small_singular_values_have_their_gradient() -> None:
+    """Down to 1e-5 of the first: by QR in float32 such a one was left out as rounding."""
+    generator = torch.Generator().manual_seed(0)
+    q, _ = torch.linalg.qr(torch.randn(300, 8, generator=generator))
+    turned, _ = torch.linalg.qr(torch.randn(8, 8, generator=generator))
+    b = (q @ torch.diag(torch.logspace(0, -5, 8)) @ turned).requires_grad_()
+    a = torch.randn(8, 200, generator=generator).requires_grad_()
+    value = SpectralPenalty().weight_term(AdaptedModule("x", a, b, 1.0))
+    assert value is not None
+    found = torch.autograd.grad(value, (a, b))
+    exact = [x.detach().double().requires_grad_() for x in (a, b)]
+    expected = reference_new_defenses.spectral_penalty({"x": (exact[0], exact[1])})
+    for one, other in zip(found, torch.autograd.grad(expected, exact), strict=True):
+        assert float((one - other).norm() / other.norm()) < 1e-6
