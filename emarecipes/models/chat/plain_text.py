@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Tokenizer, processors
 
 from emarecipes.errors import UserError
 
@@ -30,11 +30,8 @@ class PlainTextEncoder:
 
     def __init__(self, file: Path, named_tokens: Iterable[str]) -> None:
         try:
-            self._spec = json.loads(file.read_text(encoding="utf-8"))
-            # Settings that a saved tokenizer may carry, and that would cut, pad or frame the text.
-            # The post-processor of byte-level tokenizers also moves offsets off leading spaces.
-            self._spec.update(truncation=None, padding=None, post_processor=None)
-            self._tokenizer = _load(self._spec)
+            self._text = file.read_text(encoding="utf-8")
+            self._tokenizer = _load(self._text)
         except OSError as error:
             raise UserError(f"{file}: cannot be read ({error.strerror})") from error
         except Exception as error:  # the tokenizers library raises bare Exception
@@ -66,7 +63,7 @@ class PlainTextEncoder:
             at_start: whether the text begins its sequence, rather than following a control token.
                 Some tokenizers put a space in front there and only there.
         """
-        bare = not at_start and self._prefix_at_start_only
+        bare = not at_start and self._prefixes_at_start_only
         return self._encode(self._bare_tokenizer if bare else self._tokenizer, text)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
@@ -84,17 +81,16 @@ class PlainTextEncoder:
                 return self._encode(tokenizer, text[:cut]) + [(i, cut + at) for i, at in rest]
         return [(i, start) for i, (start, _) in zip(encoding.ids, encoding.offsets, strict=True)]
 
-    @property
-    def _prefix_at_start_only(self) -> bool:
-        return any(
-            part["type"] == "Metaspace" and part.get("prepend_scheme") == "first"
-            for part in _parts(self._spec["pre_tokenizer"])
-        )
+    @cached_property
+    def _prefixes_at_start_only(self) -> bool:
+        step = self._tokenizer.pre_tokenizer
+        parts = [] if step is None else _parts(json.loads(step.__getstate__()))
+        return any(p["type"] == "Metaspace" and p.get("prepend_scheme") == "first" for p in parts)
 
     @cached_property
     def _bare_tokenizer(self) -> Tokenizer:
         """The same tokenizer, but never putting a space in front of a text."""
-        spec = json.loads(json.dumps(self._spec))
+        spec = json.loads(self._text)
         for part in _parts(spec["pre_tokenizer"]):
             if part["type"] == "Metaspace":
                 part["prepend_scheme"] = "never"
@@ -104,13 +100,18 @@ class PlainTextEncoder:
         for part in _parts(spec["normalizer"]):
             if part["type"] == "Prepend":
                 part["prepend"] = ""
-        tokenizer = _load(spec)
+        tokenizer = _load(json.dumps(spec))
         _make_special(tokenizer, self.special_tokens)
         return tokenizer
 
 
-def _load(spec: dict[str, Any]) -> Tokenizer:
-    tokenizer = Tokenizer.from_str(json.dumps(spec))
+def _load(text: str) -> Tokenizer:
+    tokenizer = Tokenizer.from_str(text)
+    # Settings that a saved tokenizer may carry, and that would cut, pad or frame the text.
+    # The post-processor of byte-level tokenizers also moves offsets off leading spaces.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.post_processor = processors.Sequence([])  # Which does nothing.
     tokenizer.encode_special_tokens = True
     return tokenizer
 
