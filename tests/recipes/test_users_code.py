@@ -130,6 +130,18 @@ class WholeSum(Defense):
 """
 
 
+FIGURE_OF_A_NAME = """
+from emarecipes.defenses import Defense
+
+class Figure(Defense):
+    def logit_term(self, policy_logits_TV, reference_logits_TV):
+        return policy_logits_TV.sum(dim=-1)
+
+    def figures(self):
+        return {"kl": 1.0}
+"""
+
+
 @pytest.mark.parametrize(
     ("code", "changes", "expected"),
     [
@@ -148,8 +160,23 @@ class WholeSum(Defense):
             {"defenses": {"bad": {"_component_": "broken.WholeSum"}}},
             "defenses.bad: logit_term must return one value a position, a tensor of shape (",
         ),
+        (
+            FIGURE_OF_A_NAME,
+            {
+                "defenses": {
+                    "my": {"_component_": "broken.Figure"},
+                    "my_kl": {"_component_": "emarecipes.defenses.KLToReference"},
+                }
+            },
+            "defenses.my: its figure kl is logged as my_kl, which is another's name",
+        ),
     ],
-    ids=["a batch without any label", "a loss that is not a number", "a term of a wrong shape"],
+    ids=[
+        "a batch without any label",
+        "a loss that is not a number",
+        "a term of a wrong shape",
+        "a figure with another's name",
+    ],
 )
 def test_what_shows_only_in_training(
     models: dict[bool, Path],
