@@ -60,7 +60,7 @@ class Opening:
             arm.choice: _values(plan, arm) for arm in arms if chosen.get(arm.choice) == arm.name
         }
         swept = {group: found for group, found in values.items() if found}
-        roles = {arm.name: arm.role for arm in arms}
+        roles: dict[str, str] = {arm.name: arm.role for arm in arms}
         return cls(time, chosen, marks, seeds, rules, swept, roles)
 
     @classmethod
