@@ -1,8 +1,6 @@
 """What is chosen for a machine: by faked flags and files, where this one has but one kind."""
 
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -115,24 +113,6 @@ def test_the_measured_ratio_is_one_of_times() -> None:
     x, w = torch.ones(256, 512), torch.ones(512, 512)
     assert torch.equal((x.bfloat16() @ w.bfloat16()).float(), x @ w)  # Both do the same work.
     assert 0 < machine.bf16_speed() < 100
-
-
-def test_fresh_pages_do_not_decide_the_dtype() -> None:
-    """An allocator that gives each block back: with a smaller product bf16 units were not seen."""
-    command = (
-        "from emarecipes.machine import native_precision; print(native_precision('cpu').dtype)"
-    )
-    found = {
-        subprocess.run(
-            [sys.executable, "-c", command],
-            env=os.environ | variables,
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stdout
-        for variables in ({}, {"MALLOC_MMAP_THRESHOLD_": "131072"})
-    }
-    assert len(found) == 1
 
 
 def test_waiting_is_no_part_of_a_rate(monkeypatch: pytest.MonkeyPatch) -> None:
