@@ -117,8 +117,11 @@ def test_the_measured_ratio_is_one_of_times() -> None:
 
 def test_waiting_is_no_part_of_a_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a machine with other work a product waits for its turn: bf16 units were not seen there."""
-    machine.bf16_speed.cache_clear()
-    alone = machine.bf16_speed()
+    tried = []
+    for _ in range(5):  # Units that have just woken up are slower.
+        machine.bf16_speed.cache_clear()
+        tried.append(machine.bf16_speed())
+    alone = max(tried)
     product, before = torch.mm, torch.get_num_threads()
 
     def waits(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
@@ -129,7 +132,7 @@ def test_waiting_is_no_part_of_a_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     machine.bf16_speed.cache_clear()
     torch.set_num_threads(2)
     try:
-        assert alone / 8 < machine.bf16_speed() < alone * 8  # Of the waits it would be a hundredth.
+        assert machine.bf16_speed() == pytest.approx(alone, rel=0.8)
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)

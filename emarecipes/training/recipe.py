@@ -242,7 +242,7 @@ class LoRATraining:
             if name in figures and not skip:
                 defense.saw_term(figures[name])
             defense.after_step(self._model, step)
-            add_figures(figures, name, defense)
+            add_figures(figures, self.run.defenses, name)
 
     def _in_order(self) -> list[tuple[str, Defense]]:
         """The defenses after a step: those that keep an adapter see what all others left."""

@@ -219,16 +219,17 @@ class RunLog:
         return stop.why(last) if stop is not None and has_stopped(last) else None
 
 
-def add_figures(line: dict[str, float], name: str, defense: Defense) -> None:
+def add_figures(line: dict[str, float], defenses: Mapping[str, Defense], name: str) -> None:
     """Add a defense's own figures to a step's, as `<name>_<key>`.
 
     Raises:
-        UserError: There is a figure of that name already.
+        UserError: There is a figure of that name already, or a defense, in this step or not.
     """
-    figures = {f"{name}_{key}": value for key, value in defense.figures().items()}
-    for taken in figures.keys() & line.keys():
+    figures = {f"{name}_{key}": value for key, value in defenses[name].figures().items()}
+    taken = sorted(figures.keys() & (line.keys() | defenses.keys()))
+    if taken:
         raise UserError(
-            f"defenses.{name}: its figure {taken.removeprefix(f'{name}_')} is logged as {taken}, "
-            "which is another's name: give one of the two defenses another name"
+            f"defenses.{name}: its figure {taken[0].removeprefix(f'{name}_')} is logged as "
+            f"{taken[0]}, which is another's name: give one of the two another name"
         )
     line |= figures

@@ -165,7 +165,7 @@ class Figure(Defense):
             {
                 "defenses": {
                     "my": {"_component_": "broken.Figure"},
-                    "my_kl": {"_component_": "emarecipes.defenses.KLToReference"},
+                    "my_kl": {"_component_": "emarecipes.defenses.AdapterEMA"},  # Has no figure.
                 }
             },
             "defenses.my: its figure kl is logged as my_kl, which is another's name",
