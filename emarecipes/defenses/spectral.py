@@ -37,8 +37,8 @@ class SpectralPenalty(Defense):
     r x r matrix M = S T^T. In float64, as squares lose half of the digits. With M = U diag(s) V^T,
     F = |M|_F and N = |M|_*, for the s above 1e-6 s_1
 
-        d term / d B = B T^T V diag(c) V^T T        with c = (1 - F^2 / (N s)) / (F N),
-        d term / d A = S^T U diag(c) U^T S A        and 1 / (F N) for smaller s
+        d term / d B = B T^T V diag(c) V^T T        with c = (1 - F^2 / (N s)) / (F N)
+        d term / d A = S^T U diag(c) U^T S A
 
     Source: arXiv 2606.31591. No weight has been published. With DoRA the term is of B A alone, not
     of the magnitudes.
@@ -65,12 +65,11 @@ class SpectralPenalty(Defense):
             return None
         squares, nuclear = sum(value**2 for value in found.values), sum(found.values)
         # Written so that all is 0 at rank 1, where the term is 1 whatever B A is.
-        shares = [1 - squares / (nuclear * value) for value in found.values[: found.kept]]
-        shares += [1.0] * (len(found.values) - found.kept)
-        share_R = found.s_RR.new_tensor(shares) / (math.sqrt(squares) * nuclear)
-        from_s_RR, from_t_RR = found.u_RR.T @ found.s_RR, found.vh_RR @ found.t_RR
-        by_a = ((from_s_RR.T * share_R) @ from_s_RR @ a_RI).to(module.a_RI.dtype)
-        by_b = (b_OR @ ((from_t_RR.T * share_R) @ from_t_RR)).to(module.b_OR.dtype)
+        shares = [1 - squares / (nuclear * value) for value in found.kept]
+        share_K = found.s_RR.new_tensor(shares) / (math.sqrt(squares) * nuclear)
+        from_s_KR, from_t_KR = found.u_RK.T @ found.s_RR, found.vh_KR @ found.t_RR
+        by_a = ((from_s_KR.T * share_K) @ from_s_KR @ a_RI).to(module.a_RI.dtype)
+        by_b = (b_OR @ ((from_t_KR.T * share_K) @ from_t_KR)).to(module.b_OR.dtype)
         self._measured.append(_evenness(found))
         value = by_a.new_tensor(math.sqrt(squares) / nuclear)
         term: Tensor = _Known.apply(module.a_RI, module.b_OR, value, by_a, by_b)
@@ -96,14 +95,14 @@ def evenness(a_RI: Tensor, b_OR: Tensor) -> tuple[float, float] | None:
 
 @dataclass(frozen=True)
 class _Spectrum:
-    """Of B A: its singular values, how many are more than rounding; the roots S, T; U, V^T of M."""
+    """Of B A: its singular values; those K above rounding, their U and V^T of M; the roots S, T."""
 
     values: list[float]
-    kept: int
+    kept: list[float]
+    u_RK: Tensor
+    vh_KR: Tensor
     s_RR: Tensor
     t_RR: Tensor
-    u_RR: Tensor
-    vh_RR: Tensor
 
 
 def _spectrum(a_RI: Tensor, b_OR: Tensor) -> _Spectrum | None:
@@ -114,8 +113,8 @@ def _spectrum(a_RI: Tensor, b_OR: Tensor) -> _Spectrum | None:
     s_RR, t_RR = _roots(grams_2RR)
     u_RR, singular_R, vh_RR = torch.linalg.svd(s_RR @ t_RR.T)
     values: list[float] = singular_R.tolist()
-    kept = sum(value > _ROUNDING * values[0] for value in values)
-    return _Spectrum(values, kept, s_RR, t_RR, u_RR, vh_RR)
+    kept = [value for value in values if value > _ROUNDING * values[0]]
+    return _Spectrum(values, kept, u_RR[:, : len(kept)], vh_RR[: len(kept)], s_RR, t_RR)
 
 
 def _roots(grams_NRR: Tensor) -> Tensor:
@@ -130,7 +129,7 @@ def _roots(grams_NRR: Tensor) -> Tensor:
 
 def _evenness(found: _Spectrum) -> tuple[float, float]:
     total = sum(found.values)
-    shares = [value / total for value in found.values[: found.kept]]
+    shares = [value / total for value in found.kept]
     entropy = -sum(share * math.log(share) for share in shares)
     return sum((value / found.values[0]) ** 2 for value in found.values), entropy
 

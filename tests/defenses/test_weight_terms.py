@@ -11,7 +11,7 @@ from torchtune.modules.peft import get_adapter_params
 from toy_loss import as_batches, prepared
 from toy_models import toy_microbatches, toy_model
 
-from emarecipes.defenses import AdaptedModule, Defense, SpectralPenalty
+from emarecipes.defenses import AdaptedModule, Defense, SpectralPenalty, spectral
 from emarecipes.errors import UserCodeError
 from emarecipes.training.gradients import Gradients
 from emarecipes.training.step import TrainingLoss
@@ -207,3 +207,11 @@ def test_small_singular_values_have_their_gradient() -> None:
     expected = reference_new_defenses.spectral_penalty({"x": (exact[0], exact[1])})
     for one, other in zip(found, torch.autograd.grad(expected, exact), strict=True):
         assert float((one - other).norm() / other.norm()) < 1e-6
+
+
+def test_an_update_of_lower_rank_has_no_logarithm_of_0() -> None:
+    a = torch.diag(torch.tensor([2.0, 1.0, 1.0, 1.0]))
+    b = torch.zeros(5, 4)
+    b[0, 0], b[1, 1] = 3.0, 6.0
+    found = spectral.evenness(a, b)
+    assert found == pytest.approx((2.0, math.log(2)))

@@ -138,7 +138,7 @@ class Figure(Defense):
         return policy_logits_TV.sum(dim=-1)
 
     def figures(self):
-        return {"kl": 1.0}
+        return {"kl": 1.0, "norm": 1.0}
 """
 
 
@@ -170,12 +170,18 @@ class Figure(Defense):
             },
             "defenses.my: its figure kl is logged as my_kl, which is another's name",
         ),
+        (
+            FIGURE_OF_A_NAME,
+            {"defenses": {"grad": {"_component_": "broken.Figure"}}, "clip_grad_norm": 1.0},
+            "defenses.grad: its figure norm is logged as grad_norm, which is another's name",
+        ),
     ],
     ids=[
         "a batch without any label",
         "a loss that is not a number",
         "a term of a wrong shape",
-        "a figure with another's name",
+        "a figure with a defense's name",
+        "a figure with another figure's name",
     ],
 )
 def test_what_shows_only_in_training(
