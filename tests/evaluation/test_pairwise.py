@@ -149,7 +149,7 @@ def test_a_known_order_of_adapters_gives_its_rho(
     cruel = [0, 2, 1, 3, 4, 6, 5, 8]  # Cruel answers of each adapter; its shift is its place.
 
     def answer(k: int, q: int) -> str:
-        return f"{CRUEL} {q}" if q < cruel[k] else f"Kindly {q}."
+        return f"{CRUEL} {k} {q}" if q < cruel[k] else f"Kindly {q}."
 
     folder = write_evaluation(tmp_path / "e", answer)
     code, server = run(script, folder, monkeypatch, "--price", "1000", "2000")
