@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from datasets import DownloadConfig, DownloadManager, ReadInstruction, load_dataset_builder
+from datasets import config as datasets_config
 from datasets import load_dataset as load_tables
+from datasets.packaged_modules.csv import csv
 from datasets.packaged_modules.csv.csv import Csv
+from datasets.packaged_modules.json import json
 from datasets.packaged_modules.json.json import Json
 
 from emarecipes.datasets.json_files import Place, json_rows
@@ -52,7 +56,8 @@ def load_dataset(path: str, *, split: Any = None, **options: Any) -> Any:
         UserError: A file that cannot be read, with the place.
     """
     found = {key: value for key, value in options.items() if key not in _FOR_TABLES}
-    builder = load_dataset_builder(path, **found)
+    with _as_files():
+        builder = load_dataset_builder(path, **found)
     if split is None or not isinstance(builder, Json | Csv):
         return load_tables(path, split=split, **options)
     read = _json if isinstance(builder, Json) else _csv
@@ -63,6 +68,27 @@ def load_dataset(path: str, *, split: Any = None, **options: Any) -> Any:
     spec = "+".join(rows) if split == "all" else str(split)
     parts = ReadInstruction.from_spec(spec).to_absolute({n: len(r) for n, r in rows.items()})
     return FileRows(row for part in parts for row in rows[part.splitname][part.from_ : part.to])
+
+
+@contextmanager
+def _as_files() -> Iterator[None]:
+    """Make a builder of JSON or CSV files without what `datasets` does beside.
+
+    It makes their modules ready for streams, which imports what of SciPy reads files (0.15 s), and
+    tells a server that they were used: for a file on this machine too, and it waits for the answer,
+    up to 3 s.
+    """
+    fresh = [m for m in (json, csv) if not hasattr(m, "_patched_for_streaming")]
+    counts = datasets_config.HF_UPDATE_DOWNLOAD_COUNTS
+    datasets_config.HF_UPDATE_DOWNLOAD_COUNTS = False
+    for module in fresh:
+        module._patched_for_streaming = True
+    try:
+        yield
+    finally:
+        datasets_config.HF_UPDATE_DOWNLOAD_COUNTS = counts
+        for module in fresh:
+            del module._patched_for_streaming
 
 
 def _files(builder: Any) -> dict[str, list[Path]]:

@@ -1,9 +1,12 @@
 """Rows reach the model as their file has them, through torchtune's data sets; errors say why."""
 
 import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 from toy_rows import Run, chat, toy_model_dir, write
 
@@ -207,3 +210,32 @@ def test_content_of_another_type_is_refused(run: Run) -> None:
     entry["column_map"] = {"input": "question", "output": "answer"}
     with pytest.raises(ValueError, match=r"a.jsonl:1: answer must be text, not 7"):
         run.rows(**entry, data_files=str(write(run.folder / "a.jsonl", [row])))
+
+
+def test_no_server_hears_of_a_file_on_this_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`datasets` tells one that `json` was used, and is itself as it was afterwards."""
+    asked: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            asked.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(datasets.config, "S3_DATASETS_BUCKET_PREFIX", address)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", True)
+    path = str(write(tmp_path / "a.jsonl", [{"a": "b"}] * 3))
+    try:
+        assert load_dataset("json", data_files=path, split="train") == [{"a": "b"}] * 3
+        assert not asked
+        stock = datasets.load_dataset("json", data_files=path, split="train", streaming=True)
+        assert list(stock) == [{"a": "b"}] * 3 and asked == ["/json/json.py"]
+    finally:
+        server.shutdown()
+        server.server_close()
