@@ -72,14 +72,17 @@ class PlainTextEncoder:
 
     def _encode(self, tokenizer: Tokenizer, text: str) -> list[tuple[int, int]]:
         encoding = tokenizer.encode(text, add_special_tokens=False)
-        for token_id, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+        ids, offsets = encoding.ids, encoding.offsets
+        if self._name_of.keys().isdisjoint(ids):
+            return [(i, start) for i, (start, _) in zip(ids, offsets, strict=True)]
+        for token_id, (start, end) in zip(ids, offsets, strict=True):
             # A model whose vocabulary or merges contain its control tokens can still spell one.
             # Encoded as two halves it cannot.
             if end - start > 1 and text[start:end] == self._name_of.get(token_id):
                 cut = start + 1
                 rest = self._encode(self._bare_tokenizer, text[cut:])
                 return self._encode(tokenizer, text[:cut]) + [(i, cut + at) for i, at in rest]
-        return [(i, start) for i, (start, _) in zip(encoding.ids, encoding.offsets, strict=True)]
+        return [(i, start) for i, (start, _) in zip(ids, offsets, strict=True)]
 
     @cached_property
     def _prefixes_at_start_only(self) -> bool:

@@ -226,9 +226,9 @@ class HFChatTokenizer:
                 tokens.append(self.special_tokens[segment.text])
                 starts.append(segment.start)
                 continue
-            for token_id, at in self._encoder.encode(segment.text, at_start=segment.start == 0):
-                tokens.append(token_id)
-                starts.append(segment.start + at)
+            found = self._encoder.encode(segment.text, at_start=segment.start == 0)
+            tokens += [token_id for token_id, _ in found]
+            starts += [segment.start + at for _, at in found]
         return tokens, starts
 
     def _find_stop_tokens(self) -> list[int]:
