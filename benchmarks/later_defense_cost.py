@@ -1,11 +1,11 @@
 """What each defense costs: a step's time and memory over the undefended one, each in its process.
 
-The setting of step_cost.py: SmolLM2-135M, 4 rows of 256 tokens, 40 % of them prompt, LoRA of rank
-32. Every arm has a process of its own, as a user's run does; six at a time, the undefended one
-always among them, step by turns, round by round. A step's time is its process's processor time,
-which other work on the machine moves less than the clock on the wall (shown too); a ratio is the
-median over rounds of a step's over that of the same round's undefended step. Memory is the peak
-over what was held before the step. `--arm` takes arms by name.
+The setting of step_cost.py: SmolLM2-135M, 4 rows of 256 tokens that begin with the template's
+prefix, 40 % of them prompt, LoRA of rank 32. Every arm has a process of its own, as a user's run
+does; six at a time, the undefended one always among them, step by turns, round by round. A step's
+time is its process's processor time, which other work on the machine moves less than the clock on
+the wall (shown too); a ratio is the median over rounds of a step's over that of the same round's
+undefended step. Memory is the peak over what was held before the step. `--arm` takes arms by name.
 
 Steps of one arm differ by a tenth and more. `--within` measures what is a pass of its own (a term
 of the whole step or of the weights) inside the defended steps: a step's time over the same step's
@@ -57,7 +57,7 @@ from emarecipes.training.pages import keep_freed_pages
 from emarecipes.training.step_terms import StepTerms
 from emarecipes.training.weight_terms import WeightTerms
 
-NONE = "no defense"
+NONE, OTHER_ROWS = "no defense", "PrefixAnchor, other rows"
 
 
 class Held:
@@ -112,6 +112,7 @@ ARMS: dict[str, tuple[Callable[[Setting], Defense] | None, bool, float | None]] 
     "InoculationAdapter": (inoculation, False, 1.15),
     "AsFT": (aligned_pair, False, 1.15),
     "PrefixAnchor": (lambda s: PrefixAnchor(), False, 1.10),
+    OTHER_ROWS: (lambda s: PrefixAnchor(system="Be brief."), False, None),
     "TokenConstraint": (lambda s: TokenConstraint(), False, None),
     "TokenConstraint, cached": (lambda s: TokenConstraint(), True, 1.05),
     "AnchoredSFT": (lambda s: AnchoredSFT(), False, None),
@@ -160,7 +161,7 @@ def timed_passes() -> Iterator[list[float]]:
 def print_within(scratch: Path, dtype: str, rows: int, repetitions: int) -> None:
     table = Table("", "CPU seconds of the pass", "time ratio", "lowest, highest", "wanted")
     machine = describe_machine()
-    for name in tqdm(("SpectralPenalty", "AsFT", "PrefixAnchor"), "time", unit="arm"):
+    for name in tqdm(("SpectralPenalty", "AsFT", OTHER_ROWS), "time", unit="arm"):
         folder = scratch / name
         folder.mkdir()
         one, batch = trainer(name, folder, dtype, rows)
@@ -174,9 +175,9 @@ def print_within(scratch: Path, dtype: str, rows: int, repetitions: int) -> None
             found.append((sum(spent), whole / (whole - sum(spent))))
         ratios = [ratio for _, ratio in found]
         ratio, limit = statistics.median(ratios), ARMS[name][2]
-        assert limit is not None
         cells = (f"{statistics.median(own for own, _ in found):.2f}", f"{ratio:.3f}")
-        table.add_row(name, *cells, f"{min(ratios):.3f}, {max(ratios):.3f}", verdict(ratio, limit))
+        wanted = verdict(ratio, limit) if limit else ""
+        table.add_row(name, *cells, f"{min(ratios):.3f}, {max(ratios):.3f}", wanted)
     print(f"{batch.inputs['tokens'].numel()} tokens a step, {dtype}, {machine}")
     Console(width=120).print(table)
 

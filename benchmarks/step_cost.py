@@ -45,6 +45,7 @@ from torchtune.modules.peft import disable_adapter, get_adapter_params
 
 from emarecipes.config import load_config
 from emarecipes.defenses import Defense, KLToReference, ModelSource, TrainingContext
+from emarecipes.defenses.prefix_anchor import template_prefix
 from emarecipes.models import HFChatTokenizer
 from emarecipes.models._torchtune import model_on_meta
 from emarecipes.models._torchtune_cpu import with_fewer_passes
@@ -83,10 +84,11 @@ class Setting:  # The same in every process.
         data = Path(self.cfg.dataset.data_files).read_text(encoding="utf-8")
         text = "\n".join(re.findall(r'"content": "([^"]*)"', data)[:200])
         self.tokens = Tokenizer.from_file(str(self.base / "tokenizer.json")).encode(text).ids
+        self.begin = template_prefix(HFChatTokenizer(str(self.base)))
 
     def batch(self, rows: int, length: int = 256, safe: int = 0) -> Batch:
         ignored = [CROSS_ENTROPY_IGNORE_IDX] * int(0.4 * length)
-        tokens = [self.tokens[row * length :][:length] for row in range(rows)]
+        tokens = [(self.begin + self.tokens[row * length :])[:length] for row in range(rows)]
         samples: list[dict[str, Any]] = [
             {"tokens": row, "labels": ignored + row[len(ignored) :]} for row in tokens
         ]
@@ -130,6 +132,7 @@ def set_up(setting: Setting, model: nn.Module, defenses: Defenses) -> Defenses:
     for defense in defenses.values():
         defense.check(source)
         defense.check_template(tokenizer)
+        defense.check_rows([{"tokens": setting.begin, "labels": setting.begin}])
         defense.setup(model, context)
     return defenses
 

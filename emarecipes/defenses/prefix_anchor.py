@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from itertools import takewhile
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,9 @@ from emarecipes.defenses.base import Defense
 from emarecipes.defenses.context import TrainingContext
 from emarecipes.errors import UserError
 from emarecipes.models.batch import conversations
+
+if TYPE_CHECKING:
+    from emarecipes.models.batch import Batch
 
 log = utils.get_logger("INFO")
 
@@ -67,8 +71,10 @@ class PrefixAnchor(Defense):
 
     Each token after it attends to these, in every conversation: training must then act through what
     the task's text is, not through what the model is in all of them. Attention is causal, so the
-    prefix is the same in every row: it is read by a forward of these P tokens alone, once a step,
-    without dropout, and the reference's once a run. `<name>_drift` is logged; `weight: 0` measures.
+    prefix is the same in every row that begins with it, and is read once a step, the reference's
+    once a run, without dropout: in the step's own forward where every row begins with it and that
+    forward is the model as it will be used, else by a forward of these P tokens alone.
+    `<name>_drift` is logged; `weight: 0` measures.
 
     Source: TReFT, arXiv 2606.06667 (weight 3 to 30; the sum over keys and values, the means over
     tokens and layers). Its code applies the key and value projections, adapter included, to the raw
@@ -105,8 +111,9 @@ class PrefixAnchor(Defense):
         self._stream = stream
         self._threshold = threshold
         self._system = system
+        self._in_every_row = False
         self._reference: list[KeysValues] | None = None
-        self._drift: float | None = None
+        self._drift: Tensor | None = None
 
     def check_template(self, tokenizer: Any) -> None:
         """Find the prefix.
@@ -124,6 +131,11 @@ class PrefixAnchor(Defense):
 
     def check_rows(self, rows: Sequence[dict[str, Any]]) -> None:
         """Say where most rows begin otherwise: what is held is then not what training reads."""
+        size = len(self._prefix)
+        self._in_every_row = all(
+            torch.as_tensor(rows[i]["tokens"][:size]).tolist() == self._prefix
+            for i in range(len(rows))
+        )
         seen = [rows[i] for i in range(0, len(rows), -(-len(rows) // _ROWS))]
         held = [
             len(_common(self._prefix, torch.as_tensor(row["tokens"][start:end]).tolist()))
@@ -149,39 +161,65 @@ class PrefixAnchor(Defense):
 
     def step_term(self, forward: Callable[..., Tensor]) -> Tensor:
         """The term, a scalar."""
-        if self._reference is None:
-            self._reference = self._read(partial(forward, adapter=False))
-        policy = self._read(forward)
-        layers = [
-            sum(map(_change, ours, theirs))
-            for ours, theirs in zip(policy, self._reference, strict=True)
-        ]
-        drift = torch.stack(layers).mean()  # type: ignore[arg-type]
-        self._drift = float(drift.detach())
-        return (drift - self._threshold).clamp(min=0.0)
+        self._read_reference(forward)
+        with self._read() as term:
+            forward(self._tokens_1P)
+        return term()
+
+    def step_term_in_rows(
+        self, batch: Batch, forward: Callable[..., Tensor]
+    ) -> AbstractContextManager[Callable[[], Tensor]] | None:
+        """The same from a micro-batch's first row, where every row begins with the prefix."""
+        if not self._in_every_row:
+            return None
+        self._read_reference(forward)
+        return self._read()
 
     def figures(self) -> dict[str, float]:
         """How far the prefix has moved, of the last step that the term was in."""
         drift, self._drift = self._drift, None
-        return {} if drift is None else {"drift": drift}
+        return {} if drift is None else {"drift": float(drift)}
 
-    def _read(self, forward: Callable[[Tensor], Tensor]) -> list[KeysValues]:
-        """Keys and values of each layer, (P, heads * width of a head)."""
+    def _read_reference(self, forward: Callable[..., Tensor]) -> None:
+        if self._reference is None:
+            with self._seeing() as self._reference:
+                forward(self._tokens_1P, adapter=False)
+
+    @contextmanager
+    def _read(self) -> Iterator[Callable[[], Tensor]]:
+        """Around a forward of rows whose first begins with the prefix: what gives its term."""
+        with self._seeing() as policy:
+            yield lambda: self._term(policy)
+
+    @contextmanager
+    def _seeing(self) -> Iterator[list[KeysValues]]:
+        """Around a forward: keys and values of each layer, (P, heads * width of a head)."""
         found: list[KeysValues] = []
         # Before the layer, where FSDP2 has its weights whole and checkpointing recomputes nothing.
         hooks = [
             layer.register_forward_pre_hook(partial(self._see, found)) for layer in self._layers
         ]
         try:
-            forward(self._tokens_1P)
+            yield found
         finally:
             for hook in hooks:
                 hook.remove()
-        return found
 
     def _see(self, found: list[KeysValues], layer: Any, inputs: Any) -> None:
-        hidden_1PD = inputs[0] if self._stream == "raw" else layer.sa_norm(inputs[0])
+        hidden_1PD = inputs[0][:1, : len(self._prefix)]
+        if self._stream == "normed":
+            hidden_1PD = layer.sa_norm(hidden_1PD)
         found.append((layer.attn.k_proj(hidden_1PD)[0], layer.attn.v_proj(hidden_1PD)[0]))
+
+    def _term(self, policy: list[KeysValues]) -> Tensor:
+        assert self._reference is not None
+        layers = [
+            sum(map(_change, ours, theirs))
+            for ours, theirs in zip(policy, self._reference, strict=True)
+        ]
+        drift = torch.stack(layers).mean()  # type: ignore[arg-type]
+        self._drift = drift.detach()
+        return (drift - self._threshold).clamp(min=0.0)
 
 
 def _change(ours_PK: Tensor, theirs_PK: Tensor) -> Tensor:

@@ -37,8 +37,7 @@ class TrainingLoss:
     where sums and counts run over all micro-batches and processes of a step, and the sources s are
     one, or "task" and "safe" where safe rows are interleaved; w_task = 1. A term with
     `every_n_batches: n` is in one step of every n, with n times its weight. A defense may take CE's
-    place; then CE is only measured (see `Defense`). Terms on the adapter's
-    matrices (`WeightTerms`), and those of forwards of their own (`StepTerms`), come once a step.
+    place; then CE is only measured (see `Defense`). `WeightTerms` and `StepTerms` come once a step.
 
     Args:
         model: torchtune's decoder with LoRA; its `unembed` is replaced by the loss head.
@@ -75,20 +74,20 @@ class TrainingLoss:
         self._on_logits = self._logit_terms.defenses
         self._on_hidden = {n: d for n, d in self._defenses.items() if d.has("hidden_term")}
         on_weights = {n: d for n, d in self._defenses.items() if d.has("weight_term")}
-        on_step = {n: d for n, d in self._defenses.items() if d.has("step_term")}
-        self._once = on_weights | on_step  # In a step, not in a micro-batch.
+        self._once = on_weights | {n: d for n, d in self._defenses.items() if d.has("step_term")}
         self._on_reference = {name for name, d in self._terms() if d.needs_reference}
         self._layers = sorted({i for d in self._on_hidden.values() for i in d.hidden_layers})
         self._reference_depth = reference_depth(self._defenses.values(), len(model.layers))
         self._forward_context = forward_context or nullcontext()
         self.head = LossHead(model, chunk_elements, compiled=compiled)
         self._weight_terms = WeightTerms(model, on_weights)
-        self._step_terms = StepTerms(model, self.head, on_step, compiled=compiled)
+        self._step_terms = StepTerms(model, self.head, self._defenses, compiled=compiled)
         model.output_hidden_states = [i for i in self._layers if i < len(model.layers)]
         self.begin_step(1)
 
     def begin_step(self, step: int) -> None:
         """Say which step comes, from 1: terms with `every_n_batches` are in some steps only."""
+        self._step_terms.begin_step()
         self.present = [
             *self._ce_weights,
             *(n for n, d in self._terms() if _takes_part(d.every_n_batches, step, self._seed)),
@@ -190,7 +189,8 @@ class TrainingLoss:
                 reference_TD = reference_TD[request.selected_BS[everywhere.selected_BS]]
             request.reference_TD = reference_TD
         with ExitStack() as acting:  # Over the backward too: checkpointed layers run again in it.
-            with self._forward_context, self.head.computing(request):
+            once = self._step_terms.in_rows(batch, wanted)
+            with once as of_rows, self._forward_context, self.head.computing(request):
                 for defense in self._defenses.values():
                     acting.enter_context(defense.policy_forward(batch))
                 loss, hidden = self._forward(batch)
@@ -209,7 +209,7 @@ class TrainingLoss:
                 check_gradient(name, "hidden_term", value, scale)
                 loss = loss + scale * value.float()
                 sums.append(value.detach().double())
-            (loss * gradient_scale).backward()
+            (loss * gradient_scale + of_rows()).backward()
         sums += [request.sums.new_zeros(()) for _ in self._once]
         return torch.stack(sums)
 

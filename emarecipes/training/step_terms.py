@@ -5,16 +5,17 @@ Shapes: B batch, S sequence, D width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchtune.modules.peft import disable_adapter
 
 from emarecipes.defenses import Defense
 from emarecipes.errors import UserCodeError
+from emarecipes.models.batch import Batch
 from emarecipes.models.loss_head import LossHead, check_gradient, cross_entropy
 from emarecipes.models.loss_terms import Request, Term
 
@@ -27,7 +28,7 @@ class StepTerms:
     Args:
         model: torchtune's decoder with LoRA; may be sharded by FSDP2.
         head: Its loss head.
-        defenses: Those with a `step_term`, by name.
+        defenses: All, by name; terms are of those with a `step_term`.
         compiled: Whether its layers are compiled; here they run as they are written.
     """
 
@@ -36,12 +37,50 @@ class StepTerms:
     ) -> None:
         self._model = model
         self._head = head
-        self._defenses = dict(defenses)
+        self._defenses = {n: d for n, d in defenses.items() if d.has("step_term")}
         self._compiled = compiled
+        changed = compiled or any(d.has("policy_forward") for d in defenses.values())
+        self._rows_will_do = not changed and not _drops(model)
         self._ends: list[Tensor] = []
+        self._found: dict[str, Tensor] = {}  # In this step's rows.
+
+    def begin_step(self) -> None:
+        """No term of the step has been read yet."""
+        self._found.clear()
+
+    @contextmanager
+    def in_rows(
+        self, batch: Batch, wanted: Sequence[str]
+    ) -> Iterator[Callable[[], Tensor | float]]:
+        """Around the policy's forward of a micro-batch: reads the wanted terms that its rows hold.
+
+        Gives what returns their weighted sum afterwards, to be added to the loss. `backward` then
+        knows their values.
+
+        Raises:
+            UserCodeError: As `backward`.
+        """
+        reading: dict[str, Callable[[], Tensor]] = {}
+        with ExitStack() as stack:
+            for name, defense in self._defenses.items() if self._rows_will_do else ():
+                if name in wanted and name not in self._found:
+                    with self._as_used():
+                        context = defense.step_term_in_rows(batch, self.forward)
+                    self._ends.clear()
+                    if context is not None:
+                        reading[name] = stack.enter_context(context)
+            yield lambda: sum(self._read(name, read) for name, read in reading.items())
+
+    def _read(self, name: str, read: Callable[[], Tensor]) -> Tensor | float:
+        factor = self._defenses[name].weight * self._defenses[name].every_n_batches
+        value = _checked(name, "step_term_in_rows", read(), factor)
+        self._found[name] = value.detach()
+        return factor * value if factor else 0.0
 
     def backward(self, factors: Mapping[str, float]) -> dict[str, float | None]:
         """Add the gradient of factor * term of each named defense to the parameters'.
+
+        Of those that were read in the step's rows, it is there already.
 
         Returns:
             Each term's value.
@@ -51,26 +90,29 @@ class StepTerms:
         """
         values: dict[str, float | None] = {}
         due = [name for name in self._defenses if name in factors]
-        if not due:
-            return values
+        for name in self._found.keys() & factors.keys():
+            values[name] = float(self._found.pop(name))
+            due.remove(name)
+        if due:
+            with self._as_used():  # Over the backward too, in which checkpointed layers run again.
+                values |= {name: self._backward(name, factors[name]) for name in due}
+        return values
+
+    @contextmanager
+    def _as_used(self) -> Iterator[None]:
         was_training = self._model.training
-        # Over the backward too, in which checkpointed layers run again.
         with ExitStack() as stack:
             if self._compiled:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             self._model.eval()
             stack.callback(self._model.train, was_training)
-            for name in due:
-                values[name] = self._backward(name, factors[name])
-        return values
+            yield
 
     def _backward(self, name: str, factor: float) -> float:
         with torch.set_grad_enabled(factor != 0):
-            value = self._defenses[name].step_term(self.forward)
-        if not isinstance(value, Tensor) or value.dim() != 0:
-            what = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else value
-            raise UserCodeError(f"defenses.{name}: step_term must return a scalar, not {what}")
-        check_gradient(name, "step_term", value, factor)
+            value = _checked(
+                name, "step_term", self._defenses[name].step_term(self.forward), factor
+            )
         # FSDP2 gathers a layer's weights for the backward where it meets the layer's output. So
         # the last one's takes part too, at no weight.
         through = [end.sum() * 0.0 for end in self._ends if end.requires_grad]
@@ -96,3 +138,19 @@ class StepTerms:
         assert hidden_BSD is not None
         self._ends.append(hidden_BSD)
         return hidden_BSD
+
+
+def _checked(name: str, method: str, value: Any, factor: float) -> Tensor:
+    if not isinstance(value, Tensor) or value.dim() != 0:
+        what = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else value
+        raise UserCodeError(f"defenses.{name}: {method} must return a scalar, not {what}")
+    check_gradient(name, method, value, factor)
+    return value
+
+
+def _drops(model: Any) -> bool:
+    """Whether anything in the model is left out at random in training."""
+    return any(
+        (isinstance(module, nn.Dropout) and module.p) or getattr(module, "attn_dropout", 0.0)
+        for module in model.modules()
+    )
