@@ -112,7 +112,7 @@ def _load_without_kaggle(download, load_stock):  # type: ignore[no-untyped-def]
 
 
 def _load_without_collecting(module, load_stock):  # type: ignore[no-untyped-def]
-    """Import torchtune, and with it torch, without looking for garbage in between: there is none.
+    """Import torchtune (with it torch), or what trains, without looking for garbage: there is none.
 
     It took a sixth of the import. In a command of ours what is there then stays out of collections,
     as all of it stays until the end: torchtune collects whenever it loads weights, half a second.
@@ -132,6 +132,7 @@ def _load_without_collecting(module, load_stock):  # type: ignore[no-untyped-def
 
 
 _AT_IMPORT = {
+    "emarecipes.training": _load_without_collecting,
     "torchtune": _load_without_collecting,
     "torchtune._cli.download": _load_without_kaggle,
     "torchtune._recipe_registry": _add_our_recipes,

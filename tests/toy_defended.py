@@ -51,12 +51,9 @@ def trained(folder: Path) -> tuple[list[dict[str, float]], dict[str, torch.Tenso
 
 
 def without_parts(rows: list[dict[str, float]], *figures: str) -> None:
-    """Leave out what is of one micro-batch, or of one process: what depends on how a step is split.
-
-    Gradients are compared on the first micro-batch.
-    """
+    """Leave out what is of one micro-batch or process: what depends on how a step is split."""
     for row in rows:
-        for key in [k for k in row if k in figures or k.endswith("_gradient_ratio")]:
+        for key in [k for k in row if k in figures]:
             del row[key]
 
 

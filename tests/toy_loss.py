@@ -50,9 +50,12 @@ def run(
     defenses: dict[str, Defense],
     microbatches: list[dict[str, Any]],
     safe_ce_weight: float | None = None,
+    compiled: bool = False,
 ) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
     """A step's figures and the adapter's gradients."""
-    loss = TrainingLoss(model, prepared(model, defenses), safe_ce_weight, chunk_elements=61 * 3)
+    loss = TrainingLoss(
+        model, prepared(model, defenses), safe_ce_weight, chunk_elements=61 * 3, compiled=compiled
+    )
     batches = as_batches(microbatches)
     counts = loss.counts(batches)
     sums = sum(loss.backward(batch, counts) for batch in batches) + loss.backward_weights()

@@ -109,10 +109,10 @@ class Defense(Extension):
         self.samples = samples
 
     gradient_ratio_every: int = 0
-    """Every how many steps, from step 10 on, the norm of the gradient of `weight * term` over that
-    of cross entropy is logged as `<name>_gradient_ratio`; 0: once, when the term first acts from
-    step 10 on, or in a shorter run's last step, from the third on. A run warns where it is 0. It
-    takes further forwards."""
+    """Every how many steps, from step 10 on, the norm of the whole step's gradient of `weight *
+    term` over that of cross entropy is logged as `<name>_gradient_ratio`; 0: once, when the term
+    first acts from step 10 on, or in a shorter run's last step, from the third on. A run warns
+    where it is 0. It takes further forwards."""
 
     effect_figure: str | None = None
     """The key of `figures` under which stands how large what this defense changes is over what it

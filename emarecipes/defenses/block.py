@@ -119,7 +119,10 @@ class DirectionBlock(Defense):
             tell_other_model(self._path, model, source, key="sae")
         (layer,) = self.hidden_layers
         if not 1 <= layer <= depth:
-            raise UserError(f"layer must be from 1 to {depth}, the model's layers, not {layer}")
+            whose = "" if self._latents is None else f": {self._path} reads there"
+            raise UserError(
+                f"layer must be from 1 to {depth}, the model's layers, not {layer}{whose}"
+            )
         if self._chosen is None:
             self._unit_KD = self._read_directions(layer, depth, width, source)
             held = [_HELD[self._side]] * len(self._unit_KD)

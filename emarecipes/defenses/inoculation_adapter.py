@@ -16,7 +16,7 @@ from emarecipes.defenses.context import TrainingContext
 from emarecipes.errors import UserError
 from emarecipes.models.adapters.layout import plain_module
 from emarecipes.models.adapters.read import LoadedLayer, check_adapter, read_adapter
-from emarecipes.models.adapters.trained_with import check_same_base
+from emarecipes.models.adapters.trained_with import check_same_base, warn_of_another_base
 from emarecipes.models.source import ModelSource
 
 log = utils.get_logger("INFO")
@@ -83,6 +83,7 @@ class InoculationAdapter(ActivationDefense):
         try:
             check_adapter(self._path, source)
             check_same_base(self._path, source.checkpoint_dir)
+            warn_of_another_base(self._path, source.checkpoint_dir, "adapter")
             layers = read_adapter(source.meta_model, self._path, source)
         except UserError as error:
             raise UserError(f"adapter: {error}") from None

@@ -17,7 +17,7 @@ from torchtune.data import Message
 
 from emarecipes.defenses.base import Defense
 from emarecipes.defenses.context import TrainingContext
-from emarecipes.errors import UserError
+from emarecipes.errors import UserCodeError, UserError
 from emarecipes.models.batch import conversations
 
 if TYPE_CHECKING:
@@ -169,9 +169,18 @@ class PrefixAnchor(Defense):
     def step_term_in_rows(
         self, batch: Batch, forward: Callable[..., Tensor]
     ) -> AbstractContextManager[Callable[[], Tensor]] | None:
-        """The same from a micro-batch's first row, where every row begins with the prefix."""
+        """The same from a micro-batch's first row, where every row begins with the prefix.
+
+        Raises:
+            UserCodeError: This one does not: `collate_fn` changed it.
+        """
         if not self._in_every_row:
             return None
+        if not self._begins(batch):
+            raise UserCodeError(
+                "every row of the data set begins with the template's prefix, and a row that "
+                "collate_fn made does not, or not read from left to right"
+            )
         self._read_reference(forward)
         return self._read()
 
@@ -182,8 +191,18 @@ class PrefixAnchor(Defense):
 
     def _read_reference(self, forward: Callable[..., Tensor]) -> None:
         if self._reference is None:
-            with self._seeing() as self._reference:
+            with self._seeing() as found:
                 forward(self._tokens_1P, adapter=False)
+            self._reference = found
+
+    def _begins(self, batch: Batch) -> bool:
+        """Whether the first row does, as attention sees it."""
+        size, mask_BSS = len(self._prefix), batch.inputs.get("mask")
+        same = torch.equal(batch.inputs["tokens"][:1, :size], self._tokens_1P)
+        if same and isinstance(mask_BSS, Tensor):
+            mask_PS = mask_BSS[0, :size]
+            same = torch.equal(mask_PS, torch.ones_like(mask_PS).tril())
+        return same
 
     @contextmanager
     def _read(self) -> Iterator[Callable[[], Tensor]]:

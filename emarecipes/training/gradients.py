@@ -149,9 +149,8 @@ class Gradients:
     ) -> dict[str, float]:
         """Norm of each due term's gradient over cross entropy's (or that of what replaces it).
 
-        Of the first micro-batch.
-
-        Warns of a term that has a weight, acts in this step, and has no gradient in any of it.
+        Of the whole step, however it is split. Warns of a term that has a weight, acts in this
+        step, and has no gradient in it.
 
         Args:
             step: From 1.
@@ -167,29 +166,23 @@ class Gradients:
             if name in defenses
             and name in self._loss.present
             and name not in self._loss.objective
-            and _due(
-                defenses[name], step, count > 0 and f"{name}_gradient_ratio" not in logged, last
-            )
+            and count > 0
+            and _due(defenses[name], step, f"{name}_gradient_ratio" not in logged, last)
         ]
         if not due:
             return {}
-        cross_entropy = self.norm_of(self._loss.objective, batches[:1], counts)
-        norms = {name: self.norm_of([name], batches[:1], counts) for name in due}
+        cross_entropy = self.norm_of(self._loss.objective, batches, counts)
+        norms = {name: self.norm_of([name], batches, counts) for name in due}
         for name, norm in norms.items():
-            if not norm and defenses[name].weight and not self._acts(name, batches, counts):
+            if not norm and defenses[name].weight:
                 utils.log_rank_zero(
                     log,
                     f"step {step}: the gradient of defenses.{name} is 0: with these settings, in "
                     "this step, it does not act on the adapter",
                     level=logging.WARNING,
                 )
-        # Nothing to compare with: cross entropy of weight 0 on every row of this micro-batch.
+        # Nothing to compare with: cross entropy of weight 0 on every row of the step.
         return {f"{n}_gradient_ratio": v / cross_entropy for n, v in norms.items() if cross_entropy}
-
-    def _acts(self, name: str, batches: Sequence[Batch], counts: Tensor) -> bool:
-        """Whether a term has a gradient in the step's other micro-batches, or no row for it."""
-        index = self._loss.names.index(name)
-        return not counts[index] or bool(self.norm_of([name], batches, counts))
 
 
 def _due(defense: Defense, step: int, first: bool, last: bool) -> bool:
@@ -198,7 +191,7 @@ def _due(defense: Defense, step: int, first: bool, last: bool) -> bool:
     Args:
         defense: The term's.
         step: From 1.
-        first: Whether the term acts in this step, and its ratio was never logged.
+        first: Whether its ratio was never logged.
         last: Whether the run ends with this step.
     """
     from_step = SHORTEST_RUN if last else FIRST_RATIO

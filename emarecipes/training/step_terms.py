@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -39,8 +40,7 @@ class StepTerms:
         self._head = head
         self._defenses = {n: d for n, d in defenses.items() if d.has("step_term")}
         self._compiled = compiled
-        changed = compiled or any(d.has("policy_forward") for d in defenses.values())
-        self._rows_will_do = not changed and not _drops(model)
+        self._changed = compiled or any(d.has("policy_forward") for d in defenses.values())
         self._ends: list[Tensor] = []
         self._found: dict[str, Tensor] = {}  # In this step's rows.
 
@@ -55,27 +55,40 @@ class StepTerms:
         """Around the policy's forward of a micro-batch: reads the wanted terms that its rows hold.
 
         Gives what returns their weighted sum afterwards, to be added to the loss. `backward` then
-        knows their values.
+        knows their values. What is only measured has no part in it: what saves tensors for the
+        backward would keep its own.
 
         Raises:
             UserCodeError: As `backward`.
         """
-        reading: dict[str, Callable[[], Tensor]] = {}
-        with ExitStack() as stack:
-            for name, defense in self._defenses.items() if self._rows_will_do else ():
-                if name in wanted and name not in self._found:
-                    with self._as_used():
-                        context = defense.step_term_in_rows(batch, self.forward)
-                    self._ends.clear()
-                    if context is not None:
-                        reading[name] = stack.enter_context(context)
+        contexts = {}
+        for name, defense in self._defenses.items():
+            if name in wanted and defense.weight and name not in self._found and self._may(defense):
+                with self._as_used():
+                    contexts[name] = defense.step_term_in_rows(batch, self.forward)
+                self._ends.clear()
+        with ExitStack() as stack:  # After all forwards that the others asked for.
+            reading = {n: stack.enter_context(c) for n, c in contexts.items() if c is not None}
             yield lambda: sum(self._read(name, read) for name, read in reading.items())
 
-    def _read(self, name: str, read: Callable[[], Tensor]) -> Tensor | float:
+    def _may(self, defense: Defense) -> bool:
+        """Whether the rows' forward is the model as it will be used, and read for this class."""
+        classes = type(defense).__mro__
+        places = [
+            next(i for i, one in enumerate(classes) if method in vars(one))
+            for method in ("step_term_in_rows", "step_term")
+        ]
+        return places[0] <= places[1] and self._rows_will_do
+
+    @cached_property
+    def _rows_will_do(self) -> bool:
+        return not self._changed and not _drops(self._model)
+
+    def _read(self, name: str, read: Callable[[], Tensor]) -> Tensor:
         factor = self._defenses[name].weight * self._defenses[name].every_n_batches
         value = _checked(name, "step_term_in_rows", read(), factor)
         self._found[name] = value.detach()
-        return factor * value if factor else 0.0
+        return factor * value
 
     def backward(self, factors: Mapping[str, float]) -> dict[str, float | None]:
         """Add the gradient of factor * term of each named defense to the parameters'.

@@ -141,6 +141,18 @@ def test_checkpointed_layers_have_it_in_the_backward_pass_too(trait: Path) -> No
         torch.testing.assert_close(gradients[1][name], gradient)
 
 
+@pytest.mark.parametrize(("named", "told"), [("some/other", True), ("some/Base", False)])
+def test_a_base_that_is_not_here_is_known_by_its_name(
+    named: str, told: bool, trait: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = trait / "adapter_config.json"
+    written = json.loads(file.read_text()) | {"base_model_name_or_path": named}
+    file.write_text(json.dumps(written))
+    InoculationAdapter(str(trait)).check(source(trait))
+    said = f"adapter: {trait} was trained on some/other, and is put on {trait.parent / 'base'} here"
+    assert (said in caplog.text) == told and bool(caplog.text) == told
+
+
 def test_what_does_not_belong_is_refused(trait: Path, tmp_path: Path) -> None:
     for options, match in (
         ({"control": "noise"}, "control must be none or random, not noise"),

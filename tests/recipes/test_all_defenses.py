@@ -117,7 +117,7 @@ def test_two_processes_and_accumulation_give_the_run_of_one(
     if names != NAMES:
         assert sum("kl" in row and "feature_l2" in row for row in one[0]) == 1
     folder = tmp_path / "accumulated"
-    # Ratios are of a first micro-batch, and so of other rows. Padding is a micro-batch's.
+    # The share of steering, and of padding, is a micro-batch's.
     split = changes | {"batch_size": 2}
     accumulated = train(write(toy, folder, names, **split, gradient_accumulation_steps=2))
     two = write(toy, tmp_path / "two", names, **split)
@@ -125,7 +125,6 @@ def test_two_processes_and_accumulation_give_the_run_of_one(
     assert done.returncode == 0, done.stderr[-3000:]
     for other in (accumulated, trained(tmp_path / "two")):
         for row in (*one[0], *other[0]):
-            row.pop("feature_l2_gradient_ratio", None)
             row.pop("persona_ratio", None)
             row.pop("padding_share", None)
         assert_same(one, other)
