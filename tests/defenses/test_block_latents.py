@@ -101,7 +101,7 @@ def edited(**changes: Any) -> dict[str, Any]:
         (edited(normalize_activations="layer_norm"), {}, "normalize_activations is layer_norm"),
         (edited(metadata={"hook_name": "blocks.1.hook_mlp_out"}), {}, "only the residual stream"),
         (edited(metadata={}), {}, "layer: after how many layers"),
-        (edited(metadata={"hook_name": "blocks.8.hook_resid_pre"}), {}, "from 1 to 2, .* not 8: .*sae.* reads there"),
+        (edited(metadata={"hook_name": "blocks.8.hook_resid_pre"}), {}, "not 8: .* reads there"),
         (edited(d_sae=9), {}, "other sizes"),
         ({"config": {"W_enc": 1}}, {}, "cfg.json has no architecture"),
         ({"tensors": {"W_enc": torch.ones(8, SIZE)}}, {}, "W_enc is 8x12, .* asks for 32x12"),
