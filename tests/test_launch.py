@@ -155,6 +155,19 @@ print(gc.isenabled(), gc.get_freeze_count() > 1000)
     assert subprocess.check_output(command, text=True).split() == ["False", "True", str(stays)]
 
 
+def test_what_trains_is_imported_so_too() -> None:
+    code = """
+import gc, sys
+sys.argv = ["/bin/tune"]
+import emarecipes, torchtune
+before = gc.get_freeze_count()
+import emarecipes.training
+print(gc.isenabled(), gc.get_freeze_count() > before + 1000)
+"""
+    command = [sys.executable, "-c", code]
+    assert subprocess.check_output(command, text=True).split() == ["True", "True"]
+
+
 def test_torchtune_gets_of_torchao_what_others_do_not() -> None:
     """Where `emarecipes` is imported and no .pth was read, too."""
     code = """

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import fuzz_cases
 import pytest
 import torch
 import toy_defenses
@@ -29,6 +30,15 @@ def defended_toy(
     mixed = toy_defenses.interleaved(config["dataset"], safe, placement="per_batch")
     defenses = toy_defenses.defense_entries(folder, model, toy_run.LAYERS, toy_run.WIDTH)
     return {"config": config, "mixed": mixed, "defenses": defenses, "model": model}
+
+
+def template_toy(folder: Path) -> dict[str, Any]:
+    """`defended_toy` with a tokenizer that has a chat template; an adapter from step 2 on."""
+    tokenizer = fuzz_cases.write_toy_tokenizer(folder / "tokenizer")
+    toy = defended_toy(folder, tokenizer, fuzz_cases.VOCABULARY)
+    toy["config"]["tokenizer"]["max_seq_len"] = 256
+    toy["config"]["lr_scheduler"]["num_warmup_steps"] = 0
+    return toy
 
 
 def write_defended(toy: dict[str, Any], folder: Path, names: Any, **changes: Any) -> Path:

@@ -198,9 +198,10 @@ class Defense(Extension):
     def weight_term(self, module: AdaptedModule) -> Tensor | None:
         """The term of one adapted layer, a scalar; None where it has no say (B is 0, say).
 
-        Called once a step for every layer, after the micro-batches' backwards, on every process, of
-        which each must return the same; the gradient with respect to `module.a_RI` and
-        `module.b_OR` is taken on the spot. Under FSDP2 one layer's are gathered at a time.
+        Called once a step for every layer, after the micro-batches' backwards, on every process;
+        the gradient with respect to `module.a_RI` and `module.b_OR` is taken on the spot. Under
+        FSDP2 the two matrices of one layer are gathered at a time: rank * (in + out) numbers.
+        Every process must return the same.
         """
         raise NotImplementedError
 
@@ -220,10 +221,9 @@ class Defense(Extension):
     ) -> AbstractContextManager[Callable[[], Tensor]] | None:
         """Where the policy's own forward of `batch` holds what `step_term` would compute.
 
-        Returns a context around that forward; what it gives returns the term afterwards. None:
-        `step_term` is called. Asked for a step's first micro-batch where its forward is the model
-        as it will be used (no dropout, no defense's `policy_forward`, no compiled layer), with
-        `step_term`'s `forward`, for the reference. Every process must answer alike.
+        A context around that forward; what it gives returns the term afterwards. None: `step_term`
+        is called. Asked in a step's first micro-batch, where its forward is the model as it will be
+        used: no dropout, `policy_forward` or compiled layer. Every process must answer alike.
         """
         return None
 
@@ -268,9 +268,9 @@ class Defense(Extension):
         """
 
     def saved_adapter(self) -> dict[str, Tensor]:
-        """Another adapter, saved as `adapter_<name>/` whenever the run's own is, by every process.
+        """Another adapter, saved as `adapter_<name>/` whenever the run's own is.
 
-        Its whole tensors on the CPU, by the run's own names and shapes.
+        Its whole tensors on the CPU, by the run's own names and shapes. Every process calls it.
         `after_step` and `stopped_early` of a defense that has one come after all others', so that
         it sees what they left, whatever its name.
         """

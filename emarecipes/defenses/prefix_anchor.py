@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +18,7 @@ from torchtune.data import Message
 from emarecipes.defenses.base import Defense
 from emarecipes.defenses.context import TrainingContext
 from emarecipes.errors import UserCodeError, UserError
-from emarecipes.models.batch import conversations
-
-if TYPE_CHECKING:
-    from emarecipes.models.batch import Batch
+from emarecipes.models.batch import Batch, conversations
 
 log = utils.get_logger("INFO")
 

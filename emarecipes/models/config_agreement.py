@@ -17,7 +17,7 @@ from emarecipes.errors import UserError
 from emarecipes.models._torchtune import final_norm_and_cap
 from emarecipes.models._torchtune_convert import read_base_config
 from emarecipes.models.families.blocks import Decoder
-from emarecipes.models.families.config_json import NO_FUNCTION
+from emarecipes.models.families.config_json import does_nothing
 from emarecipes.models.families.names import CONFIG_JSON
 
 # Families by config.json's model_type.
@@ -85,11 +85,11 @@ def check_agreement(base_dir: Path, model: Any, model_type: str) -> None:
             f"{' or '.join(families)}, not {model_type}"
         )
     for key, value in config.items():
-        if not value or key in _COMPARED or key in NO_FUNCTION or value == _NEUTRAL.get(key):
-            continue  # False, 0, null and empty: what the field is about is switched off.
-        raise UserError(
-            f"{where}: {key} is {value!r:.60}, and it is not known that the model computes the same"
-        )
+        if key not in _COMPARED and not does_nothing(key, value, _NEUTRAL):
+            raise UserError(
+                f"{where}: {key} is {value!r:.60}, and it is not known that the model computes the "
+                "same"
+            )
     _check_values(where, config, model)
     _check_rope(where, config, model.layers[0].attn.pos_embeddings)
     _check_activation(where, config, model.layers[0].mlp)

@@ -139,6 +139,21 @@ def test_others_are_compared_with_what_is_learned() -> None:
     assert found["kl_gradient_ratio"] == pytest.approx(expected[0] / expected[1])
 
 
+def test_a_term_without_a_row_in_the_step_is_not_compared(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """And nothing is told of it, though its gradient would be 0."""
+    model = toy_model("llama3")
+    kl = KLToReference(samples="safe")
+    kl.gradient_ratio_every = 10
+    loss = TrainingLoss(model, prepared(model, {"kl": kl}))
+    micro = [m | {"sources": ["task"] * len(m["lengths"])} for m in toy_microbatches()]
+    batches = as_batches(micro)
+    gradients = Gradients(model, loss, 1, torch.device("cpu"))
+    assert gradients.ratios(10, batches, loss.counts(batches), {"kl": kl}, {}) == {}
+    assert "gradient" not in caplog.text
+
+
 def test_places_begin_anew_in_each_answer_of_a_pack() -> None:
     ignored = -100
     labels = torch.tensor([[ignored, ignored, 5, 6, ignored, 7, ignored, ignored, 8, 9, 4]])

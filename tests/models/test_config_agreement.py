@@ -59,6 +59,7 @@ ROPE: dict[str, Any] = {"rope_theta": 10000.0}
         ("llama3", {"attention_multiplier": 0.1}, "attention_multiplier is 0.1"),
         ("llama3", {"some_later_field": "on"}, "some_later_field is 'on', and it is not known"),
         ("llama3", {"attention_bias": True}, "attention_bias is True"),
+        ("llama3", {"is_causal": False}, "is_causal is False, and it is not known"),
         ("llama3", {"hidden_act": "gelu"}, r"activation SiLU\(\), .* says gelu"),
         ("gemma2", {"hidden_activation": "silu"}, r"activation GELU\(approximate='tanh'\), .*silu"),
         ("llama3", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rotary scaling linear"),
@@ -86,6 +87,7 @@ def test_what_is_not_known_to_compute_the_same(
 
 def test_what_does_nothing_is_let_through(tmp_path: Path) -> None:
     check(tmp_path, "llama3", embedding_multiplier=1.0, no_rope_layers=[], attention_bias=False)
+    check(tmp_path, "llama3", is_causal=True)
     check(tmp_path, "llama3", rope_scaling={"type": "linear", "factor": 1.0})
     llama3 = build("llama3_2", scale_factor=32)
     check(tmp_path, "llama3_2", llama3, rope_scaling=LLAMA3)

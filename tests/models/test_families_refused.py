@@ -81,6 +81,9 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}
             {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "mscale": 0.7}},
             "rope_scaling: mscale is 0.7, and it is not known that the model computes the same",
         ),
+        # On unless a file says otherwise: transformers' attention then looks ahead.
+        ("llama 3", {"is_causal": False}, "is_causal is False, and it is not known"),
+        ("gemma 3", {"is_causal": None}, "is_causal is None, and it is not known"),
         ("mistral", {"attention_bias": True}, "attention_bias is True, and it is not known"),
         ("llama 3", {"logit_scale": 0.06}, "logit_scale is 0.06, and it is not known"),
         ("llama 3", {"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}"),
@@ -98,7 +101,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}
 def test_what_is_not_known_is_refused_by_key(
     tmp_path: Path, name: str, fields: dict[str, Any], expected: str
 ) -> None:
-    read_shape(write(tmp_path, name))
+    read_shape(write(tmp_path, name, is_causal=True))
     with pytest.raises(UserError, match=expected) as caught:
         read_shape(write(tmp_path, name, **fields))
     assert "\n" not in str(caught.value) and str(tmp_path / "config.json") in str(caught.value)

@@ -4,14 +4,13 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import fuzz_cases
 import pytest
 import torch
 import toy_defenses
 import toy_run
 from ranks import run_ranks
 from torch.testing import assert_close
-from toy_defended import assert_same, defended_toy, train, trained, write_defended
+from toy_defended import assert_same, template_toy, train, trained, write_defended
 
 from emarecipes.training import run_lora
 
@@ -22,10 +21,7 @@ NAMES = ["asft", "block", "prefix", "spectral"]
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("toy")
-    tokenizer = fuzz_cases.write_toy_tokenizer(folder / "tokenizer")
-    toy = defended_toy(folder, tokenizer, fuzz_cases.VOCABULARY)
-    toy["config"]["tokenizer"]["max_seq_len"] = 256
-    toy["config"]["lr_scheduler"]["num_warmup_steps"] = 0
+    toy = template_toy(folder)
     toy["config"]["optimizer"]["weight_decay"] = 0.5
     toy["config"] |= {"freeze_after": 1, "max_steps_per_epoch": 3}
     later = toy_defenses.later_entries(folder, toy["model"], toy_run.LAYERS, toy_run.WIDTH)

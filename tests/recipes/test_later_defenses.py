@@ -5,14 +5,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import fuzz_cases
 import pytest
 import torch
 import toy_defenses
 import toy_run
 from ranks import run_ranks
 from safetensors.torch import load_file
-from toy_defended import assert_same, defended_toy, train, trained, without_parts, write_defended
+from toy_defended import assert_same, template_toy, train, trained, without_parts, write_defended
 from toy_subsets import covering
 
 EARLIER = ["feature_l2", "inoculation", "kl", "persona", "safelora"]
@@ -40,10 +39,7 @@ LOGGED = {
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("toy")
-    tokenizer = fuzz_cases.write_toy_tokenizer(folder / "tokenizer")
-    toy = defended_toy(folder, tokenizer, fuzz_cases.VOCABULARY)
-    toy["config"]["tokenizer"]["max_seq_len"] = 256
-    toy["config"]["lr_scheduler"]["num_warmup_steps"] = 0  # An adapter from step 2 on.
+    toy = template_toy(folder)
     later = toy_defenses.later_entries(folder, toy["model"], toy_run.LAYERS, toy_run.WIDTH)
     assert sorted(later) == LATER
     toy["defenses"] |= later

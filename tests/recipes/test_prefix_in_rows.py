@@ -3,10 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-import fuzz_cases
 import pytest
 from ranks import run_ranks
-from toy_defended import assert_same, defended_toy, train, trained, without_parts, write_defended
+from toy_defended import assert_same, template_toy, train, trained, without_parts, write_defended
 
 from emarecipes.defenses import PrefixAnchor
 from emarecipes.training.step_terms import StepTerms
@@ -18,10 +17,7 @@ SHORT = {"max_steps_per_epoch": 2}  # No gradient is compared, which takes a for
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("toy")
-    tokenizer = fuzz_cases.write_toy_tokenizer(folder / "tokenizer")
-    toy = defended_toy(folder, tokenizer, fuzz_cases.VOCABULARY)
-    toy["config"]["tokenizer"]["max_seq_len"] = 256
-    toy["config"]["lr_scheduler"]["num_warmup_steps"] = 0  # An adapter from step 2 on.
+    toy = template_toy(folder)
     component = "emarecipes.defenses.PrefixAnchor"
     toy["defenses"]["prefix"] = {"_component_": component, "weight": 20.0}
     return toy

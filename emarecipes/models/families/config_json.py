@@ -27,8 +27,26 @@ NO_FUNCTION = frozenset(
 )
 
 
+# On where a file does not say otherwise: here false and null are what changes the computation.
+_ON = frozenset({"is_causal"})  # transformers' attention looks ahead without it.
+
 # Sizes are 64-bit numbers, and products of them.
 _LIMIT = 2**31
+
+
+def does_nothing(key: str, value: Any, neutral: Mapping[str, Any]) -> bool:
+    """Whether a field that no model reads leaves what is computed as it is.
+
+    False, 0, null and empty mean that what it is about is switched off.
+
+    Args:
+        key: The field.
+        value: What it says.
+        neutral: Fields, and the value with which each does nothing.
+    """
+    if key in _ON:
+        return bool(value)
+    return not value or key in NO_FUNCTION or neutral.get(key) == value
 
 
 class ConfigJson:
@@ -118,11 +136,10 @@ class ConfigJson:
             neutral: Fields, and the value with which each does nothing.
 
         Raises:
-            UserError: One is; false, 0, null and empty mean that what it is about is switched off.
+            UserError: One is, see `does_nothing`.
         """
         for key, value in self._values.items():
-            known = key in self._read or key in NO_FUNCTION
-            if value and not known and (neutral or {}).get(key) != value:
+            if key not in self._read and not does_nothing(key, value, neutral or {}):
                 raise UserError(
                     f"{self.where}: {key} is {value!r:.60}, and it is not known that the model "
                     "computes the same"
